@@ -1,0 +1,65 @@
+"""The key/value cache of a pool of slots: per layer a pair of arrays [S, K, W, H].
+
+A slot is a row; W, the window, is the longest prefix that any slot holds now, rounded up to a bucket. The
+whole window is attended over, so it is grown and shrunk between calls and never sliced inside them: a
+slice in front of the product would copy the cache at every token.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from apr_jax.model.attention import MASKED
+from apr_jax.model.llama import LlamaConfig
+
+Array = jax.Array
+
+
+class LayerCache(NamedTuple):
+    k_SxKxWxH: Array
+    v_SxKxWxH: Array
+
+
+def make_cache(config: LlamaConfig, slots: int, window: int) -> list[LayerCache]:
+    shape = (slots, config.kv, window, config.head_size)
+    zeros = lambda: jnp.zeros(shape, jnp.dtype(config.dtype))  # noqa: E731
+    return [LayerCache(zeros(), zeros()) for _ in range(config.layers)]
+
+
+def resize(cache: list[LayerCache], window: int) -> list[LayerCache]:
+    """The same slots with another window; what lies past a smaller one is lost."""
+    old = cache[0].k_SxKxWxH.shape[2]
+    if window <= old:
+        return jax.tree.map(lambda x: x[:, :, :window], cache)
+    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, window - old), (0, 0))), cache)
+
+
+def cached_attention(rows_B: Array, positions_BxT: Array):
+    """An `Attend` that writes T new tokens of B slots into the cache, then attends over the window.
+
+    `rows_B` are slot indices; one past the end means "no slot": nothing is written and what comes out is
+    of no use. None: B is all slots in order. A token sees the positions up to its own.
+    """
+
+    def attend(q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, layer: LayerCache):
+        B, T, N, H = q_BxTxNxH.shape
+        K = k_BxTxKxH.shape[2]
+        slots, window = layer.k_SxKxWxH.shape[0], layer.k_SxKxWxH.shape[2]
+        rows = jnp.arange(slots) if rows_B is None else rows_B
+        where = (rows[:, None, None], jnp.arange(K)[None, None, :], positions_BxT[:, :, None])
+        layer = LayerCache(
+            layer.k_SxKxWxH.at[where].set(k_BxTxKxH, mode="drop"),
+            layer.v_SxKxWxH.at[where].set(v_BxTxKxH, mode="drop"),
+        )
+        k, v = layer if rows_B is None else (x.at[rows].get(mode="clip") for x in layer)
+        seen = jnp.arange(window)[None, None, :] <= positions_BxT[:, :, None]
+        q = q_BxTxNxH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+        q = q.reshape(B, K, (N // K) * T, H)
+        scores = jnp.einsum("bkqh,bkwh->bkqw", q, k, preferred_element_type=jnp.float32) * H**-0.5
+        seen = jnp.tile(seen, (1, N // K, 1))[:, None]
+        weights = jax.nn.softmax(jnp.where(seen, scores, MASKED), axis=-1).astype(v.dtype)
+        out = jnp.einsum("bkqw,bkwh->bkqh", weights, v).reshape(B, K, N // K, T, H)
+        return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H), layer
+
+    return attend

@@ -1,0 +1,82 @@
+"""The tokenizer: one token per number and per phrase of a line, saved as a standard tokenizer.json.
+
+It is prefix-stable by construction (design: always true, 2): text is split into pieces by one regular
+expression, a piece is looked up whole in the vocabulary or else spelled in characters, and no piece
+reaches across a place where a prompt or a join can end. Such places are: before a line end that follows
+``]`` of an operations list, and after any line end.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+PAD, BOS, EOS, UNKNOWN = "<pad>", "<s>", "</s>", "<unk>"
+SPECIAL = (PAD, BOS, EOS, UNKNOWN)
+CHARACTERS = tuple(chr(code) for code in range(32, 127)) + ("\n",)
+
+
+class Tokenizer:
+    """Ids of text and text of ids. Characters outside printable ASCII become the unknown token."""
+
+    def __init__(self, backend: tokenizers.Tokenizer):
+        self.backend = backend
+        self.pad, self.bos, self.eos, self.unknown = (self._special(name) for name in SPECIAL)
+
+    def _special(self, name: str) -> int:
+        found = self.backend.token_to_id(name)
+        if found is None:
+            raise ValueError(f"the tokenizer has no {name} token")
+        return found
+
+    @classmethod
+    def build(cls, phrases: Iterable[str], patterns: Iterable[str], words: Iterable[str]) -> "Tokenizer":
+        """`phrases` are tokens wherever they stand; `words` are tokens where one of the regular
+        expressions `patterns` cuts them out (numbers, node steps). The longest phrase wins."""
+        phrases = sorted(dict.fromkeys(phrases), key=lambda phrase: (-len(phrase), phrase))
+        vocabulary = {token: index for index, token in enumerate(dict.fromkeys((*SPECIAL, *CHARACTERS, *phrases, *words)))}
+        model = models.BPE(vocab=vocabulary, merges=[], unk_token=UNKNOWN, ignore_merges=True)
+        backend = tokenizers.Tokenizer(model)
+        cut = "|".join([*(re.escape(phrase).replace("\\\n", "\n") for phrase in phrases), *patterns, r"[\s\S]"])
+        backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(cut), behavior="isolated")
+        backend.decoder = decoders.Fuse()
+        backend.add_special_tokens(list(SPECIAL))
+        backend.encode_special_tokens = True  # a "<s>" in text is text, never the token
+        return cls(backend)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Tokenizer":
+        """Raises FileNotFoundError, or ValueError where the file is no tokenizer of ours."""
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no tokenizer at {path}")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception for every kind of broken file
+            raise ValueError(f"{path} is no tokenizer.json: {error}") from None
+        backend.encode_special_tokens = True
+        return cls(backend)
+
+    def save(self, path: str | Path) -> None:
+        self.backend.save(str(path))
+
+    def __len__(self) -> int:
+        return self.backend.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self.backend.encode_batch(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Special tokens are left out."""
+        return self.backend.decode([int(index) for index in ids], skip_special_tokens=True)
+
+    def token(self, text: str) -> int:
+        """The id of a text that must be one token; raises ValueError where it is not."""
+        ids = self.encode(text)
+        if len(ids) != 1 or ids[0] == self.unknown:
+            raise ValueError(f"{text!r} is {len(ids)} tokens here, must be one")
+        return ids[0]

@@ -1,0 +1,8 @@
+"""Threads that spawn and join: the tree, the task protocol, the engine protocol, the runner."""
+
+from apr_jax.threads.protocol import MalformedSpawn, SpawnRequest, TaskProtocol
+from apr_jax.threads.tree import Block, Spawn, Thread, ThreadTree, encode_tree, map_blocks
+
+__all__ = [
+    "Block", "MalformedSpawn", "Spawn", "SpawnRequest", "TaskProtocol", "Thread", "ThreadTree", "encode_tree", "map_blocks",
+]

@@ -1,0 +1,57 @@
+"""What a runner asks of an engine: token ids in, token ids out; no text, no task, no tree."""
+
+import dataclasses
+from collections.abc import Sequence as Ids
+from typing import Protocol
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. Temperature 0 is greedy."""
+
+    temperature: float = 1.0
+
+    def __post_init__(self):
+        if self.temperature < 0:
+            raise ValueError(f"temperature is 0 or more, was given {self.temperature}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+    """One consecutive decode. `stopped`: the last id is a stop id (else the limit was reached).
+
+    `logprobs`: of each token under the distribution it was drawn from (the model's own when greedy).
+    """
+
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    stopped: bool
+
+
+class Sequence(Protocol):
+    """A handle of an engine; `ids` is its whole context so far."""
+
+    ids: list[int]
+
+
+class Engine(Protocol):
+    """Sequences that decode side by side. A sequence may wait as long as its owner likes: the engine may
+    then drop what it cached and compute it again."""
+
+    context: int  # most tokens a sequence can hold
+
+    def open(self, ids: Ids[int], name: Ids[int]) -> Sequence:
+        """A new sequence. `name` (any integers) is its identity: with the run's seed and the position it
+        decides every draw, so that samples do not depend on company."""
+
+    def fork(self, sequence: Sequence, length: int, name: Ids[int]) -> Sequence:
+        """A new sequence with the first `length` ids of another, which stays as it is."""
+
+    def extend(self, sequence: Sequence, ids: Ids[int]) -> None:
+        """Puts forced ids behind a sequence."""
+
+    async def decode(self, sequence: Sequence, stop: frozenset[int], limit: int, sampling: Sampling) -> Decoded:
+        """Samples until a stop id (kept, as the last id) or `limit` tokens; the ids join the sequence."""
+
+    def free(self, sequence: Sequence) -> None:
+        """The sequence is not needed again."""

@@ -1,0 +1,50 @@
+"""What a task must say about its threads; everything above knows a task only through this."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+
+class MalformedSpawn(ValueError):
+    """A spawn that names nothing runnable; `kind` is one of a short list, for counting."""
+
+    def __init__(self, kind: str, detail: str):
+        super().__init__(f"{kind}: {detail}")
+        self.kind = kind
+
+
+@dataclasses.dataclass(frozen=True)
+class SpawnRequest:
+    """A spawn read from a parent's text. `children` are the child prompts; the spawn block begins at
+    character `position` of the text and leaves the parent's context at the join."""
+
+    children: tuple[str, ...]
+    position: int
+
+
+class TaskProtocol(Protocol):
+    """Text in, text out; all of it pure, none of it runs model output as code.
+
+    `spawn_close` ends a spawn; a thread that writes it is waiting for its children. A thread must never
+    write `join_open` itself: the runner replaces it by `spawn_open` (the guard, as the authors do). Each of
+    the three must be a single token.
+    """
+
+    spawn_open: str
+    spawn_close: str
+    join_open: str
+
+    def root_prompt(self, problem: Any) -> str:
+        """The first text of the root thread."""
+
+    def parse_spawn(self, text: str) -> SpawnRequest | None:
+        """The spawn that `text` ends in, None where it ends in none; raises MalformedSpawn."""
+
+    def join(self, text: str, results: Sequence[str | None]) -> str:
+        """The parent's text after the join: what stood before the spawn, then the results."""
+
+    def result(self, text: str) -> str | None:
+        """What a finished thread gives back, None where it found nothing."""
+
+    def correct(self, problem: Any, text: str) -> bool:
+        """Whether a finished root thread solved its problem: the reward, and the accuracy."""

@@ -1,0 +1,122 @@
+"""The thread tree: made by a solver or a rollout, read by training, metrics and the viewer.
+
+A *thread* is a prompt and then blocks; where it spawned, a `Spawn` stands between two blocks. The
+context of a thread is its blocks in order, without the calls and the children of its spawns:
+
+    prompt | written ... [call | children] join | written ... [call | children] join | written
+
+Content is text (`str`) in a tree that a solver wrote, token ids (`tuple[int, ...]`) in a tree that is
+trained on or was sampled; nothing here looks inside it. Who wrote a block is recorded once, in
+`Block.sampled`, and every training mask is derived from it.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Consecutive tokens with one writer: the model (`sampled`) or the system (forced).
+
+    `logprobs`, one per token, is present where a model sampled the block: the log-probability of
+    each token under the distribution that it was drawn from.
+    """
+
+    content: Sequence
+    sampled: bool
+    logprobs: tuple[float, ...] | None = None
+
+    def __post_init__(self):
+        if self.logprobs is not None and len(self.logprobs) != len(self.content):
+            raise ValueError(f"{len(self.logprobs)} log-probabilities for {len(self.content)} tokens")
+
+    def __len__(self) -> int:
+        return len(self.content)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spawn:
+    """A call of children: `call` leaves the thread's context, `join` enters it."""
+
+    call: tuple[Block, ...]
+    children: tuple["Thread", ...]
+    join: Block
+
+
+@dataclasses.dataclass(frozen=True)
+class Thread:
+    """One thread; `blocks[0]` is its prompt. `failure` names why it ended without an answer of its own
+    making ('length', 'malformed:KIND', ...), None where it ended by itself."""
+
+    blocks: tuple[Block | Spawn, ...]
+    failure: str | None = None
+
+    @property
+    def spawns(self) -> tuple[Spawn, ...]:
+        return tuple(item for item in self.blocks if isinstance(item, Spawn))
+
+    @property
+    def children(self) -> tuple["Thread", ...]:
+        return tuple(child for spawn in self.spawns for child in spawn.children)
+
+    @property
+    def context(self) -> tuple[Block, ...]:
+        """The blocks a next token would see: joins included, calls left out."""
+        return tuple(item.join if isinstance(item, Spawn) else item for item in self.blocks)
+
+    @property
+    def text(self) -> str:
+        """The thread's whole context (only for trees of text)."""
+        return "".join(block.content for block in self.context)
+
+    def walk(self) -> Iterator["Thread"]:
+        """This thread, then its descendants, depth first."""
+        yield self
+        for child in self.children:
+            yield from child.walk()
+
+
+@dataclasses.dataclass(frozen=True)
+class ThreadTree:
+    """A root thread and what is known of it: `info` is JSON-able (problem, seed, reward, ...)."""
+
+    root: Thread
+    info: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def threads(self) -> Iterator[Thread]:
+        yield from self.root.walk()
+
+
+def map_blocks(thread: Thread, change: Callable[[Block], Block]) -> Thread:
+    """The same tree with every block replaced by `change(block)`."""
+
+    def item(entry: Block | Spawn) -> Block | Spawn:
+        if isinstance(entry, Block):
+            return change(entry)
+        return Spawn(
+            call=tuple(change(block) for block in entry.call),
+            children=tuple(map_blocks(child, change) for child in entry.children),
+            join=change(entry.join),
+        )
+
+    return dataclasses.replace(thread, blocks=tuple(item(entry) for entry in thread.blocks))
+
+
+def encode_tree(tree: ThreadTree, encode: Callable[[str], Sequence[int]], bos: int, eos: int) -> ThreadTree:
+    """A tree of text as a tree of ids: every thread starts with `bos` and, where it ended by itself, ends
+    with `eos` as its last written token. Blocks are encoded one by one: the tokenizer is prefix-stable at
+    their ends (design: always true, 2), so the ids are those of the whole text."""
+
+    def ends(thread: Thread) -> Thread:
+        blocks = list(thread.blocks)
+        blocks[0] = dataclasses.replace(blocks[0], content=(bos, *blocks[0].content))
+        if thread.failure is None:
+            blocks[-1] = dataclasses.replace(blocks[-1], content=(*blocks[-1].content, eos))
+        for index, entry in enumerate(blocks):
+            if isinstance(entry, Spawn):
+                blocks[index] = dataclasses.replace(entry, children=tuple(ends(child) for child in entry.children))
+        return dataclasses.replace(thread, blocks=tuple(blocks))
+
+    root = map_blocks(tree.root, lambda block: dataclasses.replace(block, content=tuple(encode(block.content))))
+    return ThreadTree(ends(root), tree.info)

@@ -1,0 +1,97 @@
+"""Optimisers and schedules. One table of regular expressions on parameter names says what Muon takes.
+
+First match wins; a parameter that no line matches raises, so that a new one is never trained by accident.
+"""
+
+import dataclasses
+import re
+
+import jax
+import optax
+from optax.contrib import MuonDimensionNumbers
+
+# name -> (axes summed over, axes produced) of a matrix that Muon makes orthogonal, layer by layer;
+# None: trained by Adam, as Muon's authors do with tables, heads and gains.
+MUON_AXES = (
+    (r"layers/[qkv]_", ((1,), (2, 3))),
+    (r"layers/o_", ((1, 2), (3,))),
+    (r"layers/(gate|up|down)_", ((1,), (2,))),
+    (r".*norm_|embed_|head_", None),
+)
+NO_DECAY = r"norm_"
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The paper's SFT: adamw, peak 5e-5, warm-up 1 step, cosine to a tenth, decay 0.01, clip 1."""
+
+    name: str = "adamw"  # adamw, or muon: Muon on the matrices, AdamW on the rest
+    peak_rate: float = 5e-5
+    muon_rate: float = 0.02  # peak rate of the matrices under muon; the update has unit spectral norm
+    start_rate: float = 0.1  # fraction of the peak at step 0
+    end_rate: float = 0.1  # fraction of the peak at the last step
+    warmup_steps: int = 1
+    schedule: str = "cosine"  # cosine, linear, constant
+    weight_decay: float = 0.01
+    clip: float = 1.0  # global norm of the gradient; 0: none
+    beta2: float = 0.999
+
+    def __post_init__(self):
+        if self.name not in ("adamw", "muon"):
+            raise ValueError(f"optimizer name is adamw or muon, was given {self.name!r}")
+        if self.schedule not in ("cosine", "linear", "constant"):
+            raise ValueError(f"schedule is cosine, linear or constant, was given {self.schedule!r}")
+
+
+def path_name(path) -> str:
+    """``layers/q_LxDxNxH`` for a pytree path; Flax's own wrapper level is left out."""
+    keys = (str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+    return "/".join(key for key in keys if key != "value")
+
+
+def muon_dimensions(params):
+    """For each parameter Muon's axes, or None for Adam."""
+
+    def axes(path, _):
+        name = path_name(path)
+        for pattern, found in MUON_AXES:
+            if re.match(pattern, name):
+                return None if found is None else MuonDimensionNumbers(*found)
+        raise ValueError(f"no line of MUON_AXES matches the parameter {name!r}")
+
+    return jax.tree_util.tree_map_with_path(axes, params)
+
+
+def decayed(params):
+    """True where weight decay applies: everything but the gains of norms."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: not re.search(NO_DECAY, path_name(path)), params)
+
+
+def rate_schedule(config: OptimizerConfig, peak: float, steps: int) -> optax.Schedule:
+    warm = optax.linear_schedule(config.start_rate * peak, peak, config.warmup_steps)
+    left = max(steps - config.warmup_steps, 1)
+    if config.schedule == "constant":
+        rest = optax.constant_schedule(peak)
+    elif config.schedule == "linear":
+        rest = optax.linear_schedule(peak, config.end_rate * peak, left)
+    else:
+        rest = optax.cosine_decay_schedule(peak, left, config.end_rate)
+    return optax.join_schedules([warm, rest], [config.warmup_steps])
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """The optimiser of a run of `steps` steps."""
+    rate = rate_schedule(config, config.peak_rate, steps)
+    if config.name == "adamw":
+        inner = optax.adamw(rate, b2=config.beta2, weight_decay=config.weight_decay, mask=decayed)
+    else:
+        inner = optax.contrib.muon(
+            rate_schedule(config, config.muon_rate, steps),
+            adam_learning_rate=rate,
+            adam_b2=config.beta2,
+            weight_decay=config.weight_decay,
+            adam_weight_decay=config.weight_decay,
+            weight_decay_mask=decayed,
+            muon_weight_dimension_numbers=muon_dimensions,
+        )
+    return optax.chain(optax.clip_by_global_norm(config.clip), inner) if config.clip else inner
