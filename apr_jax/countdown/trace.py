@@ -2,7 +2,13 @@
 
 The lines are the authors' to the letter, so that their data and checkpoints stay usable. Operations
 are strings such as ``"89-86=3"``, node names are strings such as ``"0,1,2"`` (the root is ``"0"``).
+
+The ``read_`` functions take one line (spaces around it do not matter) and return None for anything that is
+not that line; they raise nothing and take time linear in the line, whatever a model wrote.
 """
+
+import re
+from typing import NamedTuple
 
 SPAWN_OPEN = "<Calling Sub Searches>\n"
 SPAWN_CLOSE = "<End Calling Sub Searches>\n"
@@ -52,3 +58,92 @@ def sub_search_open(level: int, node: str) -> str:
 
 def sub_search_close(level: int, solved: bool) -> str:
     return f"Exit Sub Search at level {level}\n" + ("" if solved else "No solution found in sub search\n")
+
+
+# What is longer is no line of this language. Python refuses int() of 4,300 digits, and without a bound on lists and
+# names a hostile text makes child prompts far longer than itself.
+MAX_DIGITS = 40
+MAX_ITEMS = 32
+_NUMBER = rf"[0-9]{{1,{MAX_DIGITS}}}"
+_NODE = rf"[0-9]{{1,4}}(?:,[0-9]{{1,4}}){{0,{MAX_ITEMS - 1}}}"
+_NUMBERS = rf"\[((?:{_NUMBER}(?:, *{_NUMBER}){{0,{MAX_ITEMS - 1}}})?)\]"
+_OPERATION = rf"{_NUMBER}[-+*/]{_NUMBER}={_NUMBER}"
+_OPERATIONS = rf"\[((?:'{_OPERATION}'(?:, *'{_OPERATION}'){{0,{MAX_ITEMS - 1}}})?)\]"
+
+_OPERATION_PARTS = re.compile(rf"({_NUMBER})([-+*/])({_NUMBER})=({_NUMBER})")
+_EXPLORING = re.compile(rf"Exploring Operation: *({_OPERATION}), *Resulting Numbers: *{_NUMBERS}")
+_STATE = re.compile(rf"Current State: *({_NUMBER}): *{_NUMBERS}, *Operations: *{_OPERATIONS}")
+_MOVING = re.compile(rf"Moving to Node #({_NODE})\Z")
+_GENERATED_NODE = re.compile(rf"Generated Node #({_NODE}):")
+_GENERATED = re.compile(rf"Generated Node #{_NODE}: *({_NUMBER}): *{_NUMBERS} *Operation: *({_OPERATION})")
+_SPAWN_LINE = re.compile(rf"<Start Sub Search {_NUMBER} at level ({_NUMBER})> Moving to Node #({_NODE})")
+
+
+class Operation(NamedTuple):
+    """``"89-86=3"`` taken apart; nothing says that it is right."""
+
+    left: int
+    symbol: str  # one of + - * /
+    right: int
+    value: int
+
+
+class State(NamedTuple):
+    """A node: what is left there, and the operations that led to it."""
+
+    target: int
+    numbers: tuple[int, ...]
+    operations: tuple[str, ...]
+
+
+def _read_list(items: str) -> list[str]:
+    return [item.strip() for item in items.split(",")] if items else []
+
+
+def read_exploring(line: str) -> tuple[Operation, tuple[int, ...]] | None:
+    """The operation and the resulting numbers of an "Exploring Operation" line."""
+    if (match := _EXPLORING.fullmatch(line.strip())) is None:
+        return None
+    left, symbol, right, value = _OPERATION_PARTS.fullmatch(match[1]).groups()
+    return Operation(int(left), symbol, int(right), int(value)), tuple(map(int, _read_list(match[2])))
+
+
+def read_state(line: str) -> State | None:
+    """A "Current State" line."""
+    if (match := _STATE.fullmatch(line.strip())) is None:
+        return None
+    operations = tuple(operation.strip("'") for operation in _read_list(match[3]))
+    return State(int(match[1]), tuple(map(int, _read_list(match[2]))), operations)
+
+
+def read_moving(line: str) -> str | None:
+    """The node that a line moves to at its end; a budget or the opening of a sub search may stand before."""
+    match = _MOVING.search(line.strip())
+    return match and match[1]
+
+
+def read_generated_node(line: str) -> str | None:
+    """The node of a "Generated Node" line, whatever follows the name."""
+    match = _GENERATED_NODE.match(line.strip())
+    return match and match[1]
+
+
+def read_generated(line: str) -> State | None:
+    """A "Generated Node" line; its one operation is the last step, not the whole way."""
+    if (match := _GENERATED.fullmatch(line.strip())) is None:
+        return None
+    return State(int(match[1]), tuple(map(int, _read_list(match[2]))), (match[3],))
+
+
+def read_spawn_line(line: str) -> tuple[int, str] | None:
+    """The level and the node of one child's line in a spawn block."""
+    match = _SPAWN_LINE.fullmatch(line.strip())
+    return match and (int(match[1]), match[2])
+
+
+def read_path(text: str) -> str | None:
+    """The solution path that a thread's whole text returns: what follows the last but one "Goal Reached"
+    (the last one ends the path itself). None where there are fewer than two."""
+    last = text.rfind(GOAL_REACHED)
+    before = text.rfind(GOAL_REACHED, 0, max(last, 0))
+    return None if before < 0 else text[before + len(GOAL_REACHED) :].strip()

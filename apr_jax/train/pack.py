@@ -24,13 +24,12 @@ import numpy as np
 
 from apr_jax.threads import Block, Spawn, Thread, ThreadTree
 
-ROW_FIELDS = ("tokens", "positions", "predecessors", "enter", "exit", "sampled", "logprobs", "scale")
+ROW_FIELDS = ("tokens", "positions", "predecessors", "enter", "exit", "sampled", "logprobs", "share", "advantage")
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """One thread laid out; every array has its n tokens. `scale` weighs the thread's loss (an
-    advantage in GRPO, 1 in SFT), `nodes` counts its blocks."""
+    """One thread laid out; every array has its n tokens, `nodes` counts its blocks."""
 
     tokens: np.ndarray  # int32
     positions: np.ndarray  # int32
@@ -39,14 +38,15 @@ class Piece:
     exit: np.ndarray  # int32
     sampled: np.ndarray  # bool: the model wrote it (or would have: a solver's thread)
     logprobs: np.ndarray  # float32: under the distribution it was drawn from; 0 where forced or unknown
-    scale: np.ndarray  # float32
+    share: np.ndarray  # float32: weight of each of its trained tokens (1 in SFT, GRPO's aggregation)
+    advantage: np.ndarray  # float32: GRPO's, 0 in SFT
     nodes: int
 
     def __len__(self) -> int:
         return len(self.tokens)
 
 
-def lay_out(thread: Thread, scale: float = 1.0) -> Piece:
+def lay_out(thread: Thread, share: float = 1.0, advantage: float = 0.0) -> Piece:
     """The piece of one thread of ids, without its children."""
     placed: list[tuple[Block, int, bool]] = []  # block, position of its first token, in the context to the end?
     position = 0
@@ -80,12 +80,13 @@ def lay_out(thread: Thread, scale: float = 1.0) -> Piece:
         call_end = end
     kinds = {"sampled": bool, "logprobs": np.float32}
     arrays = {name: np.asarray(column, kinds.get(name, np.int32)) for name, column in columns.items()}
-    return Piece(**arrays, scale=np.full(len(columns["tokens"]), scale, np.float32), nodes=nodes)
+    n = len(columns["tokens"])
+    return Piece(**arrays, share=np.full(n, share, np.float32), advantage=np.full(n, advantage, np.float32), nodes=nodes)
 
 
-def lay_out_tree(tree: ThreadTree, scale: float = 1.0) -> list[Piece]:
+def lay_out_tree(tree: ThreadTree) -> list[Piece]:
     """The pieces of all threads of a tree, root first."""
-    return [lay_out(thread, scale) for thread in tree.threads()]
+    return [lay_out(thread) for thread in tree.threads()]
 
 
 def first_fit(lengths: Sequence[int], row_length: int, open_rows: int = 32) -> list[list[int]]:
@@ -118,7 +119,8 @@ def pack_rows(rows: Iterable[Sequence[Piece]], row_length: int, row_count: int |
     packed["predecessors"] = np.full((B, T), -1, np.int32)
     packed["sampled"] = np.zeros((B, T), bool)
     packed["logprobs"] = np.zeros((B, T), np.float32)
-    packed["scale"] = np.zeros((B, T), np.float32)
+    packed["share"] = np.zeros((B, T), np.float32)
+    packed["advantage"] = np.zeros((B, T), np.float32)
     for b, pieces in enumerate(rows):
         at = nodes = 0
         for piece in pieces:

@@ -1,0 +1,94 @@
+"""Orbax checkpoints: what a stage saves along the way and finds again when it is started again."""
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from apr_jax.model.llama import Llama, LlamaConfig
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is missing, broken or of another shape; the message names the folder."""
+
+
+class Checkpoints:
+    """The checkpoints of one stage: `state`, any pytree of arrays, and `meta`, a JSON dictionary."""
+
+    def __init__(self, folder: Path, keep: int = 2):
+        self.folder = Path(folder).absolute()
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=ocp.checkpoint_managers.LatestN(keep), enable_async_checkpointing=False
+        )
+        self._manager = ocp.CheckpointManager(
+            self.folder, options=options, item_handlers={"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+        )
+
+    @property
+    def latest(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, meta: dict) -> None:
+        """Raises CheckpointError where the disk is full or the folder cannot be written; what was saved
+        before stays whole, since Orbax renames a finished step into place."""
+        try:
+            self._manager.save(
+                step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+            )
+            self._manager.wait_until_finished()
+        except Exception as error:  # Orbax wraps the operating system's errors in its own
+            full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+            why = "the disk is full" if full else f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            raise CheckpointError(f"step {step} could not be saved under {self.folder}: {why}") from None
+
+    def restore(self, like: Any, step: int | None = None) -> tuple[int, Any]:
+        """(step, state) of a saved step, the newest by default, on the devices of `like`."""
+        step = self.latest if step is None else step
+        if step is None:
+            raise CheckpointError(f"no checkpoint under {self.folder}")
+        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        try:
+            found = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes)))
+        except Exception as error:
+            raise CheckpointError(f"step {step} under {self.folder} cannot be read: {str(error).splitlines()[0]}") from None
+        return step, found["state"]
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def load_model(folder: Path | str) -> tuple[Llama, dict]:
+    """The model of a saved step ``.../checkpoints/STEP`` (its newest step for ``.../checkpoints``) and its
+    meta, which holds the model's sizes. Raises CheckpointError."""
+    folder = Path(folder).absolute()
+    if not folder.is_dir():
+        raise CheckpointError(f"no checkpoint at {folder}")
+    if not (folder / "state").is_dir():
+        steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+        if not steps:
+            raise CheckpointError(f"no checkpoint at {folder}: it holds no saved step")
+        folder = folder / str(steps[-1])
+    try:
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+            meta = reader.restore(folder / "meta")
+        config = LlamaConfig(**meta["model"])
+        model = Llama(config, rngs=nnx.Rngs(0))
+        graphdef, weights = nnx.split(model)
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            like = jax.tree.map(ocp.utils.to_shape_dtype_struct, {"weights": nnx.to_pure_dict(weights)})
+            restored = reader.restore(
+                folder / "state", args=ocp.args.PyTreeRestore(item=like, partial_restore=True)
+            )
+    except Exception as error:
+        text = str(error).splitlines() or [type(error).__name__]
+        raise CheckpointError(f"the checkpoint at {folder} cannot be read: {text[0]}") from None
+    nnx.replace_by_pure_dict(weights, restored["weights"])
+    return nnx.merge(graphdef, weights), meta
+
+
+def read_meta(folder: Path) -> dict:
+    return json.loads((folder / "meta" / "metadata").read_text())

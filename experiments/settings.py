@@ -1,0 +1,205 @@
+"""What an experiment can set: the tree of defaults, and its reading into the parts' own typed configs.
+
+Every config file starts from `default_config()` and changes it; `read_settings` refuses a wrong value at
+the start, before anything is built.
+"""
+
+import dataclasses
+from typing import Any
+
+import ml_collections
+
+from apr_jax.countdown.problem import ProblemRange
+from apr_jax.countdown.solver import SolverConfig
+from apr_jax.model.llama import LlamaConfig
+from apr_jax.threads.engine import Sampling
+from apr_jax.threads.run import Budget
+from apr_jax.train.grpo import GrpoConfig
+from apr_jax.train.optimizer import OptimizerConfig
+from apr_jax.train.sft import SftConfig
+
+STYLES = ("sosp", "apr")
+STAGES = ("data", "sft", "grpo", "evaluate", "export", "report")
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """Defaults that every preset shares. A tuple of two is a closed range."""
+    c = ml_collections.ConfigDict()
+    c.name = "experiment"  # default workdir: runs/NAME
+    c.seed = 0  # of everything: problems, traces, weights, order, rollouts
+    c.devices = 2  # data-parallel devices; on a CPU as many virtual ones are made
+    c.window = 768  # tokens of one thread's context, training and evaluation alike
+
+    c.problems = ml_collections.ConfigDict()
+    c.problems.count = 4  # numbers per problem, 2 to 6
+    c.problems.max_number = 10
+    c.problems.min_target = 10
+    c.problems.max_target = 30
+    c.problems.train = 6000  # drawn at random, repeats allowed
+    c.problems.held_out = 200  # distinct, never in training
+
+    c.sosp = ml_collections.ConfigDict()  # the SoS+ solver (SolverConfig)
+    c.sosp.beam = (1, 5)
+    c.sosp.promising = 0.5
+    c.sosp.heuristic = "multiply"
+    c.sosp.max_value = 0  # results above it are not explored; 0: no limit, the paper's
+
+    c.apr = ml_collections.ConfigDict()  # the APR solver
+    c.apr.beam = (3, 5)
+    c.apr.sub_beam = (4, 5)
+    c.apr.promising = 0.9
+    c.apr.heuristic = "multiply"
+    c.apr.max_value = 0
+
+    c.tokenizer = ml_collections.ConfigDict()
+    c.tokenizer.max_number = 99  # larger numbers are spelled in digits
+
+    c.model = ml_collections.ConfigDict()  # LlamaConfig; the vocabulary is the tokenizer's
+    c.model.width = 128
+    c.model.layers = 4
+    c.model.heads = 4
+    c.model.kv_heads = 0  # 0: as many as heads
+    c.model.feed_forward = 0  # 0: 8/3 of the width
+    c.model.tie_embeddings = False
+    c.model.dtype = "float32"
+    c.model.remat = False
+
+    c.sft = ml_collections.ConfigDict()  # the same for both styles: same steps, same rows
+    c.sft.steps = 1000
+    c.sft.batch_rows = 4  # multiple of devices
+    c.sft.row_length = 768  # tokens, at least the window
+    c.sft.loss_tokens = "sampled"  # or "all", the paper's
+    c.sft.save_every = 200
+    c.sft.log_every = 10
+    c.sft.optimizer = _optimizer()
+
+    c.grpo = ml_collections.ConfigDict()
+    c.grpo.styles = ("apr",)  # which models: apr, sosp
+    c.grpo.steps = 10
+    c.grpo.prompts = 12  # per step
+    c.grpo.group = 6  # rollouts per prompt
+    c.grpo.inner_steps = 1
+    c.grpo.batch_rows = 8  # of one microbatch, multiple of devices
+    c.grpo.row_length = 896  # a thread's piece is its window and its calls
+    c.grpo.slots = 64  # of the rollout engine, multiple of devices
+    c.grpo.clip_low = 0.2
+    c.grpo.clip_high = 0.2
+    c.grpo.kl = 0.0
+    c.grpo.normalise = True
+    c.grpo.aggregate = "tree"  # tree, sequence (the paper's), token
+    c.grpo.temperature = 1.0
+    c.grpo.save_every = 5
+    c.grpo.optimizer = _optimizer()
+
+    c.budget = ml_collections.ConfigDict()  # of one tree
+    c.budget.threads = 64
+    c.budget.depth = 1  # levels of children
+
+    c.evaluate = ml_collections.ConfigDict()
+    c.evaluate.temperature = 0.0  # greedy
+    c.evaluate.slots = 64  # multiple of devices
+
+    c.export = ml_collections.ConfigDict()
+    c.export.dtype = "float32"
+    c.export.check_trees = 20  # trees decoded by transformers and by us; 0: only logits
+    return c
+
+
+def _optimizer() -> ml_collections.ConfigDict:
+    """As `OptimizerConfig`, with its defaults."""
+    return ml_collections.ConfigDict({field.name: field.default for field in dataclasses.fields(OptimizerConfig)})
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """A config, read and checked."""
+
+    config: dict[str, Any]
+    name: str
+    seed: int
+    devices: int
+    window: int
+    problems: ProblemRange
+    train: int
+    held_out: int
+    solvers: dict[str, SolverConfig]
+    max_number: int
+    model: dict[str, Any]  # LlamaConfig but for the vocabulary
+    sft: SftConfig
+    grpo: GrpoConfig
+    grpo_styles: tuple[str, ...]
+    grpo_slots: int
+    budget: Budget
+    evaluate_sampling: Sampling
+    evaluate_slots: int
+    export_dtype: str
+    export_check_trees: int
+
+
+def read_settings(config: ml_collections.ConfigDict) -> Settings:
+    """Raises ValueError, in one line that says what was given and what is allowed."""
+    c = config.to_dict()
+
+    def at_least(name: str, value: int, least: int) -> int:
+        if value < least:
+            raise ValueError(f"{name} is at least {least}, was given {value}")
+        return value
+
+    def build(section: str, kind, **values):
+        try:
+            return kind(**values)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{section}: {error}") from None
+
+    devices = at_least("devices", c["devices"], 1)
+    window = at_least("window", c["window"], 32)
+    for name, value in (
+        ("sft.batch_rows", c["sft"]["batch_rows"]),
+        ("grpo.batch_rows", c["grpo"]["batch_rows"]),
+        ("grpo.slots", c["grpo"]["slots"]),
+        ("evaluate.slots", c["evaluate"]["slots"]),
+    ):
+        if value < 1 or value % devices:
+            raise ValueError(f"{name} is a multiple of devices ({devices}), was given {value}")
+    for section in ("sft", "grpo"):
+        at_least(f"{section}.row_length", c[section]["row_length"], window)
+        at_least(f"{section}.save_every", c[section]["save_every"], 1)
+        at_least(f"{section}.steps", c[section]["steps"], 0)
+    at_least("sft.log_every", c["sft"]["log_every"], 1)
+    if unknown := set(c["grpo"]["styles"]) - set(STYLES):
+        raise ValueError(f"grpo.styles is a choice of {STYLES}, was given {sorted(unknown)}")
+    if c["sft"]["loss_tokens"] not in ("sampled", "all"):
+        raise ValueError(f"sft.loss_tokens is sampled or all, was given {c['sft']['loss_tokens']!r}")
+    if c["export"]["dtype"] not in ("float32", "bfloat16"):
+        raise ValueError(f"export.dtype is float32 or bfloat16, was given {c['export']['dtype']!r}")
+
+    solvers = {
+        style: build(
+            style, SolverConfig, **{**c[style], "beam": tuple(c[style]["beam"]), "max_value": c[style]["max_value"] or None}
+            | ({"sub_beam": tuple(c[style]["sub_beam"])} if style == "apr" else {}),
+        )
+        for style in STYLES
+    }  # fmt: skip
+    model = {**c["model"], "kv_heads": c["model"]["kv_heads"] or None, "feed_forward": c["model"]["feed_forward"] or None}
+    model["context"] = -(-max(window, c["grpo"]["row_length"]) // 128) * 128
+    build("model", LlamaConfig, vocab_size=8, **model)
+
+    def section(name: str, kind, leave_out: tuple[str, ...] = ()):
+        values = {key: value for key, value in c[name].items() if key not in leave_out}
+        values["optimizer"] = build(f"{name}.optimizer", OptimizerConfig, **values["optimizer"])
+        return build(name, kind, **values, seed=c["seed"])
+
+    problems = {key: value for key, value in c["problems"].items() if key not in ("train", "held_out")}
+    return Settings(
+        config=c, name=c["name"], seed=c["seed"], devices=devices, window=window,
+        problems=build("problems", ProblemRange, **problems),
+        train=at_least("problems.train", c["problems"]["train"], 1),
+        held_out=at_least("problems.held_out", c["problems"]["held_out"], 1),
+        solvers=solvers, max_number=at_least("tokenizer.max_number", c["tokenizer"]["max_number"], 9), model=model,
+        sft=section("sft", SftConfig), grpo=section("grpo", GrpoConfig, ("styles", "slots")),
+        grpo_styles=tuple(c["grpo"]["styles"]), grpo_slots=c["grpo"]["slots"],
+        budget=Budget(window, c["budget"]["threads"], c["budget"]["depth"]),
+        evaluate_sampling=build("evaluate", Sampling, temperature=c["evaluate"]["temperature"]),
+        evaluate_slots=c["evaluate"]["slots"], export_dtype=c["export"]["dtype"],
+        export_check_trees=at_least("export.check_trees", c["export"]["check_trees"], 0),
+    )  # fmt: skip

@@ -1,0 +1,172 @@
+"""The stages of one run, each able to run alone and to go on where it was stopped.
+
+A run folder holds:
+
+    config.json versions.json      what was run, by what
+    data/                          problems, traces, tokenizer.json, manifest.json
+    sft_STYLE/ grpo_STYLE/         checkpoints/, metrics.jsonl, tensorboard/
+    evaluate/MODEL.jsonl           one record per held-out problem, in their order
+    export/                        the last APR model in Hugging Face format
+    report.md summary.json figures/
+"""
+
+import dataclasses
+import json
+import platform
+from collections.abc import Sequence
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+
+import jax
+from flax import nnx
+
+from apr_jax.countdown import CountdownProtocol
+from apr_jax.evaluate.evaluate import evaluate
+from apr_jax.export.hf import check_export, check_trees, export_hf
+from apr_jax.model.llama import Llama, LlamaConfig, parameter_count
+from apr_jax.rollout.engine import JaxEngine
+from apr_jax.text.tokenizer import Tokenizer
+from apr_jax.threads.run import TreeRunner
+from apr_jax.train.checkpoint import load_model
+from apr_jax.train.grpo import run_grpo
+from apr_jax.train.sft import run_sft
+from apr_jax.train.step import data_mesh
+from experiments.dataset import load_pieces, load_problems, make_dataset, write_text
+from experiments.report import write_report
+from experiments.settings import STYLES, Settings
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers", "transformers", "torch")
+
+
+class Run:
+    """One run folder and the stages that fill it."""
+
+    def __init__(self, settings: Settings, workdir: Path):
+        self.settings, self.workdir = settings, workdir
+        self._claim()
+        self.mesh = data_mesh(settings.devices)
+
+    def run(self, stages: Sequence[str]) -> None:
+        for stage in stages:
+            getattr(self, stage)()
+
+    def _claim(self) -> None:
+        """Writes config and versions; refuses a folder that holds a run of another config."""
+        path = self.workdir / "config.json"
+        mine = json.loads(json.dumps(self.settings.config))
+        if path.exists():
+            if differences := list(_differences(json.loads(path.read_text()), mine)):
+                raise ValueError(
+                    f"{self.workdir} holds a run of another config ({'; '.join(differences[:3])}): "
+                    "give another --workdir, or the config it was begun with"
+                )
+        write_text(path, json.dumps(mine, indent=1))
+        versions = {"python": platform.python_version(), "machine": platform.machine(), "device": jax.devices()[0].device_kind}
+        versions |= {name: metadata.version(name) for name in PACKAGES}
+        write_text(self.workdir / "versions.json", json.dumps(versions, indent=1))
+
+    # ------------------------------------------------------------------ stages
+
+    def data(self) -> None:
+        make_dataset(self.settings, self.workdir / "data")
+
+    def sft(self) -> None:
+        for style in STYLES:
+            config = self.model_config
+            model = Llama(config, rngs=nnx.Rngs(self.settings.seed))
+            pieces, validation = (
+                load_pieces(self.workdir / "data" / f"{style}_{part}.npz") for part in ("train", "validation")
+            )
+            validation = [piece for piece in validation if len(piece) <= self.settings.sft.row_length]
+            run_sft(
+                model, pieces, validation, self.settings.sft, self.mesh, self.workdir / f"sft_{style}",
+                self._meta(config, style, "sft"),
+            )  # fmt: skip
+
+    def grpo(self) -> None:
+        for style in self.settings.grpo_styles:
+            if not self.settings.grpo.steps:
+                continue
+            model, _ = load_model(self.workdir / f"sft_{style}" / "checkpoints")
+            run_grpo(
+                model, load_problems(self.workdir / "data" / "train.jsonl"), CountdownProtocol(style), self.tokenizer,
+                self.settings.budget, self.settings.grpo, self.mesh, self.settings.grpo_slots,
+                self.workdir / f"grpo_{style}", self._meta(model.config, style, "grpo"),
+            )  # fmt: skip
+
+    def evaluate(self) -> None:
+        problems = load_problems(self.workdir / "data" / "held_out.jsonl")
+        for name, (model, meta) in self.models().items():
+            folder = self.workdir / "evaluate"
+            stamp = {"step": meta["step"], "problems": len(problems)}
+            if _stamp(folder / f"{name}.stamp.json") != stamp:
+                for old in folder.glob(f"{name}.jsonl*"):  # of another checkpoint
+                    old.unlink()
+                write_text(folder / f"{name}.stamp.json", json.dumps(stamp))
+            engine = JaxEngine(
+                model, self.mesh, slots=self.settings.evaluate_slots, context=self.settings.window, seed=self.settings.seed
+            )
+            runner = TreeRunner(
+                engine, CountdownProtocol(meta["style"]), self.tokenizer, self.settings.budget, self.settings.evaluate_sampling
+            )
+            evaluate(runner, problems, folder / f"{name}.jsonl", progress_title=f"evaluate {name}")
+
+    def export(self) -> None:
+        models = self.models()
+        name = next((name for name in ("grpo_apr", "sft_apr") if name in models), None)
+        if name is None:
+            raise FileNotFoundError(f"no APR checkpoint under {self.workdir}: run --stage=sft first")
+        model, meta = models[name]
+        folder = self.workdir / "export"
+        export_hf(model, self.tokenizer, folder, meta, self.settings.export_dtype)
+        held_out = load_problems(self.workdir / "data" / "held_out.jsonl")
+        pieces = load_pieces(self.workdir / "data" / "apr_validation.npz")
+        check = {"model": name, **check_export(model, self.tokenizer, folder, [piece.tokens[:64] for piece in pieces[:8]])}
+        if self.settings.export_check_trees:
+            problems = held_out[: self.settings.export_check_trees]
+            equal, total = check_trees(
+                model, self.tokenizer, folder, CountdownProtocol("apr"), problems, self.settings.budget
+            )
+            check |= {"trees_equal": equal, "trees": total}
+        write_text(folder / "check.json", json.dumps(check, indent=1))
+        print(f"export {folder}: {json.dumps(check)}")
+
+    def report(self) -> None:
+        print(write_report(self.workdir))
+
+    # ------------------------------------------------------------------ what stages share
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.load(self.workdir / "data" / "tokenizer.json")
+
+    @property
+    def model_config(self) -> LlamaConfig:
+        return LlamaConfig(vocab_size=len(self.tokenizer), **self.settings.model)
+
+    def models(self) -> dict[str, tuple[Llama, dict]]:
+        """Every trained model of the run with its meta, by the name of its stage: sft_sosp, sft_apr, ..."""
+        names = (f"{kind}_{style}" for kind in ("sft", "grpo") for style in STYLES)
+        folders = {name: self.workdir / name / "checkpoints" for name in names}
+        return {name: load_model(folder) for name, folder in folders.items() if folder.is_dir() and any(folder.iterdir())}
+
+    def _meta(self, config: LlamaConfig, style: str, kind: str) -> dict:
+        total, inner = parameter_count(Llama(config, rngs=nnx.Rngs(0)))
+        return {
+            "model": dataclasses.asdict(config), "style": style, "stage": kind, "config": self.settings.config,
+            "parameters": total, "parameters_without_embeddings": inner,
+        }  # fmt: skip
+
+
+def _stamp(path: Path) -> dict | None:
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _differences(old: dict, new: dict, prefix: str = ""):
+    for key in sorted(set(old) | set(new)):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            yield from _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            yield f"{prefix}{key} was {a!r}, is {b!r}"
