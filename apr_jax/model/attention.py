@@ -12,13 +12,12 @@ Array = jax.Array
 MASKED = -1e30  # finite: a row of padding, which sees nothing, must not give NaN
 
 
-def visible(enter_BxT: Array, exit_BxT: Array, start: int = 0, stop: int | None = None) -> Array:
-    """Which keys 0..stop the queries start..stop see: bool [B, stop - start, stop]."""
-    stop = enter_BxT.shape[1] if stop is None else stop
-    enter_q = enter_BxT[:, start:stop, None]
-    on_path = (enter_BxT[:, None, :stop] <= enter_q) & (enter_q < exit_BxT[:, None, :stop])
-    not_later = jnp.arange(stop)[None, :] <= jnp.arange(start, stop)[:, None]
-    return on_path & not_later[None]
+def visible(enter_BxT: Array, exit_BxT: Array) -> Array:
+    """Which key (last axis) each query sees: bool [B, T, T]."""
+    T = enter_BxT.shape[1]
+    enter_q = enter_BxT[:, :, None]
+    on_path = (enter_BxT[:, None, :] <= enter_q) & (enter_q < exit_BxT[:, None, :])
+    return on_path & jnp.tri(T, dtype=bool)[None]
 
 
 def attend_masked(q_BxTxNxH: Array, k_BxSxKxH: Array, v_BxSxKxH: Array, mask_BxTxS: Array) -> Array:
@@ -31,50 +30,139 @@ def attend_masked(q_BxTxNxH: Array, k_BxSxKxH: Array, v_BxSxKxH: Array, mask_BxT
     return jnp.einsum("bkgts,bskh->btkgh", weights.astype(v_BxSxKxH.dtype), v_BxSxKxH).reshape(B, T, N, H)
 
 
-@jax.custom_vjp
-def _softmax_attention(q_BxNxTxH: Array, k_BxNxSxH: Array, v_BxNxSxH: Array, mask_Bx1xTxS: Array) -> Array:
-    return _softmax_attention_forward(q_BxNxTxH, k_BxNxSxH, v_BxNxSxH, mask_Bx1xTxS)[0]
+def packed_attention(enter_BxT: Array, exit_BxT: Array):
+    """An `Attend` for packed rows whose cost follows the blocks that are seen, not T squared.
 
-
-def _softmax_attention_forward(q, k, v, mask):
-    scores = jnp.einsum("bnth,bnsh->bnts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    weights = jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1).astype(v.dtype)
-    out = jnp.einsum("bnts,bnsh->bnth", weights, v)
-    return out, (q, k, v, weights, out)
-
-
-def _softmax_attention_backward(saved, d_out):
-    """Written out because it is half the passes over [T, S] that autodiff makes, and because the
-    gradients of keys and values come out transposed: on the CPU that order of the product is twice as fast."""
-    q, k, v, weights, out = saved
-    d_v = jnp.einsum("bnth,bnts->bnhs", d_out, weights).swapaxes(2, 3)
-    d_weights = jnp.einsum("bnth,bnsh->bnts", d_out, v)
-    d_scores = weights * (d_weights - jnp.sum(d_out * out, axis=-1, keepdims=True)) * q.shape[-1] ** -0.5
-    d_q = jnp.einsum("bnts,bnsh->bnth", d_scores, k)
-    d_k = jnp.einsum("bnth,bnts->bnhs", q, d_scores).swapaxes(2, 3)
-    return d_q, d_k, d_v, None
-
-
-_softmax_attention.defvjp(_softmax_attention_forward, _softmax_attention_backward)
-
-
-def packed_attention(enter_BxT: Array, exit_BxT: Array, block: int):
-    """An `Attend` for packed rows, in blocks of queries that only look back: the half of the matrix above
-    the diagonal costs nothing. `attend_masked` under `visible` is its oracle."""
+    Queries go block by block, row by row, each over the blocks from the first that it sees to its own:
+    pieces lie one behind the other in a row, so a thread never looks back past its own beginning. How many
+    blocks those are picks one of a few compiled branches. `attend_masked` under `visible` is the oracle.
+    """
     T = enter_BxT.shape[1]
-    edges = [*range(0, T, block), T]
-    spans = list(zip(edges, edges[1:]))
-    masks = [visible(enter_BxT, exit_BxT, start, stop)[:, None] for start, stop in spans]
+    block = _block_size(T)
+    pad = -T % block
+    enter, exit_ = (jnp.pad(x, ((0, 0), (0, pad))) for x in (enter_BxT, exit_BxT))
+    back = _blocks_back(enter, exit_, block)
 
     def attend(q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, carry):
         repeats = q_BxTxNxH.shape[2] // k_BxTxKxH.shape[2]
-        q, k, v = (x.swapaxes(1, 2) for x in (q_BxTxNxH, k_BxTxKxH, v_BxTxKxH))
+        q, k, v = (jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, pad), (0, 0))) for x in (q_BxTxNxH, k_BxTxKxH, v_BxTxKxH))
         if repeats > 1:
             k, v = (jnp.repeat(x, repeats, axis=1) for x in (k, v))
-        out = [
-            _softmax_attention(q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop], mask)
-            for (start, stop), mask in zip(spans, masks)
-        ]
-        return jnp.concatenate(out, axis=2).swapaxes(1, 2), carry
+        out = _blocked(q, k, v, enter, exit_, back)
+        return out[:, :, :T].swapaxes(1, 2), carry
 
     return attend
+
+
+def _block_size(T: int) -> int:
+    """At least 128 and at most eight blocks a row: every count of blocks is a branch to compile."""
+    return min(T, max(128, -(-T // 8 // 128) * 128))
+
+
+def _blocks_back(enter_BxT: Array, exit_BxT: Array, block: int) -> Array:
+    """For each block of queries [B, T / block] over how many blocks of keys it must go, less one."""
+    B, T = enter_BxT.shape
+    n = T // block
+    seen = visible(enter_BxT, exit_BxT).reshape(B, n, block, n, block).any(axis=(2, 4))
+    return jnp.where(seen.any(axis=2), jnp.arange(n) - jnp.argmax(seen, axis=2), 0)
+
+
+def _for_each_block(step, carry, q: Array, enter: Array, exit_: Array, back: Array):
+    """Scans ``step(carry, row, index, keys, mask)`` over all blocks of queries of all rows: `keys` is the
+    number of keys that go with it (static), `mask` what it sees of them [block, keys]."""
+    B, n = back.shape
+    block = q.shape[2] // n
+
+    def branch(blocks: int):
+        keys = blocks * block
+
+        def run(carry, row, index):
+            first = (index - blocks + 1) * block
+            enter_q = jax.lax.dynamic_slice(enter, (row, index * block), (1, block))[0][:, None]
+            enter_k, exit_k = (jax.lax.dynamic_slice(x, (row, first), (1, keys)) for x in (enter, exit_))
+            not_later = jnp.arange(keys)[None, :] <= jnp.arange(keys - block, keys)[:, None]
+            return step(carry, row, index, keys, (enter_k <= enter_q) & (enter_q < exit_k) & not_later)
+
+        return run
+
+    branches = [branch(blocks) for blocks in range(1, n + 1)]
+
+    def body(carry, at):
+        row, index = at // n, at % n
+        return jax.lax.switch(back[row, index], branches, carry, row, index), None
+
+    return jax.lax.scan(body, carry, jnp.arange(B * n))[0]
+
+
+def _cut(x: Array, row, stop, length: int) -> Array:
+    """[N, length, ...] of row `row` that ends before `stop`."""
+    start = (row, 0, stop - length, *(0,) * (x.ndim - 3))
+    return jax.lax.dynamic_slice(x, start, (1, x.shape[1], length, *x.shape[3:]))[0]
+
+
+def _put(x: Array, value: Array, row, stop, add: bool) -> Array:
+    """`x` with `value` [N, length, ...] written, or added, where `_cut` reads."""
+    length = value.shape[1]
+    if add:
+        value = value + _cut(x, row, stop, length)
+    return jax.lax.dynamic_update_slice(x, value[None].astype(x.dtype), (row, 0, stop - length, *(0,) * (x.ndim - 3)))
+
+
+@jax.custom_vjp
+def _blocked(q: Array, k: Array, v: Array, enter: Array, exit_: Array, back: Array) -> Array:
+    """Attention of q, k, v [B, N, T, H] under the tree mask."""
+    return _blocked_forward(q, k, v, enter, exit_, back)[0]
+
+
+def _blocked_forward(q, k, v, enter, exit_, back):
+    block, scale = q.shape[2] // back.shape[1], q.shape[-1] ** -0.5
+
+    def step(carry, row, index, keys, mask):
+        out, normaliser = carry
+        stop = (index + 1) * block
+        q_i, k_i, v_i = _cut(q, row, stop, block), _cut(k, row, stop, keys), _cut(v, row, stop, keys)
+        scores = jnp.einsum("nqh,nkh->nqk", q_i, k_i, preferred_element_type=jnp.float32) * scale
+        scores = jnp.where(mask[None], scores, MASKED)
+        highest = jnp.max(scores, axis=-1, keepdims=True)
+        weights = jnp.exp(scores - highest)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        out_i = jnp.einsum("nqk,nkh->nqh", weights.astype(v.dtype), v_i) / total
+        normaliser_i = (highest + jnp.log(total))[..., 0]
+        return _put(out, out_i, row, stop, add=False), _put(normaliser, normaliser_i, row, stop, add=False)
+
+    empty = (jnp.zeros_like(q), jnp.zeros(q.shape[:3], jnp.float32) + 0 * q[..., 0].astype(jnp.float32))
+    out, normaliser = _for_each_block(step, empty, q, enter, exit_, back)
+    return out, (q, k, v, enter, exit_, back, out, normaliser)
+
+
+def _blocked_backward(saved, d_out):
+    """The weights are computed again from the saved normaliser, as flash attention does."""
+    q, k, v, enter, exit_, back, out, normaliser = saved
+    block, scale = q.shape[2] // back.shape[1], q.shape[-1] ** -0.5
+    shift = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+
+    def step(carry, row, index, keys, mask):
+        d_q, d_k, d_v = carry
+        stop = (index + 1) * block
+        q_i, k_i, v_i = _cut(q, row, stop, block), _cut(k, row, stop, keys), _cut(v, row, stop, keys)
+        d_i = _cut(d_out, row, stop, block)
+        scores = jnp.einsum("nqh,nkh->nqk", q_i, k_i, preferred_element_type=jnp.float32) * scale
+        weights = jnp.exp(jnp.where(mask[None], scores, MASKED) - _cut(normaliser, row, stop, block)[..., None])
+        d_weights = jnp.einsum("nqh,nkh->nqk", d_i, v_i, preferred_element_type=jnp.float32)
+        d_scores = (weights * (d_weights - _cut(shift, row, stop, block)[..., None]) * scale).astype(q.dtype)
+        # The gradients of keys and values are made transposed: on the CPU that order is twice as fast.
+        d_v_i = jnp.einsum("nqh,nqk->nhk", d_i, weights.astype(q.dtype)).swapaxes(1, 2)
+        d_k_i = jnp.einsum("nqh,nqk->nhk", q_i, d_scores).swapaxes(1, 2)
+        d_q_i = jnp.einsum("nqk,nkh->nqh", d_scores, k_i)
+        return (
+            _put(d_q, d_q_i, row, stop, add=False),
+            _put(d_k, d_k_i, row, stop, add=True),
+            _put(d_v, d_v_i, row, stop, add=True),
+        )
+
+    zeros = tuple(jnp.zeros_like(x) for x in (q, k, v))
+    d_q, d_k, d_v = _for_each_block(step, zeros, q, enter, exit_, back)
+    return d_q, d_k, d_v, None, None, None
+
+
+_blocked.defvjp(_blocked_forward, _blocked_backward)

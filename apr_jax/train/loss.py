@@ -7,13 +7,12 @@ from apr_jax.model.attention import packed_attention
 from apr_jax.model.llama import Llama
 
 Array = jax.Array
-ATTENTION_BLOCK = 128  # queries per block; measured on the CPU at rows of 384 to 768
 
 
 def row_logits(model: Llama, rows: dict[str, Array]) -> Array:
     """float32 logits [B, T, V] that predict each token of packed rows: those of its predecessor.
     A token without one gets those of token 0; its weight must be 0."""
-    attend = packed_attention(rows["enter"], rows["exit"], ATTENTION_BLOCK)
+    attend = packed_attention(rows["enter"], rows["exit"])
     hidden_BxTxD, _ = model.hidden(rows["tokens"], rows["positions"], attend)
     before_BxTx1 = jnp.maximum(rows["predecessors"], 0)[:, :, None]
     return model.logits(jnp.take_along_axis(hidden_BxTxD, before_BxTx1, axis=1))

@@ -1,0 +1,281 @@
+"""Runs problems through a runner, keeps exactly one record per problem, whatever failed, and sums them up.
+
+A run may be killed at any moment: records are appended to ``PATH.partial`` as trees end, and a run started
+again runs only the problems that have none there. Draws depend on a tree's name alone, so the finished
+file is the same however often the run was stopped.
+"""
+
+import asyncio
+import dataclasses
+import json
+import math
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from apr_jax.countdown import operations
+from apr_jax.threads.metrics import (
+    children,
+    depth,
+    duplicate_children,
+    longest_context,
+    sampled_tokens,
+    sequential_tokens,
+    total_tokens,
+    tree_from_json,
+    tree_to_json,
+)
+from apr_jax.threads.run import TreeRunner
+from apr_jax.threads.tree import Block, Spawn, Thread, ThreadTree
+from apr_jax.train.metrics import Progress
+
+NAME_TAG = -1  # first in the names of evaluated trees; training's begin with a step, which is never negative
+LOGPROB_DIGITS = 3  # in records: for the viewer, not for training
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What became of one problem. Lengths are tokens; a tree that raised has none and no `tree`."""
+
+    index: int  # of the problem in its list
+    name: str  # what was evaluated
+    condition: str
+    problem: dict[str, Any]  # Countdown: {"numbers": [...], "target": ...}
+    correct: bool
+    claimed: bool  # the root returned a result, right or wrong
+    failures: dict[str, int]  # threads by how they failed: "length", "malformed:KIND"; "error:TypeName" once per tree
+    malformed: dict[str, int] = dataclasses.field(default_factory=dict)  # spawns by kind
+    guarded: int = 0  # join blocks that a thread began to write itself
+    total_tokens: int = 0
+    sampled_tokens: int = 0
+    sequential_tokens: int = 0
+    longest_context: int = 0
+    children: int = 0
+    duplicate_children: int = 0
+    depth: int = 0
+    operations_right: int = 0  # of those that threads wrote themselves
+    operations: int = 0
+    tree: dict[str, Any] | None = None  # as `tree_to_json`; `thread_tree` reads it
+
+    @property
+    def thread_tree(self) -> ThreadTree | None:
+        return None if self.tree is None else tree_from_json(self.tree)
+
+    def line(self) -> str:
+        """The record as one line of JSON."""
+        return json.dumps(vars(self), separators=(",", ":")) + "\n"
+
+    @classmethod
+    def read(cls, line: str) -> "Record":
+        """Raises ValueError where the line is no whole record."""
+        try:
+            return cls(**json.loads(line))
+        except TypeError as error:
+            raise ValueError(f"no record: {error}") from None
+
+
+def read_records(path: str | Path) -> list[Record]:
+    """All records of a file. Raises FileNotFoundError, or ValueError that names the broken line."""
+    records = []
+    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+        try:
+            records.append(Record.read(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
+    return records
+
+
+def evaluate(
+    runner: TreeRunner,
+    problems: Sequence[Any],
+    path: str | Path,
+    *,
+    name: str,
+    condition: str = "",
+    progress_title: str | None = None,
+    check_steps: Callable[[str], tuple[int, int]] = operations,
+    at_once: int = 256,
+) -> list[Record]:
+    """The records of all problems, in their order, as they then stand in `path` (JSON lines).
+
+    `name` says what is evaluated, with its training step (``"apr-sft@1000"``): what an earlier run left at
+    `path` is taken over where name, condition and problem are the same, and only there. `check_steps` counts
+    the right steps and all steps of a written text. `at_once` trees run side by side; it changes no record.
+    A tree that raises becomes a record with the failure "error:TypeName", and the others go on.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    described = [json.loads(json.dumps(dataclasses.asdict(problem))) for problem in problems]
+    records: dict[int, Record] = {}
+    for source in (path, partial):
+        for record in _whole_records(source):
+            i = record.index
+            if (record.name, record.condition) == (name, condition) and described[i : i + 1] == [record.problem]:
+                records.setdefault(i, record)
+    missing = [index for index in range(len(problems)) if index not in records]
+    if missing:
+        # Written anew first: the last line may have been cut by a kill.
+        _replace(partial, "".join(record.line() for record in records.values()))
+        blank = [Record(i, name, condition, problem, False, False, {}) for i, problem in enumerate(described)]
+        with partial.open("a") as file:
+            progress = Progress(progress_title or f"evaluate {name}", len(problems), "problems", len(records))
+
+            def done(record: Record) -> None:
+                records[record.index] = record
+                file.write(record.line())
+                file.flush()
+                right = sum(record.correct for record in records.values())
+                progress.update(len(records), f"{right} right")
+
+            asyncio.run(_run(runner, problems, [blank[i] for i in missing], check_steps, at_once, done))
+    ordered = [records[index] for index in range(len(problems))]
+    text = "".join(record.line() for record in ordered)
+    if not path.exists() or path.read_text() != text:
+        _replace(path, text)
+    partial.unlink(missing_ok=True)
+    return ordered
+
+
+async def _run(runner: TreeRunner, problems, blanks: Sequence[Record], check_steps, at_once: int, done) -> None:
+    gate = asyncio.Semaphore(at_once)
+
+    async def one(blank: Record) -> None:
+        async with gate:
+            try:
+                tree = await runner.run(problems[blank.index], (NAME_TAG, blank.index), blank.condition)
+                record = _record(blank, tree, runner, check_steps)
+            except Exception as error:  # whatever it is, it is this problem's alone, and it is counted
+                print(f"problem {blank.index}: {type(error).__name__}: {error}", file=sys.stderr)
+                record = dataclasses.replace(blank, failures={f"error:{type(error).__name__}": 1})
+            done(record)
+
+    await asyncio.gather(*map(one, blanks))
+
+
+def _record(blank: Record, tree: ThreadTree, runner: TreeRunner, check_steps) -> Record:
+    counts = [check_steps(text) for thread in tree.threads() for text in _written(thread, runner.tokenizer.decode)]
+    return dataclasses.replace(
+        blank, correct=tree.info["correct"], claimed=tree.info["claimed"], failures=tree.info["failures"],
+        malformed=tree.info["malformed"], guarded=tree.info["guarded"],
+        total_tokens=total_tokens(tree), sampled_tokens=sampled_tokens(tree), sequential_tokens=sequential_tokens(tree),
+        longest_context=longest_context(tree), children=children(tree), duplicate_children=duplicate_children(tree),
+        depth=depth(tree), operations_right=sum(right for right, _ in counts), operations=sum(n for _, n in counts),
+        tree=tree_to_json(tree, LOGPROB_DIGITS),
+    )  # fmt: skip
+
+
+def _written(thread: Thread, decode: Callable[[list[int]], str]) -> list[str]:
+    """The texts that a thread wrote, each without a break by the system; calls hold no steps and are left out."""
+    runs: list[list[int]] = [[]]
+    for item in thread.blocks:
+        if isinstance(item, Block) and item.sampled:
+            runs[-1].extend(item.content)
+        elif isinstance(item, Spawn) or len(item):
+            runs.append([])
+    return [decode(run) for run in runs if run]
+
+
+def _whole_records(path: Path) -> list[Record]:
+    """The records of a file that a killed run may have left; no file, no records."""
+    records = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        try:
+            records.append(Record.read(line))
+        except ValueError:  # cut short: its problem is run again
+            continue
+    return records
+
+
+def _replace(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+def wilson_interval(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """The Wilson score interval of a rate, (low, high) from 0 to 1; z = 1.96 covers 95 %.
+
+    (0, 1) where nothing was counted. Raises ValueError unless 0 <= right <= total.
+
+    >>> [round(end, 3) for end in wilson_interval(8, 10)]
+    [0.49, 0.943]
+    """
+    if not 0 <= right <= total:
+        raise ValueError(f"right is from 0 to total, was given {right} of {total}")
+    if total == 0:
+        return 0.0, 1.0
+    rate, spread = right / total, z * z / total
+    centre = rate + spread / 2
+    half = z * math.sqrt(rate * (1 - rate) / total + spread / (4 * total))
+    return max(0.0, (centre - half) / (1 + spread)), min(1.0, (centre + half) / (1 + spread))
+
+
+def accuracy_by_window(records: Sequence[Record], windows: Iterable[int]) -> list[tuple[int, float]]:
+    """The paper's cumulative accuracy (figure 4b): for each window in tokens the share of all problems
+    answered right with every thread inside the window.
+
+    Example: right answers with longest contexts 100 and 300 of 4 problems give [(200, 0.25), (400, 0.5)]
+    for windows 200 and 400.
+    """
+    return _cumulative([record.longest_context for record in records if record.correct], len(records), windows)
+
+
+def accuracy_by_sequential(records: Sequence[Record], edges: Iterable[int]) -> list[tuple[int, float]]:
+    """For each edge the share of all problems answered right in at most so many sequential tokens
+    (the paper's figure 6)."""
+    return _cumulative([record.sequential_tokens for record in records if record.correct], len(records), edges)
+
+
+def _cumulative(costs: Sequence[int], total: int, edges: Iterable[int]) -> list[tuple[int, float]]:
+    return [(edge, sum(cost <= edge for cost in costs) / max(total, 1)) for edge in edges]
+
+
+def even_edges(values: Iterable[int], count: int = 8, step: int = 64) -> list[int]:
+    """At most `count` even edges, multiples of `step`, the last of which holds every value."""
+    top = max([*values, 1])
+    width = -(-top // (count * step)) * step
+    return [width * i for i in range(1, -(-top // width) + 1)]
+
+
+def summarise(records: Sequence[Record]) -> dict:
+    """One evaluation in numbers, JSON-able. Means are per tree that ran; trees that raised have no lengths,
+    but count as wrong in the accuracy, as does every failure."""
+    n, right = len(records), sum(record.correct for record in records)
+    ran = [record for record in records if record.tree is not None]
+    low, high = wilson_interval(right, n)
+
+    def mean(field: str) -> float:
+        return sum(getattr(record, field) for record in ran) / max(len(ran), 1)
+
+    def by_kind(field: str) -> dict[str, int]:
+        return dict(sorted(sum((Counter(getattr(record, field)) for record in records), Counter()).items()))
+
+    operations = sum(record.operations for record in ran)
+    return {
+        "name": records[0].name if records else "",
+        "n": n,
+        "ran": len(ran),
+        "right": right,
+        "accuracy": right / max(n, 1),
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "claimed": sum(record.claimed for record in records) / max(n, 1),
+        "total_tokens": mean("total_tokens"),
+        "sampled_tokens": mean("sampled_tokens"),
+        "sequential_tokens": mean("sequential_tokens"),
+        "longest_context": mean("longest_context"),
+        "children": mean("children"),
+        "duplicate_children": mean("duplicate_children"),
+        "operations": operations,
+        "operations_right": sum(record.operations_right for record in ran) / max(operations, 1),
+        "malformed": by_kind("malformed"),
+        "failures": by_kind("failures"),
+        "guarded": sum(record.guarded for record in records),
+        "accuracy_by_window": accuracy_by_window(records, even_edges(record.longest_context for record in records)),
+        "accuracy_by_sequential": accuracy_by_sequential(records, even_edges(r.sequential_tokens for r in records)),
+    }

@@ -1,0 +1,20 @@
+"""Every part of the main job in under two minutes on two cores; nothing is learned. The tests run it.
+
+    python -m experiments.run --config=experiments/configs/smoke.py
+"""
+
+from experiments.configs import laptop
+
+
+def get_config():
+    c = laptop.get_config()
+    c.name = "smoke"
+    c.window = 256
+    c.problems.count, c.problems.train, c.problems.held_out = 3, 200, 12
+    c.model.width, c.model.layers, c.model.heads = 32, 2, 2
+    c.sft.steps, c.sft.batch_rows, c.sft.row_length, c.sft.save_every = 40, 4, 256, 20
+    c.grpo.steps, c.grpo.prompts, c.grpo.group, c.grpo.save_every = 2, 2, 3, 1
+    c.grpo.batch_rows, c.grpo.row_length, c.grpo.slots = 4, 384, 8
+    c.evaluate.slots = 8
+    c.export.check_trees = 4
+    return c

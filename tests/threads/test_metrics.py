@@ -1,0 +1,139 @@
+"""Costs of a tree against a slow oracle that counts tokens one by one, and the tree's JSON."""
+
+import itertools
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from apr_jax.threads import Block, Spawn, Thread, ThreadTree, metrics
+
+IDS = st.lists(st.integers(0, 5), max_size=4).map(tuple)
+SAMPLED = IDS.flatmap(
+    lambda ids: st.lists(st.floats(-20, 0, allow_nan=False), min_size=len(ids), max_size=len(ids)).map(
+        lambda logprobs: Block(ids, True, tuple(logprobs))
+    )
+)
+FORCED = IDS.map(lambda ids: Block(ids, False))
+FAILURES = st.sampled_from([None, "length", "malformed:empty"])
+
+
+def threads(levels):
+    item = SAMPLED
+    if levels:
+        child = st.lists(threads(levels - 1), min_size=1, max_size=3).map(tuple)
+        call = st.lists(st.one_of(SAMPLED, FORCED), min_size=1, max_size=2).map(tuple)
+        item = st.one_of(SAMPLED, FORCED, st.builds(Spawn, call, child, FORCED))
+    rest = st.lists(item, max_size=4)
+    return st.builds(lambda prompt, rest, failure: Thread((prompt, *rest), failure), FORCED, rest, FAILURES)
+
+
+TREES = threads(2).map(lambda root: ThreadTree(root, {"correct": True, "problem": [1, 2]}))
+
+EXAMPLE = ThreadTree(
+    Thread(
+        (
+            Block("ppppp", False),
+            Block("wwww", True),
+            Spawn(
+                (Block("ccc", True),),
+                (
+                    Thread((Block("pppppp", False), Block("wwwwwww", True))),
+                    Thread((Block("pppppp", False), Block("ww", True))),
+                ),
+                Block("jj", False),
+            ),
+            Block("w", True),
+        )
+    )
+)
+
+
+def events(thread, number=itertools.count()):
+    """The oracle: every token of the tree as (id, ids that must be there before it, tokens held with it)."""
+    out = []
+
+    def run(thread, before):
+        context, last = [], before
+        for item in thread.blocks:
+            blocks = [*item.call] if isinstance(item, Spawn) else [item]
+            start = len(context)
+            for block in blocks:
+                for _ in range(len(block)):
+                    me = next(number)
+                    context.append(me)
+                    out.append((me, last, list(context), block.sampled))
+                    last = [me]
+            if isinstance(item, Spawn):
+                # No token of the join before every child has ended.
+                last = last + [end for child in item.children for end in run(child, last)]
+                del context[start:]
+                for _ in range(len(item.join)):
+                    me = next(number)
+                    context.append(me)
+                    out.append((me, last, list(context), item.join.sampled))
+                    last = [me]
+        return last
+
+    run(thread, [])
+    return out
+
+
+def longest_chain(tokens):
+    depth = {}
+    for me, before, _, _ in tokens:
+        depth[me] = 1 + max((depth[other] for other in before), default=0)
+    return max(depth.values(), default=0)
+
+
+@given(TREES)
+def test_agrees_with_counting_tokens_one_by_one(tree):
+    tokens = events(tree.root)
+    assert metrics.total_tokens(tree) == len(tokens)
+    assert metrics.sampled_tokens(tree) == sum(sampled for *_, sampled in tokens)
+    assert metrics.longest_context(tree) == max((len(held) for _, _, held, _ in tokens), default=0)
+    assert metrics.sequential_tokens(tree) == longest_chain(tokens)
+
+
+@given(TREES)
+def test_bounds_between_the_metrics(tree):
+    total, chain = metrics.total_tokens(tree), metrics.sequential_tokens(tree)
+    assert metrics.longest_context(tree) <= chain <= total
+    assert metrics.sampled_tokens(tree) <= total
+    assert metrics.depth(tree) <= metrics.children(tree)
+    assert (chain == total) or metrics.children(tree) > 1, "only siblings make a tree shorter than its tokens"
+
+
+def test_worked_example_of_the_docstrings():
+    assert metrics.total_tokens(EXAMPLE) == 36
+    assert metrics.sampled_tokens(EXAMPLE) == 17
+    assert metrics.sequential_tokens(EXAMPLE) == 28
+    assert metrics.longest_context(EXAMPLE) == 13
+    assert metrics.children(EXAMPLE) == 2
+    assert metrics.depth(EXAMPLE) == 1
+    assert metrics.duplicate_children(EXAMPLE) == 1
+
+
+def test_one_thread_costs_the_same_however_it_is_counted():
+    tree = ThreadTree(Thread((Block((1, 2), False), Block((3, 4, 5), True))))
+    assert metrics.total_tokens(tree) == metrics.sequential_tokens(tree) == metrics.longest_context(tree) == 5
+    assert metrics.children(tree) == metrics.depth(tree) == metrics.duplicate_children(tree) == 0
+
+
+@given(TREES)
+def test_json_loses_nothing(tree):
+    assert metrics.tree_from_json(json.loads(json.dumps(metrics.tree_to_json(tree)))) == tree
+
+
+def test_json_keeps_text_and_rounds_only_when_asked():
+    assert metrics.tree_from_json(json.loads(json.dumps(metrics.tree_to_json(EXAMPLE)))) == EXAMPLE
+    tree = ThreadTree(Thread((Block((1,), False), Block((2,), True, (-0.123456,)))))
+    assert metrics.tree_from_json(metrics.tree_to_json(tree, digits=2)).root.blocks[1].logprobs == (-0.12,)
+    assert metrics.tree_from_json(metrics.tree_to_json(tree)) == tree
+
+
+@pytest.mark.parametrize("broken", [None, [], {}, {"info": {}}, {"info": {}, "root": {"blocks": [1]}}, {"root": {"blocks": []}}])
+def test_broken_json_is_a_value_error(broken):
+    with pytest.raises(ValueError, match="no thread tree"):
+        metrics.tree_from_json(broken)

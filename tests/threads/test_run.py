@@ -1,0 +1,253 @@
+"""The runner over an engine that plays scripts: what it makes of what a model writes."""
+
+import asyncio
+import random
+
+import pytest
+
+from apr_jax.countdown import CountdownProtocol, Problem, ProblemRange, trace
+from apr_jax.countdown.solver import SOLVERS, SolverConfig
+from apr_jax.countdown.vocabulary import countdown_tokenizer
+from apr_jax.threads import Spawn, encode_tree, map_blocks
+from apr_jax.threads.engine import Sampling
+from apr_jax.threads.run import Budget, TreeRunner, run_all
+from tests.threads.fake_engine import FakeEngine, drawing, scripted, scripts_of
+
+TOKENIZER = countdown_tokenizer(99)
+PROBLEM = Problem((2, 3, 4), 9)
+BODY = (
+    "\nExploring Operation: 2+3=5, Resulting Numbers: [4, 5]\n"
+    "Generated Node #0,0: 9:[4, 5] Operation: 2+3=5\n"
+    "Exploring Operation: 3*4=12, Resulting Numbers: [2, 12]\n"
+    "Generated Node #0,1: 9:[2, 12] Operation: 3*4=12\n"
+)
+PATH = (
+    "Moving to Node #0,0\nCurrent State: 9:[4, 5], Operations: ['2+3=5']\n"
+    "Exploring Operation: 4+5=9, Resulting Numbers: [9]\n9,9 equal: Goal Reached\n"
+)
+FOUND = "\nExploring Operation: 4+5=9, Resulting Numbers: [9]\n9,9 equal: Goal Reached\n" + PATH
+NOT_FOUND = "\n" + trace.NO_SOLUTION
+ANSWER = (
+    "Moving to Node #0\nCurrent State: 9:[2, 3, 4], Operations: []\n"
+    "Exploring Operation: 2+3=5, Resulting Numbers: [4, 5]\n" + PATH
+)
+
+
+def call(*nodes, level=1):
+    return trace.SPAWN_OPEN + "".join(trace.spawn_line(i, level, n) for i, n in enumerate(nodes)) + trace.SPAWN_CLOSE
+
+
+def ids(text, end=True):
+    return (*TOKENIZER.encode(text), *([TOKENIZER.eos] if end else []))
+
+
+def runner(engine, context=2048, threads=64, depth=1, protocol=CountdownProtocol()):
+    return TreeRunner(engine, protocol, TOKENIZER, Budget(context, threads, depth), Sampling(1.0))
+
+
+def play(scripts, problem=PROBLEM, **budget):
+    """The tree of a problem whose threads write `scripts`: texts (or ids) by thread name, ends included."""
+    engine = scripted({name: text if isinstance(text, tuple) else ids(text) for name, text in scripts.items()})
+    tree = asyncio.run(runner(engine, **budget).run(problem, (7,)))
+    assert not engine.live, "a sequence was not freed"
+    assert len(set(engine.names)) == len(engine.names), "two sequences drew with one name"
+    return tree
+
+
+def text_of(block):
+    return TOKENIZER.decode(block.content)
+
+
+def plain(thread):
+    return map_blocks(thread, lambda block: type(block)(tuple(block.content), block.sampled))
+
+
+@pytest.mark.parametrize("style", ["apr", "sosp"])
+def test_replays_a_solver_exactly(style):
+    """Contents, who wrote them, calls, joins and ends: the runner makes of a trace the tree it came from."""
+    rng = random.Random(3)
+    protocol, source = CountdownProtocol(style), ProblemRange(max_number=20, max_target=30)
+    config = {"apr": SolverConfig.paper_apr(beam=(2, 5), sub_beam=(2, 6)), "sosp": SolverConfig.paper_sosp()}[style]
+    condition = protocol.condition(6)
+    problems = [source.draw(rng) for _ in range(30)]
+    texts = [SOLVERS[style](problem, config, rng, condition) for problem in problems]
+    trees = [encode_tree(text, TOKENIZER.encode, TOKENIZER.bos, TOKENIZER.eos) for text in texts]
+    scripts = {}
+    for index, tree in enumerate(trees):
+        scripts |= scripts_of(tree, (index,))
+    engine = scripted(scripts, context=10**6, shuffle=1)
+    taker = runner(engine, context=10**6, protocol=protocol)
+    ended = []
+    jobs = [lambda i=i: taker.run(problems[i], (i,), condition) for i in range(len(problems))]
+    played = asyncio.run(run_all(jobs, lambda index, _: ended.append(index)))
+    for tree, text, result in zip(trees, texts, played):
+        assert plain(result.root) == tree.root
+        assert result.info["correct"] == result.info["claimed"] == text.info["solved"]
+        assert result.info["failures"] == result.info["malformed"] == {} and result.info["guarded"] == 0
+    assert sorted(ended) == list(range(30)) and ended != sorted(ended), "trees go at their own pace"
+    assert not engine.live
+    if style == "apr":
+        assert sum(len(tree.root.spawns) for tree in trees) > 20
+
+
+def test_a_join_takes_the_place_of_the_call_and_tells_who_found_what():
+    tree = play({
+        (7,): BODY + call("0,0", "0,1") + trace.reached(9, 9) + ANSWER,
+        (7, 0, 0): FOUND, (7, 0, 1): NOT_FOUND,
+    })  # fmt: skip
+    prompt, body, spawn, end = tree.root.blocks
+    assert isinstance(spawn, Spawn) and [len(c.blocks) for c in spawn.children] == [2, 2]
+    assert [block.sampled for block in (prompt, body, *spawn.call, spawn.join, end)] == [False, True, True, False, True]
+    assert text_of(body) == BODY and "".join(map(text_of, spawn.call)) == call("0,0", "0,1")
+    assert text_of(spawn.join) == (
+        trace.JOIN_OPEN + trace.join_line(0, 1, "0,0", True) + PATH.removesuffix("\n").removesuffix(": Goal Reached")
+        + ": Goal Reached\n" + trace.join_line(1, 1, "0,1", False) + trace.JOIN_CLOSE
+    )  # fmt: skip
+    assert tree.info["correct"] and tree.info["claimed"]
+    for block in (body, *spawn.call, end):
+        assert len(block.logprobs) == len(block.content)
+
+
+def test_log_probabilities_stay_with_their_tokens_when_a_call_is_cut_out():
+    tree = play({(7,): BODY + call("0,0") + NOT_FOUND, (7, 0, 0): NOT_FOUND})
+    body, spawn = tree.root.blocks[1:3]
+    joint = body.logprobs + spawn.call[0].logprobs
+    assert joint == tuple(-0.25 * i for i in range(len(joint)))
+
+
+def test_guard_turns_a_written_join_into_a_spawn():
+    """A thread that begins a join block is made to spawn instead, and only the replaced token is forced."""
+    fake = BODY + trace.JOIN_OPEN + call("0,0").removeprefix(trace.SPAWN_OPEN) + NOT_FOUND
+    tree = play({(7,): fake, (7, 0, 0): FOUND})
+    assert tree.info["guarded"] == 1 and tree.info["failures"] == {}
+    prompt, body, spawn, end = tree.root.blocks
+    assert text_of(body) == BODY
+    assert [(text_of(block), block.sampled) for block in spawn.call] == [
+        (trace.SPAWN_OPEN, False),
+        (call("0,0").removeprefix(trace.SPAWN_OPEN), True),
+    ]
+    assert "Goal Reached in Sub Search 0" in text_of(spawn.join)
+
+
+def test_guard_holds_again_and_again_and_leaves_no_written_join():
+    join = ids(trace.JOIN_OPEN, end=False)
+    tree = play({(7,): join * 5 + ids(NOT_FOUND)})
+    assert tree.info["guarded"] == 5 and tree.root.failure is None
+    assert all(join[0] not in block.content for block in tree.root.blocks if block.sampled)
+    assert all(len(block) for block in tree.root.blocks)
+
+
+@pytest.mark.parametrize(
+    "kind, written",
+    [
+        ("empty", BODY + call()),
+        ("unopened", BODY + trace.SPAWN_CLOSE),
+        ("bad_line", BODY + trace.SPAWN_OPEN + "please search\n" + trace.SPAWN_CLOSE),
+        ("unknown_node", BODY + call("0,7")),
+        ("bad_state", BODY.replace("Generated Node #0,1: 9:[2, 12]", "Generated Node #0,1: 9:[2, 12") + call("0,1")),
+        ("too_many", BODY + call("0,0", "0,1", "0,0")),
+        ("too_deep", BODY + call("0,0")),
+    ],
+)
+def test_malformed_spawns_end_their_thread_and_are_counted_by_kind(kind, written):
+    budget = {"too_many": {"threads": 3}, "too_deep": {"depth": 0}}.get(kind, {})
+    tree = play({(7,): written}, **budget)
+    assert tree.root.failure == f"malformed:{kind}"
+    assert tree.info["malformed"] == {kind: 1} and tree.info["failures"] == {f"malformed:{kind}": 1}
+    assert not tree.info["correct"]
+    assert text_of(tree.root.blocks[-1]) == written, "what was written is kept to be trained on"
+
+
+def test_a_spawn_spelled_in_characters_is_no_spawn():
+    """Only the opening token opens a call: what is cut out must begin at a token."""
+    spelled = sum((TOKENIZER.token(character),) for character in trace.SPAWN_OPEN) if False else tuple(
+        TOKENIZER.token(character) for character in trace.SPAWN_OPEN
+    )
+    rest = ids(call("0,0").removeprefix(trace.SPAWN_OPEN), end=False)
+    tree = play({(7,): ids(BODY, end=False) + spelled + rest})
+    assert tree.root.failure == "malformed:unopened"
+
+
+def test_a_child_that_fails_is_a_child_without_a_solution():
+    tree = play({(7,): BODY + call("0,0", "0,1") + NOT_FOUND, (7, 0, 0): FOUND + trace.SPAWN_CLOSE, (7, 0, 1): NOT_FOUND})
+    spawn = tree.root.spawns[0]
+    assert spawn.children[0].failure == "malformed:unopened" and tree.root.failure is None
+    assert "No Solution in Sub Search 0" in text_of(spawn.join)
+    assert tree.info["failures"] == {"malformed:unopened": 1}
+
+
+def test_an_answer_is_only_right_where_the_thread_ended_by_itself():
+    right = BODY + trace.reached(9, 9) + ANSWER
+    assert play({(7,): right}).info["correct"]
+    cut = play({(7,): right}, context=len(ids(right)) + 20)
+    assert cut.root.failure == "length" and not cut.info["correct"]
+
+
+def test_no_thread_grows_past_its_window():
+    long = BODY * 40
+    tree = play({(7,): BODY + call("0,0") + long, (7, 0, 0): long}, context=300)
+    assert tree.root.failure == tree.root.children[0].failure == "length"
+    for thread in tree.threads():
+        assert sum(map(len, thread.context)) == 300
+
+
+def test_a_prompt_that_fills_the_window_and_a_join_that_overflows_it_are_length_failures():
+    assert play({}, context=10).root.failure == "length"
+    length = len(ids(CountdownProtocol().root_prompt(PROBLEM) + BODY + call("0,0")))
+    tree = play({(7,): BODY + call("0,0"), (7, 0, 0): FOUND}, context=length)
+    assert tree.root.failure == "length" and len(tree.root.spawns) == 1
+
+
+def test_children_may_spawn_where_the_budget_has_a_level_for_them():
+    child = (
+        "\nExploring Operation: 4+5=9, Resulting Numbers: [9]\nGenerated Node #0,0,0: 9:[9] Operation: 4+5=9\n"
+        + call("0,0,0", level=2) + trace.reached(9, 9) + PATH
+    )  # fmt: skip
+    scripts = {(7,): BODY + call("0,0") + NOT_FOUND, (7, 0, 0): child, (7, 0, 0, 0, 0): NOT_FOUND}
+    tree = play(scripts, depth=2)
+    grandchild = tree.root.children[0].children[0]
+    assert text_of(grandchild.blocks[0]) == "Moving to Node #0,0,0\nCurrent State: 9:[9], Operations: ['2+3=5', '4+5=9']"
+    assert tree.info["failures"] == {}
+    assert play(scripts, depth=1).root.children[0].failure == "malformed:too_deep"
+
+
+def test_children_with_one_prompt_are_two_threads():
+    tree = play({(7,): BODY + call("0,0", "0,0") + NOT_FOUND, (7, 0, 0): FOUND, (7, 0, 1): NOT_FOUND})
+    first, second = tree.root.children
+    assert first.blocks[0] == second.blocks[0] and first.blocks[1] != second.blocks[1]
+
+
+def test_noise_makes_trees_and_nothing_else():
+    """Whatever is written, a tree comes out: no exception, nothing lost, every failure of a known kind."""
+    likely = [TOKENIZER.token(t) for t in (trace.SPAWN_OPEN, trace.SPAWN_CLOSE, trace.JOIN_OPEN, "Moving to Node #0")]
+    likely += [TOKENIZER.eos, *ids(call("0"), end=False), *ids("\nMoving to Node #0\n", end=False)]
+
+    def trees(shuffle):
+        engine = drawing(len(TOKENIZER), likely, shuffle=shuffle)
+        taker = runner(engine, context=200, threads=20)
+        jobs = [lambda i=i: taker.run(PROBLEM, (i,)) for i in range(150)]
+        made = asyncio.run(run_all(jobs))
+        assert not engine.live
+        return made
+
+    made = trees(1)
+    kinds = {kind for tree in made for kind in tree.info["failures"]}
+    assert {"malformed:unopened", "malformed:empty"} <= kinds
+    assert all(kind == "length" or kind.startswith("malformed:") for kind in kinds)
+    assert made == trees(2), "trees do not depend on the order in which they run"
+
+
+def test_an_engine_that_breaks_breaks_its_tree_and_frees_what_it_held():
+    def tape(name, prompt):
+        yield from ids(BODY + call("0,0"), end=False)
+        raise MemoryError("no room")
+
+    engine = FakeEngine(tape)
+    with pytest.raises((MemoryError, RuntimeError)):
+        asyncio.run(runner(engine).run(PROBLEM, (7,)))
+    assert not engine.live
+
+
+def test_a_window_beyond_the_engine_is_refused():
+    with pytest.raises(ValueError, match="5000"):
+        runner(scripted({}), context=5000)
