@@ -93,7 +93,7 @@ def evaluate(
     problems: Sequence[Any],
     path: str | Path,
     *,
-    name: str,
+    name: str | None = None,
     condition: str = "",
     progress_title: str | None = None,
     check_steps: Callable[[str], tuple[int, int]] = operations,
@@ -101,12 +101,14 @@ def evaluate(
 ) -> list[Record]:
     """The records of all problems, in their order, as they then stand in `path` (JSON lines).
 
-    `name` says what is evaluated, with its training step (``"apr-sft@1000"``): what an earlier run left at
-    `path` is taken over where name, condition and problem are the same, and only there. `check_steps` counts
-    the right steps and all steps of a written text. `at_once` trees run side by side; it changes no record.
-    A tree that raises becomes a record with the failure "error:TypeName", and the others go on.
+    `name` says what is evaluated, as ``"sft_apr"`` (default: the file's stem). What an earlier run left at
+    `path` is taken over where name, condition and problem are the same, and only there; it knows nothing of
+    weights, so a path is for one checkpoint. `check_steps` counts the right steps and all steps of a written
+    text. `at_once` trees run side by side; it changes no record. A tree that raises becomes a record with the
+    failure "error:TypeName", and the others go on.
     """
     path = Path(path)
+    name = path.stem if name is None else name
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     described = [json.loads(json.dumps(dataclasses.asdict(problem))) for problem in problems]
@@ -212,7 +214,9 @@ def wilson_interval(right: int, total: int, z: float = 1.96) -> tuple[float, flo
     rate, spread = right / total, z * z / total
     centre = rate + spread / 2
     half = z * math.sqrt(rate * (1 - rate) / total + spread / (4 * total))
-    return max(0.0, (centre - half) / (1 + spread)), min(1.0, (centre + half) / (1 + spread))
+    # At its ends the formula is exact only up to rounding.
+    low = (centre - half) / (1 + spread) if right else 0.0
+    return low, (centre + half) / (1 + spread) if right < total else 1.0
 
 
 def accuracy_by_window(records: Sequence[Record], windows: Iterable[int]) -> list[tuple[int, float]]:

@@ -55,8 +55,8 @@ def packed_attention(enter_BxT: Array, exit_BxT: Array):
 
 
 def _block_size(T: int) -> int:
-    """At least 128 and at most eight blocks a row: every count of blocks is a branch to compile."""
-    return min(T, max(128, -(-T // 8 // 128) * 128))
+    """At least 128 and at most sixteen blocks a row: every count of blocks is a branch to compile."""
+    return min(T, max(128, -(-T // 16 // 128) * 128))
 
 
 def _blocks_back(enter_BxT: Array, exit_BxT: Array, block: int) -> Array:

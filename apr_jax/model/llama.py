@@ -1,7 +1,7 @@
-"""Llama 2 in Flax NNX: RMSNorm, RoPE, SwiGLU, grouped heads, stacked layers under one scan.
+"""Llama 2 in Flax NNX: RMSNorm, RoPE, SwiGLU, grouped heads, stacked layers.
 
-Parameters carry the layer axis in front (``q_LxDxNxH``), so that `jax.lax.scan` runs one compiled layer
-L times; `apr_jax.export.hf` unstacks them into the Hugging Face names.
+Parameters carry the layer axis in front (``q_LxDxNxH``), so that an optimiser sees one array where a model
+has L; `apr_jax.export.hf` unstacks them into the Hugging Face names.
 """
 
 import dataclasses
@@ -85,38 +85,41 @@ class Llama(nnx.Module):
     def hidden(self, tokens_BxT: Array, positions_BxT: Array, attend: Attend, cache: list | None = None):
         """Last hidden states [B, T, D], normed, and the cache as `attend` left it.
 
-        `cache` has an entry per layer, handed to `attend` as its carry. Layers then run unrolled: under a
-        scan every layer's cache would be copied out of the stack and back at every token.
+        `cache` has an entry per layer, handed to `attend` as its carry. Layers run unrolled, not under a scan,
+        which in JAX 0.10 would copy every layer's cache out of a stack and back at every token, and would
+        differentiate the branches of `packed_attention` a second time in spite of its own gradient.
         """
         config = self.config
         dtype = jnp.dtype(config.dtype)
-        x_BxTxD = self.embed_VxD[...][tokens_BxT].astype(dtype)
+        B, T = tokens_BxT.shape
+        # Rows and time are one axis M outside attention, and every product is one of two matrices: on the CPU
+        # the gradients of products over more axes fall off the fast path (measured: half the step).
+        M = B * T
+        x_MxD = self.embed_VxD[...][tokens_BxT.reshape(M)].astype(dtype)
         rotation = _rotation(positions_BxT, config.head_size, config.rope_theta)
 
-        def layer(x_BxTxD, inputs):
-            w, carry = inputs
+        def project(h_MxD, w_DxNxH):
+            return (h_MxD @ w_DxNxH.reshape(config.width, -1)).reshape(B, T, -1, config.head_size)
+
+        def layer(x_MxD, w, carry):
             w = jax.tree.map(lambda value: value.astype(dtype), w)
-            h_BxTxD = rms_norm(x_BxTxD, w["attention_norm_LxD"], config.norm_epsilon)
-            q_BxTxNxH = rotate(jnp.einsum("btd,dnh->btnh", h_BxTxD, w["q_LxDxNxH"]), rotation)
-            k_BxTxKxH = rotate(jnp.einsum("btd,dkh->btkh", h_BxTxD, w["k_LxDxKxH"]), rotation)
-            v_BxTxKxH = jnp.einsum("btd,dkh->btkh", h_BxTxD, w["v_LxDxKxH"])
+            h_MxD = rms_norm(x_MxD, w["attention_norm_LxD"], config.norm_epsilon)
+            q_BxTxNxH = rotate(project(h_MxD, w["q_LxDxNxH"]), rotation)
+            k_BxTxKxH = rotate(project(h_MxD, w["k_LxDxKxH"]), rotation)
+            v_BxTxKxH = project(h_MxD, w["v_LxDxKxH"])
             out_BxTxNxH, left = attend(q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, carry)
-            x_BxTxD = x_BxTxD + jnp.einsum("btnh,nhd->btd", out_BxTxNxH, w["o_LxNxHxD"])
-            h_MxD = rms_norm(x_BxTxD, w["feed_forward_norm_LxD"], config.norm_epsilon).reshape(-1, config.width)
-            # Rows and time as one axis: on the CPU the weights' gradients are more than twice as fast.
+            x_MxD = x_MxD + out_BxTxNxH.reshape(M, -1) @ w["o_LxNxHxD"].reshape(-1, config.width)
+            h_MxD = rms_norm(x_MxD, w["feed_forward_norm_LxD"], config.norm_epsilon)
             out_MxD = (jax.nn.silu(h_MxD @ w["gate_LxDxF"]) * (h_MxD @ w["up_LxDxF"])) @ w["down_LxFxD"]
-            x_BxTxD = x_BxTxD + out_MxD.reshape(x_BxTxD.shape)
-            return x_BxTxD, left
+            return x_MxD + out_MxD, left
 
         weights = {name: parameter[...] for name, parameter in self.layers.items()}
-        if cache is None:
-            body = jax.checkpoint(layer) if config.remat else layer
-            x_BxTxD, _ = jax.lax.scan(body, x_BxTxD, (weights, None))
-        else:
-            cache = list(cache)
-            for l, carry in enumerate(cache):
-                x_BxTxD, cache[l] = layer(x_BxTxD, (jax.tree.map(lambda value: value[l], weights), carry))
-        return rms_norm(x_BxTxD, self.norm_D[...].astype(dtype), config.norm_epsilon), cache
+        body = jax.checkpoint(layer) if config.remat else layer
+        left = []
+        for l in range(config.layers):
+            x_MxD, after = body(x_MxD, jax.tree.map(lambda value: value[l], weights), None if cache is None else cache[l])
+            left.append(after)
+        return rms_norm(x_MxD, self.norm_D[...].astype(dtype), config.norm_epsilon).reshape(B, T, -1), left
 
     def logits(self, hidden: Array) -> Array:
         """float32 logits over V of hidden states with any leading axes."""

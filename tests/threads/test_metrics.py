@@ -133,7 +133,10 @@ def test_json_keeps_text_and_rounds_only_when_asked():
     assert metrics.tree_from_json(metrics.tree_to_json(tree)) == tree
 
 
-@pytest.mark.parametrize("broken", [None, [], {}, {"info": {}}, {"info": {}, "root": {"blocks": [1]}}, {"root": {"blocks": []}}])
+BROKEN = [None, [], {}, {"info": {}}, {"info": {}, "root": {"blocks": [1]}}, {"root": {"blocks": []}}]
+
+
+@pytest.mark.parametrize("broken", BROKEN)
 def test_broken_json_is_a_value_error(broken):
     with pytest.raises(ValueError, match="no thread tree"):
         metrics.tree_from_json(broken)

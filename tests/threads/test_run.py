@@ -160,16 +160,15 @@ def test_malformed_spawns_end_their_thread_and_are_counted_by_kind(kind, written
 
 def test_a_spawn_spelled_in_characters_is_no_spawn():
     """Only the opening token opens a call: what is cut out must begin at a token."""
-    spelled = sum((TOKENIZER.token(character),) for character in trace.SPAWN_OPEN) if False else tuple(
-        TOKENIZER.token(character) for character in trace.SPAWN_OPEN
-    )
+    spelled = tuple(TOKENIZER.token(character) for character in trace.SPAWN_OPEN)
     rest = ids(call("0,0").removeprefix(trace.SPAWN_OPEN), end=False)
     tree = play({(7,): ids(BODY, end=False) + spelled + rest})
     assert tree.root.failure == "malformed:unopened"
 
 
 def test_a_child_that_fails_is_a_child_without_a_solution():
-    tree = play({(7,): BODY + call("0,0", "0,1") + NOT_FOUND, (7, 0, 0): FOUND + trace.SPAWN_CLOSE, (7, 0, 1): NOT_FOUND})
+    broken = FOUND + trace.SPAWN_CLOSE
+    tree = play({(7,): BODY + call("0,0", "0,1") + NOT_FOUND, (7, 0, 0): broken, (7, 0, 1): NOT_FOUND})
     spawn = tree.root.spawns[0]
     assert spawn.children[0].failure == "malformed:unopened" and tree.root.failure is None
     assert "No Solution in Sub Search 0" in text_of(spawn.join)
@@ -178,9 +177,10 @@ def test_a_child_that_fails_is_a_child_without_a_solution():
 
 def test_an_answer_is_only_right_where_the_thread_ended_by_itself():
     right = BODY + trace.reached(9, 9) + ANSWER
-    assert play({(7,): right}).info["correct"]
-    cut = play({(7,): right}, context=len(ids(right)) + 20)
-    assert cut.root.failure == "length" and not cut.info["correct"]
+    whole = 1 + len(ids(CountdownProtocol().root_prompt(PROBLEM) + right))
+    assert play({(7,): right}, context=whole).info["correct"]
+    cut = play({(7,): right}, context=whole - 1)
+    assert cut.root.failure == "length" and not cut.info["correct"] and cut.info["claimed"]
 
 
 def test_no_thread_grows_past_its_window():
@@ -206,9 +206,26 @@ def test_children_may_spawn_where_the_budget_has_a_level_for_them():
     scripts = {(7,): BODY + call("0,0") + NOT_FOUND, (7, 0, 0): child, (7, 0, 0, 0, 0): NOT_FOUND}
     tree = play(scripts, depth=2)
     grandchild = tree.root.children[0].children[0]
-    assert text_of(grandchild.blocks[0]) == "Moving to Node #0,0,0\nCurrent State: 9:[9], Operations: ['2+3=5', '4+5=9']"
+    assert text_of(grandchild.blocks[0]) == trace.moving("0,0,0") + trace.state(9, (9,), ("2+3=5", "4+5=9"))
     assert tree.info["failures"] == {}
     assert play(scripts, depth=1).root.children[0].failure == "malformed:too_deep"
+
+
+@pytest.mark.xfail(strict=True, reason="counts['threads'] is checked before the children that were granted are counted")
+def test_the_budget_of_threads_holds_in_every_order():
+    """Two children that spawn at the same time must not both take the last places."""
+    script = {(7,): BODY + call("0,0", "0,1") + NOT_FOUND}
+    for index in (0, 1):
+        nodes = (f"0,{index},0", f"0,{index},1")
+        lines = "".join(trace.generated(node, 9, (9,), "4+5=9") for node in nodes)
+        script[(7, 0, index)] = "\n" + lines + call(*nodes, level=2) + NOT_FOUND
+        script |= {(7, 0, index, 0, i): NOT_FOUND for i in (0, 1)}
+    made = []
+    for shuffle in range(20):
+        engine = scripted({name: ids(text) for name, text in script.items()}, shuffle=shuffle)
+        made.append(asyncio.run(runner(engine, threads=6, depth=2).run(PROBLEM, (7,))))
+    assert max(len(list(tree.threads())) for tree in made) <= 6
+    assert all(tree == made[0] for tree in made), "which spawn is refused must not depend on timing"
 
 
 def test_children_with_one_prompt_are_two_threads():

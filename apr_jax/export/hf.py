@@ -1,0 +1,358 @@
+"""Export to a Hugging Face folder, which transformers and SGLang load, and checks of what was exported.
+
+    config.json, generation_config.json, model.safetensors      a LlamaForCausalLM
+    tokenizer.json, tokenizer_config.json                       a PreTrainedTokenizerFast
+    README.md                                                   the model card
+
+Letters of shapes are those of `apr_jax.model.llama`. torch and transformers are needed by the checks alone.
+"""
+
+import asyncio
+import dataclasses
+import functools
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from apr_jax.model.attention import attend_masked
+from apr_jax.model.llama import Llama, parameter_count
+from apr_jax.rollout.engine import JaxEngine
+from apr_jax.text.tokenizer import BOS, EOS, PAD, UNKNOWN, Tokenizer
+from apr_jax.threads.engine import Sampling
+from apr_jax.threads.protocol import TaskProtocol
+from apr_jax.threads.run import Budget, TreeRunner, run_all
+from apr_jax.threads.tree import Thread, map_blocks
+from apr_jax.train.optimizer import path_name
+from apr_jax.train.step import data_mesh
+
+SPARE_POSITIONS = 8  # SGLang refuses prompts within 6 tokens of the context and stops output 2 before it
+DTYPES = ("float32", "bfloat16")
+FILES = (
+    "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    "README.md", "check.json",
+)  # fmt: skip
+
+
+class ExportError(RuntimeError):
+    """An export that cannot be made or cannot be written; one line, and what was there before stays."""
+
+
+def _same(x: np.ndarray) -> np.ndarray:
+    return x
+
+
+def _into(x: np.ndarray) -> np.ndarray:
+    """[D, ...] that reads the residual as Hugging Face's [outputs, D]; heads go one behind the other."""
+    return x.reshape(x.shape[0], -1).T
+
+
+def _out(x: np.ndarray) -> np.ndarray:
+    """[..., D] that writes the residual as Hugging Face's [D, inputs]."""
+    return x.reshape(-1, x.shape[-1]).T
+
+
+# Our path -> their name, and the change of one layer's array. The first full match wins; "{}" is the layer.
+NAMES: tuple[tuple[str, str, Callable[[np.ndarray], np.ndarray]], ...] = (
+    (r"embed_VxD", r"model.embed_tokens.weight", _same),
+    (r"norm_D", r"model.norm.weight", _same),
+    (r"head_DxV", r"lm_head.weight", _into),
+    (r"layers/attention_norm_LxD", r"model.layers.{}.input_layernorm.weight", _same),
+    (r"layers/feed_forward_norm_LxD", r"model.layers.{}.post_attention_layernorm.weight", _same),
+    (r"layers/([qkv])_LxDx[NK]xH", r"model.layers.{}.self_attn.\1_proj.weight", _into),
+    (r"layers/o_LxNxHxD", r"model.layers.{}.self_attn.o_proj.weight", _out),
+    (r"layers/(gate|up)_LxDxF", r"model.layers.{}.mlp.\1_proj.weight", _into),
+    (r"layers/down_LxFxD", r"model.layers.{}.mlp.down_proj.weight", _out),
+)
+
+
+def hf_arrays(model: Llama, dtype: str = "float32") -> dict[str, np.ndarray]:
+    """All parameters by their Hugging Face names, layers unstacked. Tied: there is no lm_head.
+    Raises ExportError for a parameter that no rule names and for one with values that are no numbers."""
+    arrays = {}
+    for path, value in jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(model, nnx.Param))):
+        name = path_name(path)
+        for pattern, theirs, change in NAMES:
+            if found := re.fullmatch(pattern, name):
+                break
+        else:
+            raise ExportError(f"no rule gives the parameter {name} a Hugging Face name")
+        if not bool(jnp.isfinite(value).all()):
+            raise ExportError(f"the parameter {name} holds values that are no numbers")
+        whole, theirs = np.asarray(value.astype(dtype)), found.expand(theirs)
+        layers = whole if "{}" in theirs else whole[None]
+        arrays |= {theirs.format(l): np.ascontiguousarray(change(layer)) for l, layer in enumerate(layers)}
+    return arrays
+
+
+def hf_config(model: Llama, tokenizer: Tokenizer, dtype: str = "float32") -> dict[str, Any]:
+    """config.json. Rotary angles and dtype stand there twice: under today's keys and those of older
+    versions of transformers."""
+    config = model.config
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        # The embedding's rows and no other number: an id at or past it kills an SGLang server.
+        "vocab_size": int(model.embed_VxD[...].shape[0]),
+        "hidden_size": config.width,
+        "intermediate_size": config.hidden,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv,
+        "head_dim": config.head_size,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.context + SPARE_POSITIONS,
+        "rms_norm_eps": config.norm_epsilon,
+        "rope_parameters": {"rope_type": "default", "rope_theta": float(config.rope_theta)},
+        "rope_theta": float(config.rope_theta),
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": model.head_DxV is None,
+        "bos_token_id": tokenizer.bos,
+        "eos_token_id": tokenizer.eos,
+        "pad_token_id": tokenizer.pad,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }
+
+
+def export_hf(
+    model: Llama, tokenizer: Tokenizer, folder: Path | str, meta: dict | None = None, dtype: str = "float32"
+) -> None:
+    """Writes the folder, in place of an earlier export. `meta`, a JSON dictionary (a checkpoint's), goes on
+    the model card; `dtype` is that of the stored weights.
+
+    Everything is written into a folder beside it and renamed, so that a failure leaves what was there.
+    Raises ExportError, also where `folder` holds files that are not an export's.
+    """
+    if dtype not in DTYPES:
+        raise ExportError(f"dtype is float32 or bfloat16, was given {dtype!r}")
+    if len(tokenizer) > model.config.vocab_size:
+        raise ExportError(f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}")
+    arrays, config = hf_arrays(model, dtype), hf_config(model, tokenizer, dtype)
+    generation = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    folder = Path(folder).resolve()
+    part, old = (folder.with_name(f".{folder.name}.{state}") for state in ("part", "old"))
+    try:
+        _recover(folder, part, old)
+        part.mkdir(parents=True)
+        _write_json(part / "config.json", config)
+        _write_json(part / "generation_config.json", {"do_sample": False, **generation})
+        _write_json(part / "tokenizer_config.json", _tokenizer_config(model))
+        (part / "tokenizer.json").write_text(tokenizer.backend.to_str(pretty=True))
+        (part / "README.md").write_text(model_card(model, folder.name, meta or {}, dtype))
+        save_file(arrays, part / "model.safetensors", metadata={"format": "pt"})
+        if folder.exists():
+            folder.rename(old)
+        part.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        why = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+        raise ExportError(f"the export to {folder} could not be written: {why}") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _recover(folder: Path, part: Path, old: Path) -> None:
+    """Clears what a killed export left; refuses a folder that is something else."""
+    if old.exists() and not folder.exists():
+        old.rename(folder)  # killed between the two renames
+    for rest in (part, old):
+        if rest.exists():
+            shutil.rmtree(rest)
+    if folder.exists() and not folder.is_dir():
+        raise ExportError(f"{folder} is a file, the export needs a folder")
+    if folder.exists() and (others := sorted({path.name for path in folder.iterdir()} - set(FILES))):
+        raise ExportError(f"{folder} holds files that are no export's, such as {others[0]}: give another folder")
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _tokenizer_config(model: Llama) -> dict[str, Any]:
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "pad_token": PAD,
+        "unk_token": UNKNOWN,
+        "clean_up_tokenization_spaces": False,  # it would take the space out of " ." and change the trace
+        "split_special_tokens": True,  # as ours: a "<s>" in text is text
+        "model_max_length": model.config.context,
+    }
+
+
+def model_card(model: Llama, name: str, meta: dict, dtype: str) -> str:
+    """README.md: what the model is, how to start it, its sizes, and all of `meta`."""
+    config = model.config
+    total, inner = parameter_count(model)
+    plain = {key: value for key, value in meta.items() if not isinstance(value, (dict, list))}
+    rows = {
+        "parameters": f"{total:,}, {inner:,} without embedding and head",
+        "layers, width, feed-forward": f"{config.layers}, {config.width}, {config.hidden}",
+        "heads, key/value heads, head size": f"{config.heads}, {config.kv}, {config.head_size}",
+        "vocabulary": f"{config.vocab_size:,} tokens" + (", embedding and head tied" if config.tie_embeddings else ""),
+        "context": f"{config.context:,} tokens",
+        "stored as": dtype,
+    } | {key.replace("_", " "): value for key, value in plain.items()}
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    details = json.dumps(meta, indent=2, default=str)
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [adaptive-parallel-reasoning, countdown, jax]
+---
+
+# {name}
+
+A small Llama trained from scratch with apr_jax to search for Countdown solutions in threads (Adaptive Parallel
+Reasoning). It knows the language of search traces, nothing else.
+
+Every thread's prompt begins with the token `{BOS}`, which the tokenizer does not add by itself, and ends at the `]` of
+`Operations: [...]`, without a line end. A thread ends with `{EOS}`; after `<End Calling Sub Searches>` the program that
+drives the model has to run the child threads and put their results in its context.
+
+|  |  |
+|---|---|
+{table}
+
+What the checkpoint says of itself:
+
+```json
+{details}
+```
+"""
+
+
+# ---------------------------------------------------------------------- checks of an export
+
+
+def check_export(model: Llama, tokenizer: Tokenizer, folder: Path | str, sequences: Sequence[Sequence[int]]) -> dict:
+    """{"max_logit_difference": largest absolute difference over all sequences, positions and tokens,
+    "sequences": their number}: transformers against this model rounded to the export's dtype, both computing
+    in float32 on the CPU or, ours, on JAX's own device. Every sequence goes forward alone."""
+    import torch
+
+    theirs, ours = load_transformers(folder), _as_exported(model, folder)
+    graphdef, weights = nnx.split(ours)
+    worst = 0.0
+    for ids in (list(map(int, sequence)) for sequence in sequences):
+        padded = ids + [tokenizer.pad] * (-len(ids) % 64)  # few shapes to compile; no token sees what is behind it
+        a_TxV = _logits(graphdef, weights, jnp.asarray([padded]))[0, : len(ids)]
+        with torch.inference_mode():
+            b_TxV = theirs(torch.tensor([ids])).logits[0].numpy()
+        worst = float(np.maximum(worst, np.abs(np.asarray(a_TxV) - b_TxV).max()))  # np.maximum keeps a NaN
+    return {"max_logit_difference": worst, "sequences": len(sequences)}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(graphdef, weights, tokens_BxT: jax.Array) -> jax.Array:
+    B, T = tokens_BxT.shape
+    mask_BxTxT = jnp.broadcast_to(jnp.tri(T, dtype=bool), (B, T, T))
+    model = nnx.merge(graphdef, weights)
+    positions_BxT = jnp.broadcast_to(jnp.arange(T), (B, T))
+    hidden, _ = model.hidden(tokens_BxT, positions_BxT, lambda q, k, v, _: (attend_masked(q, k, v, mask_BxTxT), None))
+    return model.logits(hidden)
+
+
+def greedy_agreement(model: Llama, folder: Path | str, prompts: Sequence[Sequence[int]], new_tokens: int) -> int:
+    """How many prompts transformers' `generate` and the JAX engine continue with the same tokens, greedily,
+    to the end token or for `new_tokens`. Raises ValueError where a prompt and its continuation do not fit."""
+    import torch
+
+    longest = max(map(len, prompts), default=0) + new_tokens
+    if longest > model.config.context:
+        raise ValueError(f"a prompt and {new_tokens} tokens are {longest}, the model holds {model.config.context}")
+    theirs = load_transformers(folder)
+    engine = _engine(_as_exported(model, folder), slots=min(len(prompts), 8) or 1, context=model.config.context)
+    stop = frozenset({theirs.config.eos_token_id})
+
+    async def ours() -> list[tuple[int, ...]]:
+        async def one(index: int, ids: Sequence[int]) -> tuple[int, ...]:
+            sequence = engine.open(ids, (index,))
+            try:
+                return (await engine.decode(sequence, stop, new_tokens, Sampling(temperature=0.0))).ids
+            finally:
+                engine.free(sequence)
+
+        return await asyncio.gather(*(one(index, ids) for index, ids in enumerate(prompts)))
+
+    equal = 0
+    for ids, mine in zip(prompts, asyncio.run(ours())):
+        prompt = torch.tensor([list(map(int, ids))])
+        seen = torch.ones_like(prompt)
+        whole = theirs.generate(prompt, attention_mask=seen, max_new_tokens=new_tokens, do_sample=False)
+        equal += tuple(whole[0, len(ids) :].tolist()) == mine
+    return equal
+
+
+def check_trees(
+    model: Llama, tokenizer: Tokenizer, folder: Path | str, protocol: TaskProtocol, problems: Sequence, budget: Budget
+) -> tuple[int, int]:
+    """(equal, total): how many problems' greedy trees are the same, token for token and thread for thread,
+    from the JAX engine and from transformers. Transformers decodes one token of one thread at a time."""
+    from apr_jax.export.oracle import TransformersEngine
+
+    engines = (
+        _engine(_as_exported(model, folder), slots=16, context=budget.context),
+        TransformersEngine(load_transformers(folder), budget.context),
+    )
+    ours, theirs = (_greedy_trees(engine, tokenizer, protocol, problems, budget) for engine in engines)
+    return sum(a == b for a, b in zip(ours, theirs)), len(problems)
+
+
+def _greedy_trees(engine, tokenizer, protocol, problems, budget) -> list[Thread]:
+    """The trees' roots, without log-probabilities, which differ in the last digits."""
+    runner = TreeRunner(engine, protocol, tokenizer, budget, Sampling(temperature=0.0))
+    jobs = [functools.partial(runner.run, problem, (index,)) for index, problem in enumerate(problems)]
+    trees = asyncio.run(run_all(jobs))
+    return [map_blocks(tree.root, lambda block: dataclasses.replace(block, logprobs=None)) for tree in trees]
+
+
+def _engine(model: Llama, slots: int, context: int) -> JaxEngine:
+    return JaxEngine(model, data_mesh(1), slots=slots, context=context)
+
+
+def _as_exported(model: Llama, folder: Path | str) -> Llama:
+    """The model with its weights rounded as they were stored, computing in float32."""
+    stored = json.loads((Path(folder) / "config.json").read_text())["dtype"]
+    graphdef, weights = nnx.split(model)
+    copy = nnx.merge(graphdef, jax.tree.map(lambda value: value.astype(stored).astype(jnp.float32), weights))
+    copy.config = dataclasses.replace(model.config, dtype="float32")
+    return copy
+
+
+def load_transformers(folder: Path | str):
+    """The export as a transformers model in float32 on the CPU. Raises ExportError where it cannot be read
+    or its weights are not exactly those that the model has."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            os.fspath(folder), dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ExportError(f"transformers cannot read {folder}: {str(error).splitlines()[0]}") from None
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    if wrong := [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
+        raise ExportError(f"transformers finds {folder} incomplete, see {wrong[0]}")
+    return model.eval()

@@ -1,0 +1,61 @@
+"""The figures: every one is drawn, from much data, little and none, at the size that is promised."""
+
+import random
+import struct
+
+import pytest
+
+from apr_jax.evaluate.evaluate import Record
+from experiments import figures
+
+CURVES = (figures.accuracy_against_window, figures.accuracy_against_sequential, figures.accuracy_against_total)
+
+
+def records(count, rate, seed=0):
+    rng = random.Random(seed)
+    made = []
+    for i in range(count):
+        correct, n = rng.random() < rate, rng.randrange(1, 900)
+        costs = {"longest_context": n, "sequential_tokens": n, "total_tokens": 3 * n}
+        made.append(Record(i, "toy", "", {}, correct, True, {}, **costs))
+    return made
+
+
+def size(path):
+    head = path.read_bytes()[:24]
+    assert head.startswith(b"\x89PNG")
+    return struct.unpack(">II", head[16:24])
+
+
+MANY = {"SoS+": records(50, 0), "APR": records(50, 0.6), "APR + GRPO": records(9, 1)}
+MODELS = [{}, {"SoS+": []}, {"SoS+": records(1, 1)}, MANY]
+
+
+@pytest.mark.parametrize("models", MODELS, ids=len)
+def test_figures_of_records(models, tmp_path):
+    for draw in (figures.accuracy_bars, *CURVES):
+        path = tmp_path / "deep" / f"{draw.__name__}.png"
+        draw(models, path)
+        assert size(path) == (800, 500)
+        assert [file.name for file in path.parent.glob("*.part")] == []
+
+
+LINES = [{"step": step, "loss": 3 / step, "rollout/reward": step / 50} for step in range(1, 41)]
+
+
+VALIDATED = [*LINES, {"step": 40, "validation_loss": 0.2}]
+RUNS = [{}, {"APR": []}, {"APR": LINES[:1]}, {"SoS+": LINES, "APR": VALIDATED}]
+
+
+@pytest.mark.parametrize("runs", RUNS)
+def test_figures_of_metrics(runs, tmp_path):
+    for draw in (figures.sft_losses, figures.grpo_rewards):
+        draw(runs, tmp_path / "curve.png")
+        assert size(tmp_path / "curve.png") == (800, 500)
+
+
+def test_metrics_are_read_up_to_where_a_kill_cut_them(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert figures.read_metrics(path) == []
+    path.write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "lo')
+    assert figures.read_metrics(path) == [{"step": 1, "loss": 2.5}]

@@ -1,0 +1,223 @@
+"""The export against transformers itself: logits, tokens, greedy trees; and what a failure leaves behind."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from apr_jax.countdown import trace
+from apr_jax.countdown.problem import Problem
+from apr_jax.countdown.protocol import CountdownProtocol, CountdownSpawn
+from apr_jax.countdown.vocabulary import countdown_tokenizer
+from apr_jax.export import hf
+from apr_jax.export.hf import ExportError, check_export, check_trees, export_hf, greedy_agreement
+from apr_jax.model.llama import Llama, LlamaConfig
+from apr_jax.threads.run import Budget
+from apr_jax.train.checkpoint import Checkpoints
+from tools import export_hf as command
+
+TOKENIZER = countdown_tokenizer(99)
+PROBLEMS = [Problem((3, 5, 7, 2), 20), Problem((10, 4, 9, 1), 31), Problem((6, 6, 8), 12)]
+TRACE = (
+    "Moving to Node #0\nCurrent State: 20:[3, 5, 7, 2], Operations: []\n"
+    "Exploring Operation: 3+5=8, Resulting Numbers: [7, 2, 8]\n"
+    "Generated Node #0,0: 20:[7, 2, 8] Operation: 3+5=8\n<Calling Sub Searches>\n"
+    "<Start Sub Search 0 at level 1> Moving to Node #0,0\n<End Calling Sub Searches>\n"
+)
+
+
+def tiny(seed: int = 3, **sizes) -> Llama:
+    return Llama(LlamaConfig(len(TOKENIZER), **{"width": 32, "layers": 2, "context": 128} | sizes), rngs=nnx.Rngs(seed))
+
+
+@pytest.fixture(scope="module")
+def model() -> Llama:
+    return tiny()
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export") / "hf"
+    export_hf(model, TOKENIZER, folder, {"style": "apr", "step": 12, "config": {"seed": 7}})
+    return folder
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"tie_embeddings": True},
+        {"kv_heads": 2, "feed_forward": 80},
+        {"heads": 2, "kv_heads": 1, "layers": 1, "rope_theta": 500.0, "norm_epsilon": 1e-2, "tie_embeddings": True},
+    ],
+)
+def test_logits_are_those_of_transformers(sizes, tmp_path):
+    model = tiny(**sizes)
+    export_hf(model, TOKENIZER, tmp_path / "hf")
+    sequences = np.random.default_rng(0).integers(len(TOKENIZER), size=(3, 50)).tolist()
+    check = check_export(model, TOKENIZER, tmp_path / "hf", [*sequences, [5]])
+    assert check["sequences"] == 4 and check["max_logit_difference"] < 1e-4
+
+
+def test_a_bfloat16_export_is_the_rounded_model(model, tmp_path):
+    export_hf(model, TOKENIZER, tmp_path / "hf", dtype="bfloat16")
+    small = (tmp_path / "hf" / "model.safetensors").stat().st_size
+    assert small < 0.7 * 4 * sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    assert check_export(model, TOKENIZER, tmp_path / "hf", [list(range(40))])["max_logit_difference"] < 1e-4
+
+
+def test_the_check_sees_wrong_weights(model, folder):
+    other = tiny()
+    other.layers["q_LxDxNxH"][...] = other.layers["q_LxDxNxH"][...][..., ::-1]
+    assert check_export(other, TOKENIZER, folder, [list(range(40))])["max_logit_difference"] > 1e-2
+
+
+def test_config_says_what_the_model_is(model, folder):
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    assert (config.vocab_size, config.max_position_embeddings) == (len(TOKENIZER), 128 + 8)
+    assert (config.head_dim, config.num_key_value_heads, config.tie_word_embeddings) == (8, 4, False)
+    special = (TOKENIZER.bos, TOKENIZER.eos, TOKENIZER.pad)
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == special
+    assert config.rope_parameters["rope_theta"] == json.loads((folder / "config.json").read_text())["rope_theta"] == 1e4
+    card = (folder / "README.md").read_text()
+    assert "| step | 12 |" in card and '"seed": 7' in card
+
+
+def test_tokenizer_gives_the_same_ids_and_text(folder):
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(folder)
+    for text in (TRACE, CountdownProtocol().root_prompt(PROBLEMS[0]), "123 <s> </s> 's , . n't  é\n", ""):
+        ids = TOKENIZER.encode(text)
+        assert theirs(text).input_ids == ids
+        assert theirs.decode(ids, skip_special_tokens=True) == TOKENIZER.decode(ids)
+    assert theirs.decode([TOKENIZER.bos, *TOKENIZER.encode(TRACE), TOKENIZER.eos]) == f"<s>{TRACE}</s>"
+
+
+def test_greedy_text_and_trees_are_the_same(model, folder):
+    prompts = [[TOKENIZER.bos, *TOKENIZER.encode(CountdownProtocol().root_prompt(problem))] for problem in PROBLEMS]
+    assert greedy_agreement(model, folder, prompts, 24) == 3
+    with pytest.raises(ValueError, match="the model holds 128"):
+        greedy_agreement(model, folder, prompts, 120)
+    protocol = CountdownProtocol()
+    assert check_trees(model, TOKENIZER, folder, protocol, PROBLEMS, Budget(context=128)) == (3, 3)
+    other = tiny(seed=4)
+    assert check_trees(other, TOKENIZER, folder, protocol, PROBLEMS[:1], Budget(context=64)) == (0, 1)
+
+
+class EagerProtocol(CountdownProtocol):
+    """Any text between an opened and a closed spawn calls the same two children."""
+
+    def parse_spawn(self, text):
+        children = (self.root_prompt(PROBLEMS[1]), self.root_prompt(PROBLEMS[2]))
+        return CountdownSpawn(children, text.rfind(self.spawn_open), ("0", "0"), (1, 1))
+
+    def join(self, text, results):
+        return text[: text.rfind(self.spawn_open)] + self.join_open + "<End Sub Searches>\n"
+
+
+def test_trees_with_spawns_and_joins_are_the_same(tmp_path, monkeypatch):
+    # Without what its layers write, a token's embedding alone picks the next one: ] -> open a spawn -> close it.
+    spawner = tiny()
+    for name in ("o_LxNxHxD", "down_LxFxD"):
+        spawner.layers[name][...] = 0.01 * spawner.layers[name][...]
+    prompt = TOKENIZER.encode(CountdownProtocol().root_prompt(PROBLEMS[0]))
+    chain = [prompt[-1], *map(TOKENIZER.token, (trace.SPAWN_OPEN, trace.SPAWN_CLOSE))]
+    for before, after in zip(chain, chain[1:]):
+        spawner.head_DxV[...] = spawner.head_DxV[...].at[:, after].set(spawner.embed_VxD[...][before])
+    export_hf(spawner, TOKENIZER, tmp_path / "hf")
+    roots, decode = [], hf._greedy_trees
+    monkeypatch.setattr(hf, "_greedy_trees", lambda *of: roots.append(decode(*of)) or roots[-1])
+    budget = Budget(context=128, threads=8)
+    assert check_trees(spawner, TOKENIZER, tmp_path / "hf", EagerProtocol(), PROBLEMS[:2], budget) == (2, 2)
+    assert all(len(root.children) >= 2 for both in roots for root in both)
+
+
+def test_an_unknown_parameter_raises(tmp_path):
+    model = tiny(layers=1)
+    model.bias_D = nnx.Param(jnp.zeros(32))
+    with pytest.raises(ExportError, match="no rule gives the parameter bias_D"):
+        export_hf(model, TOKENIZER, tmp_path / "hf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_models_and_folders_are_named(model, tmp_path):
+    broken = tiny(layers=1)
+    broken.norm_D[...] = jnp.full(32, jnp.nan)
+    with pytest.raises(ExportError, match="norm_D holds values that are no numbers"):
+        export_hf(broken, TOKENIZER, tmp_path / "hf")
+    with pytest.raises(ExportError, match="the tokenizer has"):
+        export_hf(model, countdown_tokenizer(200), tmp_path / "hf")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    with pytest.raises(ExportError, match="thesis.tex"):
+        export_hf(model, TOKENIZER, tmp_path / "mine")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_failed_export_leaves_the_old_one(model, tmp_path, monkeypatch):
+    export_hf(model, TOKENIZER, tmp_path / "hf")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
+
+    def full(*_, **__):
+        raise hf.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hf, "save_file", full)
+        with pytest.raises(ExportError, match="No space left"):
+            export_hf(tiny(layers=1), TOKENIZER, tmp_path / "hf")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+    (tmp_path / "hf").rename(tmp_path / ".hf.old")  # killed between the renames: found again, then replaced
+    export_hf(tiny(layers=1), TOKENIZER, tmp_path / "hf")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["num_hidden_layers"] == 1
+
+
+def call(capsys, *arguments) -> tuple[int, list[str]]:
+    """Exit code and lines on stderr of the command."""
+    code = command.main(["export_hf", *(f"--{argument}" for argument in arguments)])
+    return code, capsys.readouterr().err.splitlines()
+
+
+def test_command_exports_a_checkpoint_and_names_what_is_wrong(model, tmp_path, capsys):
+    steps = Checkpoints(tmp_path / "run" / "sft_apr" / "checkpoints")
+    meta = {"model": dataclasses.asdict(model.config), "style": "apr", "step": 3}
+    steps.save(3, {"weights": nnx.to_pure_dict(nnx.state(model, nnx.Param))}, meta)
+    steps.close()
+    step, out = tmp_path / "run" / "sft_apr" / "checkpoints" / "3", tmp_path / "out"
+    file = tmp_path / "file"
+    file.write_text("{}")
+
+    def fails(match: str, *arguments: str) -> None:
+        code, lines = call(capsys, *arguments)
+        assert code == 1 and len(lines) == 1 and match in lines[0], lines
+
+    fails("--checkpoint is needed")
+    fails("--out is needed", f"checkpoint={step}")
+    fails("no checkpoint at", f"checkpoint={tmp_path / 'none'}", f"out={out}")
+    fails("no tokenizer.json in", f"checkpoint={step}", f"out={out}")
+    fails("is no tokenizer.json", f"checkpoint={step}", f"out={out}", f"tokenizer={file}")
+    fails("no tokenizer at", f"checkpoint={step}", f"out={out}", f"tokenizer={tmp_path / 'none'}")
+    (tmp_path / "run" / "data").mkdir()
+    TOKENIZER.save(tmp_path / "run" / "data" / "tokenizer.json")
+    fails("is a file", f"checkpoint={step}", f"out={file}")
+    fails("could not be written", f"checkpoint={step}", f"out={file / 'below'}")
+    fails("dtype", f"checkpoint={step}", f"out={out}", "dtype=int8")
+    fails("no-such", f"checkpoint={step}", f"out={out}", "no-such=1")
+    (tmp_path / "broken" / "state").mkdir(parents=True)
+    words = tmp_path / "run" / "data" / "tokenizer.json"
+    fails("cannot be read", f"checkpoint={tmp_path / 'broken'}", f"out={out}", f"tokenizer={words}")
+    assert not out.exists()
+
+    assert command.main(["export_hf", f"--checkpoint={step.parent}", f"--out={out}", "--check=2", "--window=96"]) == 0
+    assert "2 of 2" in capsys.readouterr().out
+    assert command.main(["export_hf", "--help"]) == 0
+    assert "--checkpoint" in capsys.readouterr().out

@@ -1,0 +1,246 @@
+"""The tools from their command lines, in one process: what they print, write, and refuse."""
+
+import html.parser
+import json
+import random
+import re
+
+import pytest
+
+from apr_jax.countdown import CountdownProtocol, Problem
+from apr_jax.countdown.solver import SolverConfig, solve_apr
+from apr_jax.countdown.vocabulary import countdown_tokenizer
+from apr_jax.evaluate.evaluate import Record
+from apr_jax.threads import Block, Spawn, Thread, ThreadTree, encode_tree, metrics
+from tools import solve, view
+from tools.draw import Drawing, lay_out
+
+TOKENIZER = countdown_tokenizer(99)
+PROBLEM = Problem((7, 13, 10, 1), 16)
+
+
+def solver_tree(seed=1):
+    return solve_apr(PROBLEM, SolverConfig.paper_apr(beam=(3, 3), sub_beam=(3, 3)), random.Random(seed))
+
+
+def record(index, tree, **changes):
+    fields = {"failures": {}, "correct": True, "claimed": True, "tree": tree and metrics.tree_to_json(tree)} | changes
+    return Record(index, "sft_apr", "", {"numbers": list(PROBLEM.numbers), "target": PROBLEM.target}, **fields)
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """A run folder as the evaluate stage leaves it: three problems, the last of which raised."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "evaluate").mkdir()
+    TOKENIZER.save(tmp_path / "data" / "tokenizer.json")
+    tree = encode_tree(solver_tree(), TOKENIZER.encode, TOKENIZER.bos, TOKENIZER.eos)
+    prompt, written, *rest = tree.root.blocks
+    surprising = Block(written.content, True, tuple([-3.0] + [-0.01] * (len(written) - 1)))
+    cut = Thread((prompt, surprising, *rest), failure="length")
+    lines = [
+        record(0, tree).line(),
+        record(1, ThreadTree(cut), correct=False).line(),
+        record(2, None, correct=False, failures={"error:OSError": 1}).line(),
+    ]
+    (tmp_path / "evaluate" / "sft_apr.jsonl").write_text("".join(lines))
+    return tmp_path
+
+
+def call(tool, *arguments):
+    return tool.main(["tool", *map(str, arguments)])
+
+
+def refused(capsys, tool, *arguments):
+    """The one line that a wrong command ends in."""
+    assert call(tool, *arguments) == 1
+    out, err = capsys.readouterr()
+    assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in out + err
+    return err
+
+
+# ---------------------------------------------------------------------- drawing
+
+
+def test_lanes_end_with_the_longest_chain_and_children_begin_where_their_call_ends():
+    for seed in range(5):
+        tree = solver_tree(seed)
+        lanes = lay_out(tree)
+        assert max(lane.end for lane in lanes) == lanes[0].end == metrics.sequential_tokens(tree)
+        assert len(lanes) == metrics.children(tree) + 1
+        calls = {span.end for span in lanes[0].spans if span.kind == "call"}
+        assert {lane.start for lane in lanes[1:]} == calls
+        assert sum(lane.size for lane in lanes) == metrics.total_tokens(tree)
+        for lane in lanes:
+            assert all(before.end <= after.start for before, after in zip(lane.spans, lane.spans[1:]))
+
+
+def test_the_terminal_form_shows_structure_and_who_wrote():
+    child = Thread((Block("look\n", False), Block("found\n", True)))
+    failed = Thread((Block("look\n", False), Block("a\nb\nc\nd\n", True)), failure="length")
+    spawn = Spawn((Block("help\n", True),), (child, failed), Block("joined\n", False))
+    tree = ThreadTree(Thread((Block("start", False), Block("\nthinking\n", True), spawn, Block("done\n", True))))
+    drawing = Drawing(tree, None, lambda text: text if "found" in text else None)
+    assert drawing.terminal(lines=2).split("\n") == [
+        "root: 32 characters, returned nothing",
+        "  prompt, 5 characters",
+        "    : start",
+        "  written, 10 characters",
+        "    | thinking",
+        "  call of 2, 5 characters",
+        "    | help",
+        "    child 0: 11 characters, returned a path",
+        "      prompt, 5 characters",
+        "        : look",
+        "      written, 6 characters",
+        "        | found",
+        "    child 1: 13 characters, FAILED (length)",
+        "      prompt, 5 characters",
+        "        : look",
+        "      written, 8 characters",
+        "        | a",
+        "        | b",
+        "        | ... 2 more lines",
+        "  join, 7 characters",
+        "    : joined",
+        "  written, 5 characters",
+        "    | done",
+        "",
+    ]
+    assert "d" in drawing.terminal(lines=0) and "more lines" not in drawing.terminal(lines=0)
+
+
+class Page(html.parser.HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.open, self.attributes = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+        if tag not in ("meta", "rect", "path"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in ("p", "html"):
+            while self.open and self.open[-1] in ("p", "html"):
+                self.open.pop()
+            if tag not in ("rect", "path"):
+                assert self.open.pop() == tag
+
+
+def test_the_page_is_one_file_and_shows_every_thread(run_folder, capsys):
+    out = run_folder / "tree.html"
+    assert call(view, run_folder / "evaluate" / "sft_apr.jsonl", f"--html={out}", "--index=1") == 0
+    text = out.read_text()
+    page = Page(text)
+    threads = metrics.children(solver_tree()) + 1
+    assert page.tags.count("details") == page.tags.count("a") == threads > 1
+    assert not re.search(r"https?://|src=|@import|<link", text), "nothing is loaded from outside"
+    assert all(value.startswith("#") for name, value in page.attributes if name == "href")
+    assert "7 13 10 1 to 16" in text and "<b class=wrong>wrong</b>" in text and "FAILED (length)" in text
+    assert text.count("<u title=") == 1 and "probability 0.05" in text
+
+
+def test_the_page_escapes_what_a_model_wrote():
+    tree = ThreadTree(Thread((Block("p", False), Block("<script>alert(1)</script>&", True)), failure="<b>"))
+    page = Drawing(tree, None, lambda text: None).page("<i>", "right", True)
+    assert "<script>alert" not in page and "<i>" not in page and "(<b>)" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;&amp;" in page
+
+
+# ---------------------------------------------------------------------- view
+
+
+def test_view_prints_the_tree_with_the_tokenizer_of_its_run(run_folder, capsys):
+    path = run_folder / "evaluate" / "sft_apr.jsonl"
+    assert call(view, path) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("sft_apr, problem 0: 7 13 10 1 to 16: right\n")
+    assert "call of" in out and "child 0:" in out and "    : Moving to Node #0\n" in out
+    assert call(view, path, "--lines=0", f"--tokenizer={run_folder / 'data' / 'tokenizer.json'}") == 0
+    assert len(capsys.readouterr().out) > len(out)
+
+
+def test_view_refuses_in_one_line(run_folder, tmp_path_factory, capsys):
+    path = run_folder / "evaluate" / "sft_apr.jsonl"
+    assert "it holds 3 problems" in refused(capsys, view, path, "--index=7")
+    assert "error:OSError" in refused(capsys, view, path, "--index=2")
+    assert "no file" in refused(capsys, view, run_folder / "nothing.jsonl")
+    assert "one file" in refused(capsys, view)
+    assert "no tokenizer" in refused(capsys, view, path, "--tokenizer=nowhere.json")
+    assert "indx" in refused(capsys, view, path, "--indx=3")
+    broken = run_folder / "broken.jsonl"
+    for text in ("no json\n", "[]\n", '{"index": 0}\n'):
+        broken.write_text(text)
+        assert "line 1 is no record" in refused(capsys, view, broken)
+    row = json.loads(path.read_text().splitlines()[0])
+    broken.write_text(json.dumps(row | {"tree": {"root": 3}}) + "\n")
+    assert "no thread tree" in refused(capsys, view, broken)
+    alone = tmp_path_factory.mktemp("alone") / "records.jsonl"
+    alone.write_text(path.read_text())
+    assert "--tokenizer" in refused(capsys, view, alone)
+
+
+# ---------------------------------------------------------------------- solve
+
+
+@pytest.mark.parametrize("style", ["apr", "sosp"])
+def test_solve_prints_a_trace_and_a_right_answer(style, capsys):
+    assert call(solve, 9, 8, 3, "--target=24", f"--style={style}", "--beam=10") == 0
+    out = capsys.readouterr().out
+    assert out.startswith(CountdownProtocol(style).root_prompt(Problem((9, 8, 3), 24)))
+    *_, last = out.strip().split("\n")
+    assert re.fullmatch(r"right: (\S+=\d+, )*\S+=24", last)
+
+
+def test_solve_draws_the_tree_and_the_seed_decides_it(capsys):
+    outs = []
+    for seed in (1, 1, 2):
+        assert call(solve, 3, 5, 7, 8, "--target=24", "--tree", f"--seed={seed}") == 0
+        outs.append(capsys.readouterr().out)
+    assert outs[0] == outs[1] != outs[2]
+    assert "child 0:" in outs[0]
+
+
+def test_solve_says_where_the_search_missed_a_solution(capsys):
+    assert call(solve, 3, 5, 7, 8, "--target=24", "--seed=0") == 0
+    assert "not found, though a solution exists" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["1", "1", "--target=24"], "no solution exists: 1 1 cannot make 24"),
+        (["3", "--target=24"], "2 to 6 numbers are needed, 1 were given"),
+        (["1"] * 7 + ["--target=7"], "2 to 6 numbers are needed, 7 were given"),
+        (["3", "0", "--target=24"], "from 1 to 99999, was given '0'"),
+        (["3", "100000", "--target=24"], "was given '100000'"),
+        (["3", "9" * 5000, "--target=24"], "from 1 to 99999"),
+        (["3", "-7", "--target=24"], "was given '-7'"),
+        (["3", "1.5", "--target=24"], "was given '1.5'"),
+        (["3", "x", "--target=24"], "was given 'x'"),
+        (["3", "٣", "--target=24"], "from 1 to 99999"),
+        (["3", "8"], "--target=NUMBER is needed"),
+        (["3", "8", "--target=1"], "from 2 to 99999, was given 1"),
+        (["3", "8", "--target=many"], "--target=many"),
+        (["3", "8", "--target=24", "--style=bfs"], "--style=bfs"),
+        (["3", "8", "--target=24", "--beam=0"], "--beam=0"),
+        (["3", "8", "--target=24", "--bem=3"], "bem"),
+    ],
+)
+def test_solve_refuses_in_one_line(arguments, said, capsys):
+    assert said in refused(capsys, solve, *arguments)
+
+
+@pytest.mark.parametrize("tool", [solve, view])
+def test_help_shows_a_command_to_copy_and_every_flag(tool, capsys):
+    assert call(tool, "--help") == 0
+    out = capsys.readouterr().out
+    assert "    python -m tools." in out
+    for line in out.split("Flags:\n")[1].strip().split("\n"):
+        assert re.fullmatch(r" *--\w+(=\.\.\.)? +\S.*", line)

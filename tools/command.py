@@ -1,0 +1,52 @@
+"""What the tools' command lines share: flags of their own, a --help for newcomers, errors in one line."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import flags
+
+
+def run(doc: str, define: Callable[[flags.FlagValues], None], work: Callable[..., None], argv: Sequence[str]) -> int:
+    """Parses `argv` (the program's name first), calls ``work(values, arguments)``, returns the exit code.
+
+    Each call has its own `FlagValues`, so that tools may share names and run within one process. ValueError
+    and OSError are a user's: one line on stderr and code 1. Anything else is ours and keeps its traceback.
+    """
+    values = flags.FlagValues()
+    define(values)
+    flags.DEFINE_boolean("help", False, "Show this and stop.", flag_values=values)
+    try:
+        arguments = values(list(argv))[1:]
+        if values["help"].value:
+            print(f"{doc.strip()}\n\nFlags:\n{_flag_help(values)}")
+            return 0
+        work(values, arguments)
+        sys.stdout.flush()
+    except flags.Error as error:
+        return fail(f"{_first_line(error)} (--help lists the flags)")
+    except BrokenPipeError:  # the reader, a pager perhaps, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError) as error:
+        return fail(_first_line(error))
+    return 0
+
+
+def fail(message: str) -> int:
+    """Prints one line; returns the exit code of bad input."""
+    print(f"error: {message}", file=sys.stderr)
+    return 1
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _flag_help(values: flags.FlagValues) -> str:
+    lines = []
+    for name in values:
+        flag = values[name]
+        default = "" if flag.default in (None, False) else f" (default {flag.default})"
+        shown = f"--{name}" if flag.boolean else f"--{name}=..."
+        lines.append(f"  {shown:<18} {flag.help}{default}")
+    return "\n".join(lines)

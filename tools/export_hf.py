@@ -1,0 +1,115 @@
+"""Exports a checkpoint to a Hugging Face folder, which transformers and SGLang load, and checks it.
+
+    python -m tools.export_hf --checkpoint=runs/laptop/sft_apr/checkpoints --out=exported
+
+--checkpoint is the folder of one saved step (.../checkpoints/1000) or of all of them (.../checkpoints: the
+newest is taken). Nothing but --checkpoint and --out is needed. The check loads the folder with
+transformers, compares logits, and decodes Countdown problems greedily with transformers and with our own
+engine: the trees of threads must be the same token for token. Problems are the run's held-out ones where
+they are found beside the tokenizer, else random ones.
+"""
+
+import functools
+import json
+import random
+import sys
+from pathlib import Path
+
+from absl import flags, logging
+
+RANDOM_IDS = 64  # tokens of the sequences whose logits are compared
+LOGIT_TOLERANCE = 1e-3
+
+
+def make_flags() -> flags.FlagValues:
+    values = flags.FlagValues()  # its own: other commands, imported in one process, have an --out too
+    common = {"flag_values": values}
+    text = functools.partial(flags.DEFINE_string, default=None, **common)
+    number = functools.partial(flags.DEFINE_integer, **common)
+    text("checkpoint", help="Folder of a saved step, or the folder of all steps of a stage.")
+    text("out", help="Folder to write. An earlier export there is replaced; a folder of anything else is refused.")
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the stored weights.", **common)
+    text("tokenizer", help="The tokenizer.json. Default: looked for from the checkpoint's folder up, and in data/.")
+    number("check", 20, "Countdown trees to compare after the export; 0: no check.", lower_bound=0)
+    number("window", None, "Tokens of one thread in the check. Default: the run's, else 768.", lower_bound=32)
+    flags.DEFINE_bool("help", False, "Shows this.", short_name="h", **common)
+    return values
+
+
+def find_tokenizer(checkpoint: Path, above: int = 4) -> Path:
+    """The nearest tokenizer.json in a folder's `above` parents. Raises FileNotFoundError."""
+    for folder in (checkpoint, *checkpoint.parents[:above]):
+        for path in (folder / "tokenizer.json", folder / "data" / "tokenizer.json"):
+            if path.is_file():
+                return path
+    raise FileNotFoundError(f"no tokenizer.json in {checkpoint} or above it: name it with --tokenizer=FILE")
+
+
+def run(checkpoint: str, out: str, dtype: str, tokenizer: str | None, check: int, window: int | None) -> None:
+    """Raises CheckpointError, ExportError, OSError or ValueError, each with a line that says what to do."""
+    folder = Path(checkpoint).absolute()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no checkpoint at {folder}")
+    if Path(out).exists() and not Path(out).is_dir():
+        raise NotADirectoryError(f"{out} is a file, the export needs a folder")
+    from apr_jax.export.hf import check_export, check_trees, export_hf  # here: --help need not wait for JAX
+    from apr_jax.text.tokenizer import Tokenizer
+    from apr_jax.train.checkpoint import load_model
+
+    logging.set_verbosity(logging.ERROR)  # Orbax tells of every file
+    path = Path(tokenizer) if tokenizer else find_tokenizer(folder)
+    words = Tokenizer.load(path)
+    model, meta = load_model(folder)
+    export_hf(model, words, out, meta, dtype)
+    print(f"written to {out}")
+    if not check:
+        return
+    from apr_jax.countdown.protocol import CountdownProtocol
+    from apr_jax.threads.run import Budget
+
+    protocol = CountdownProtocol(meta.get("style", "apr"))
+    problems = _problems(path.parent / "held_out.jsonl", check)
+    rng = random.Random(0)
+    sequences = [[rng.randrange(len(words)) for _ in range(min(RANDOM_IDS, model.config.context))] for _ in problems]
+    difference = check_export(model, words, out, sequences)["max_logit_difference"]
+    print(f"largest difference of a logit from transformers', {len(sequences)} sequences: {difference:.2e}")
+    if not difference <= LOGIT_TOLERANCE:  # so that a NaN fails too
+        raise ValueError(f"{out} does not compute what the checkpoint does: logits differ by {difference:.2e}")
+    window = window or min((meta.get("config") or {}).get("window", 768), model.config.context)
+    equal, total = check_trees(model, words, out, protocol, problems, Budget(min(window, model.config.context)))
+    print(f"greedy trees equal token for token: {equal} of {total}")
+
+
+def _problems(path: Path, count: int) -> list:
+    from apr_jax.countdown.problem import Problem, ProblemRange
+
+    if path.is_file():
+        rows = [json.loads(line) for line in path.read_text().splitlines()[:count]]
+        return [Problem(tuple(row["numbers"]), row["target"]) for row in rows]
+    rng = random.Random(0)
+    return [ProblemRange().draw(rng) for _ in range(count)]
+
+
+def main(argv: list[str]) -> int:
+    """The exit code: 0, or 1 after one line on stderr."""
+    values = make_flags()
+    try:
+        rest = values(argv)[1:]
+        if values.help:
+            print(f"{__doc__}{values.get_help()}")
+            return 0
+        if rest:
+            raise ValueError(f"no such argument: {rest[0]!r}; options are given as --name=value, see --help")
+        for name in ("checkpoint", "out"):
+            if not values[name].value:
+                raise ValueError(f"--{name} is needed, see --help")
+        run(**{name: values[name].value for name in ("checkpoint", "out", "dtype", "tokenizer", "check", "window")})
+    except (flags.Error, ValueError, OSError, RuntimeError, KeyError) as error:
+        text = str(error).strip().splitlines()
+        print(f"error: {text[0] if text else type(error).__name__}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,89 @@
+"""Solves one Countdown problem with a symbolic solver and prints its trace: what the models learn from.
+
+    python -m tools.solve 3 5 7 8 --target=24
+    python -m tools.solve 3 5 7 8 --target=24 --style=sosp --seed=1 --beam=5
+    python -m tools.solve 3 5 7 8 --target=24 --tree
+
+Countdown: reach the target with + - * / and every number exactly once; intermediate results are whole and
+never negative. Style apr spawns threads that search side by side, sosp searches in one thread. Both keep only
+the best few states, so they may miss a solution that exists; another seed or a wider beam may find it.
+"""
+
+import random
+import re
+import sys
+from collections.abc import Sequence
+
+from absl import flags
+
+from apr_jax.countdown import CountdownProtocol, Problem, check_solution, trace
+from apr_jax.countdown.problem import solvable
+from apr_jax.countdown.solver import SOLVERS, SolverConfig
+from tools import command
+from tools.draw import Drawing
+
+MOST = 99_999  # the largest number and target
+COUNTS = (2, 6)  # of numbers
+SEEDS = range(20)  # tried where none is given
+
+
+def _define(values: flags.FlagValues) -> None:
+    flags.DEFINE_integer("target", None, "What to reach.", flag_values=values)
+    flags.DEFINE_enum("style", "apr", sorted(SOLVERS), "Which solver: apr or sosp.", flag_values=values)
+    beam = "States kept of each expansion; default: drawn by the seed from the paper's range."
+    flags.DEFINE_integer("beam", None, beam, lower_bound=1, flag_values=values)
+    seed = f"Of the search; default: the first of 0 to {len(SEEDS) - 1} that finds a solution."
+    flags.DEFINE_integer("seed", None, seed, flag_values=values)
+    flags.DEFINE_boolean("tree", False, "Draw all threads, children below their call.", flag_values=values)
+
+
+def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
+    problem = read_problem(arguments, values["target"].value)
+    numbers = " ".join(map(str, problem.numbers))
+    if not solvable(problem):
+        raise ValueError(f"no solution exists: {numbers} cannot make {problem.target}")
+    style, beam = values["style"].value, values["beam"].value
+    changes = {} if beam is None else {"beam": (beam, beam)}
+    config = {"apr": SolverConfig.paper_apr, "sosp": SolverConfig.paper_sosp}[style](**changes)
+    for seed in SEEDS if values["seed"].value is None else [values["seed"].value]:
+        tree = SOLVERS[style](problem, config, random.Random(seed))
+        if tree.info["solved"]:
+            break
+    drawing = Drawing(tree, None, CountdownProtocol(style).result)
+    print(drawing.terminal(lines=0) if values["tree"].value else tree.root.text)
+    print(f"{style}, seed {seed}, beam {tree.info['beam']}: {drawing.costs()}")
+    text = tree.root.text
+    verdict = check_solution(problem, text)
+    if verdict:
+        steps = filter(None, map(trace.read_exploring, trace.read_path(text).split("\n")))
+        print("right: " + ", ".join("{}{}{}={}".format(*operation) for operation, _ in steps))
+    elif tree.info["solved"]:
+        print(f"wrong: {verdict.reason}")
+    else:
+        print("not found, though a solution exists: try another --seed or a wider --beam")
+
+
+def read_problem(arguments: Sequence[str], target: int | None) -> Problem:
+    """Raises ValueError, in one line that says what was given and what is allowed."""
+    if not COUNTS[0] <= len(arguments) <= COUNTS[1]:
+        raise ValueError(f"{COUNTS[0]} to {COUNTS[1]} numbers are needed, {len(arguments)} were given")
+    if target is None:
+        raise ValueError("--target=NUMBER is needed")
+    for given in arguments:
+        if not re.fullmatch(r"[0-9]{1,9}", given) or not 1 <= int(given) <= MOST:
+            raise ValueError(f"numbers are integers from 1 to {MOST}, was given {given[:40]!r}")
+    if not 2 <= target <= MOST:
+        raise ValueError(f"the target is an integer from 2 to {MOST}, was given {target}")
+    return Problem(tuple(map(int, arguments)), target)
+
+
+def main(argv: Sequence[str]) -> int:
+    for before, given in zip(argv, argv[1:]):
+        # A negative number would be read as a flag, and refused with a message about flags.
+        if re.fullmatch(r"-[0-9.]+", given) and not (before.startswith("--") and "=" not in before):
+            return command.fail(f"numbers are integers from 1 to {MOST}, was given {given!r}")
+    return command.run(__doc__, _define, _work, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

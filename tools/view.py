@@ -1,0 +1,98 @@
+"""Draws the thread tree of one evaluated problem: who spawned whom, what each thread wrote, what it cost.
+
+    python -m tools.view runs/laptop/evaluate/sft_apr.jsonl --index=3
+    python -m tools.view runs/laptop/evaluate/sft_apr.jsonl --index=3 --html=tree.html
+
+The file is one that the evaluate stage wrote, one problem a line. Without --html the tree is printed: lines
+behind ":" were put there by the system (prompts, joins), lines behind "|" were written by the model. With
+--html it becomes one page to open in a browser, threads as lanes over time.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from absl import flags
+
+from apr_jax.countdown import CountdownProtocol
+from apr_jax.evaluate.evaluate import Record
+from apr_jax.text.tokenizer import Tokenizer
+from apr_jax.threads import ThreadTree
+from tools import command
+from tools.draw import Drawing
+
+
+def _define(values: flags.FlagValues) -> None:
+    flags.DEFINE_integer("index", 0, "Which problem, counted from 0.", lower_bound=0, flag_values=values)
+    flags.DEFINE_string("tokenizer", None, "A tokenizer.json; default: the one of the file's run.", flag_values=values)
+    flags.DEFINE_string("html", None, "Write a page to this file instead of printing.", flag_values=values)
+    flags.DEFINE_integer("lines", 8, "Lines printed of each block; 0: all.", lower_bound=0, flag_values=values)
+
+
+def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
+    if len(arguments) != 1:
+        raise ValueError(f"one file of records is needed, {len(arguments)} were given")
+    path = Path(arguments[0])
+    record = find_record(path, values["index"].value)
+    title, verdict = describe(record), "right" if record.correct else "wrong"
+    tree = record.thread_tree
+    if tree is None:
+        raise ValueError(f"{title}: no tree, the run of it failed with {', '.join(record.failures)}")
+    decode = None if _is_text(tree) else find_tokenizer(path, values["tokenizer"].value).decode
+    drawing = Drawing(tree, decode, CountdownProtocol().result)
+    if values["html"].value:
+        Path(values["html"].value).write_text(drawing.page(title, verdict, record.correct), encoding="utf-8")
+        print(f"wrote {values['html'].value}")
+    else:
+        print(f"{title}: {verdict}\n{drawing.costs()}\n\n{drawing.terminal(values['lines'].value)}", end="")
+
+
+def find_record(path: Path, index: int) -> Record:
+    """Raises FileNotFoundError or ValueError, in one line."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    count = 0
+    for line in _lines(path):
+        try:
+            record = Record.read(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {count + 1} is no record: {error}") from None
+        count += 1
+        if record.index == index:
+            return record
+    raise ValueError(f"{path} has no problem {index}, it holds {count} problems")
+
+
+def _lines(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        yield from (line for line in file if line.strip())
+
+
+def find_tokenizer(path: Path, given: str | None) -> Tokenizer:
+    """The tokenizer given, else the nearest tokenizer.json in the folders above `path` or their data/."""
+    if given is not None:
+        return Tokenizer.load(given)
+    for folder in path.resolve().parents:
+        for place in (folder / "tokenizer.json", folder / "data" / "tokenizer.json"):
+            if place.is_file():
+                return Tokenizer.load(place)
+    raise FileNotFoundError(f"no tokenizer.json above {path}: give --tokenizer=FILE")
+
+
+def describe(record: Record) -> str:
+    if {"numbers", "target"} <= set(record.problem):
+        numbers = " ".join(map(str, record.problem["numbers"]))
+        return f"{record.name}, problem {record.index}: {numbers} to {record.problem['target']}"
+    return f"{record.name}, problem {record.index}"
+
+
+def _is_text(tree: ThreadTree) -> bool:
+    return isinstance(tree.root.blocks[0].content, str)
+
+
+def main(argv: Sequence[str]) -> int:
+    return command.run(__doc__, _define, _work, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
