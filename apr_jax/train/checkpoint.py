@@ -1,7 +1,6 @@
 """Orbax checkpoints: what a stage saves along the way and finds again when it is started again."""
 
 import errno
-import json
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +80,10 @@ def load_model(folder: Path | str) -> tuple[Llama, dict]:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             like = jax.tree.map(ocp.utils.to_shape_dtype_struct, {"weights": nnx.to_pure_dict(weights)})
             restored = reader.restore(
-                folder / "state", args=ocp.args.PyTreeRestore(item=like, partial_restore=True)
+                folder / "state",
+                args=ocp.args.PyTreeRestore(
+                    item=like, restore_args=ocp.checkpoint_utils.construct_restore_args(like), partial_restore=True
+                ),
             )
     except Exception as error:
         text = str(error).splitlines() or [type(error).__name__]
@@ -89,6 +91,3 @@ def load_model(folder: Path | str) -> tuple[Llama, dict]:
     nnx.replace_by_pure_dict(weights, restored["weights"])
     return nnx.merge(graphdef, weights), meta
 
-
-def read_meta(folder: Path) -> dict:
-    return json.loads((folder / "meta" / "metadata").read_text())

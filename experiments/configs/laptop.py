@@ -20,12 +20,12 @@ def get_config():
         stage.optimizer.name = "muon"
         stage.optimizer.schedule = "linear"
         stage.optimizer.beta2 = 0.99
-    c.sft.steps = 1000  # x 4 rows x 768: about 3 million tokens a model
+    c.sft.steps, c.sft.batch_rows, c.sft.row_length = 850, 2, 1536  # about 2.5 million tokens a model
     c.sft.optimizer.peak_rate = 3e-3
     c.sft.optimizer.muon_rate = 0.02
     c.sft.optimizer.start_rate, c.sft.optimizer.end_rate, c.sft.optimizer.warmup_steps = 0.05, 0.02, 20
 
-    c.grpo.steps = 8
+    c.grpo.steps, c.grpo.prompts, c.grpo.group = 6, 10, 6
     c.grpo.optimizer.peak_rate = 3e-4
     c.grpo.optimizer.muon_rate = 2e-3
     c.grpo.optimizer.start_rate, c.grpo.optimizer.end_rate, c.grpo.optimizer.warmup_steps = 0.5, 0.5, 1

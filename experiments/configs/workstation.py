@@ -12,6 +12,6 @@ def get_config():
     c = laptop.get_config()
     c.name = "workstation"
     c.problems.train, c.problems.held_out = 24_000, 1000
-    c.sft.steps, c.sft.batch_rows, c.sft.save_every = 4000, 8, 200
+    c.sft.steps, c.sft.batch_rows, c.sft.save_every = 4000, 4, 200
     c.grpo.steps, c.grpo.prompts, c.grpo.group = 40, 16, 8
     return c

@@ -1,0 +1,81 @@
+"""The report stage: a table of every evaluated model, figures, and the numbers behind them."""
+
+import json
+from pathlib import Path
+
+from apr_jax.evaluate.evaluate import read_records, summarise
+from experiments import figures
+from experiments.dataset import write_text
+
+TITLES = {"sft_sosp": "SoS+ SFT", "sft_apr": "APR SFT", "grpo_sosp": "SoS+ SFT+GRPO", "grpo_apr": "APR SFT+GRPO"}
+HEADER = (
+    "| model | accuracy (95 % interval) | claimed | right operations | total tokens | sequential tokens | children |"
+    " threads cut by the window | malformed spawns | tokens trained |"
+)
+
+
+def write_report(workdir: Path) -> str:
+    """Writes report.md, summary.json and figures/ from what the run folder holds; returns the table."""
+    records = {
+        title: read_records(path)
+        for name, title in TITLES.items()
+        if (path := workdir / "evaluate" / f"{name}.jsonl").exists()
+    }
+    if not records:
+        raise FileNotFoundError(f"no records under {workdir / 'evaluate'}: run --stage=evaluate first")
+    metrics = {
+        title: figures.read_metrics(path)
+        for name, title in TITLES.items()
+        if (path := workdir / name / "metrics.jsonl").exists()
+    }
+    summaries = {title: summarise(rows) for title, rows in records.items()}
+    lines = [HEADER, "|" + " --- |" * HEADER.count(" | ") + " --- |"]
+    lines += [_row(title, summary, _trained(metrics.get(title, []))) for title, summary in summaries.items()]
+    check = workdir / "export" / "check.json"
+    if check.exists():
+        found = json.loads(check.read_text())
+        lines += ["", f"Export of {found['model']} against transformers: " + ", ".join(
+            f"{name.replace('_', ' ')} {value:.2g}" if isinstance(value, float) else f"{name.replace('_', ' ')} {value}"
+            for name, value in found.items() if name != "model"
+        )]  # fmt: skip
+    manifest = json.loads((workdir / "data" / "manifest.json").read_text())
+    for style in ("sosp", "apr"):
+        counts = manifest[f"{style}_train"]
+        n = counts["trees"] + counts["too_long"]
+        lines.append(
+            f"The {style} solver on {n} training problems: right within the window {counts['solved_in_window'] / n:.1%}, "
+            f"right {counts['solved'] / n:.1%}, kept {counts['trees']} trees ({counts['too_long']} too long), "
+            f"{counts['tokens'] / counts['trees']:.0f} tokens a tree."
+        )
+    folder = workdir / "figures"
+    folder.mkdir(exist_ok=True)
+    figures.accuracy_bars(records, folder / "accuracy.png")
+    figures.accuracy_against_window(records, folder / "accuracy_window.png")
+    figures.accuracy_against_sequential(records, folder / "accuracy_sequential.png")
+    figures.accuracy_against_total(records, folder / "accuracy_total.png")
+    if sft := {title: rows for title, rows in metrics.items() if "GRPO" not in title}:
+        figures.sft_losses(sft, folder / "sft_loss.png")
+    if grpo := {title: rows for title, rows in metrics.items() if "GRPO" in title}:
+        figures.grpo_rewards(grpo, folder / "grpo_reward.png")
+    text = "\n".join(lines) + "\n"
+    write_text(workdir / "summary.json", json.dumps(summaries, indent=1))
+    write_text(workdir / "report.md", text)
+    return text
+
+
+def _row(title: str, s: dict, trained: float) -> str:
+    malformed = ", ".join(f"{kind} {count}" for kind, count in s["malformed"].items()) or "none"
+    right = s["operations_right"] / s["operations"] if s["operations"] else float("nan")
+    return (
+        f"| {title} | {s['accuracy']:.1%} ({s['accuracy_low']:.1%} to {s['accuracy_high']:.1%}), n={s['n']}"
+        f" | {s['claimed']:.1%} | {right:.1%} | {s['total_tokens']:.0f} | {s['sequential_tokens']:.0f}"
+        f" | {s['children']:.1f} | {s['failures'].get('length', 0)} | {malformed} | {trained / 1e6:.2f} M |"
+    )
+
+
+def _trained(rows: list[dict]) -> float:
+    """Tokens that went through training: SFT logs those of one step every few, GRPO of every step."""
+    steps = [row for row in rows if "tokens" in row]
+    if steps:
+        return steps[-1]["step"] * sum(row["tokens"] for row in steps) / len(steps)
+    return sum(row.get("train/tokens", 0) for row in rows)
