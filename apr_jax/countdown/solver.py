@@ -23,7 +23,7 @@ from apr_jax.threads import Block, Spawn, Thread, ThreadTree
 
 @functools.cache
 def _factors(target: int) -> tuple[int, ...]:
-    return tuple(factor for factor in range(2, target + 1) if target % factor == 0)
+    return tuple(factor for factor in range(2, target + 1) if target % factor == 0) or (target,)
 
 
 @functools.cache

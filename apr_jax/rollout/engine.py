@@ -14,6 +14,7 @@ Always true:
 
 import asyncio
 import hashlib
+import heapq
 from collections import deque
 from collections.abc import Sequence as Ids
 
@@ -34,9 +35,11 @@ PREFILL_ROWS = 8  # prompts per device and prefill call
 
 
 class _Sequence:
-    def __init__(self, ids: Ids[int], key: np.ndarray):
+    def __init__(self, ids: Ids[int], name: Ids[int], seed: int):
         self.ids = list(ids)
-        self.key = key
+        digest = hashlib.blake2b(",".join(map(str, (seed, *name))).encode(), digest_size=8).digest()
+        self.key = np.frombuffer(digest, np.uint32)
+        self.depth = len(name)
         self.slot: int | None = None
         self.cached = 0
         self.heir: _Sequence | None = None  # a fork that may take the slot over
@@ -73,7 +76,10 @@ class JaxEngine:
         self._owners: list[_Sequence | None] = [None] * slots
         self._used = [0] * slots  # when a slot was last decoded in, to evict the longest idle
         self._clock = 0
-        self._waiting: deque[_Request] = deque()
+        # Longer names first: children and parents that go on come before new roots, so that trees end
+        # rather than pile up as parents whose slots are taken from them.
+        self._waiting: list[tuple[int, int, _Request]] = []
+        self._arrivals = 0
         self._running: dict[int, _Request] = {}  # by slot
         self._loop: asyncio.Task | None = None
         self.sampled = self.slot_steps = 0  # tokens drawn and slots stepped: their ratio is the occupancy
@@ -87,12 +93,12 @@ class JaxEngine:
     def open(self, ids: Ids[int], name: Ids[int]) -> _Sequence:
         if not 1 <= len(ids) <= self.context:
             raise ValueError(f"a sequence holds 1 to {self.context} tokens, was given {len(ids)}")
-        return _Sequence(ids, self._key(name))
+        return _Sequence(ids, name, self.seed)
 
     def fork(self, sequence: _Sequence, length: int, name: Ids[int]) -> _Sequence:
         if not 1 <= length <= len(sequence.ids):
             raise ValueError(f"a fork keeps 1 to {len(sequence.ids)} tokens, was given {length}")
-        sequence.heir = _Sequence(sequence.ids[:length], self._key(name))
+        sequence.heir = _Sequence(sequence.ids[:length], name, self.seed)
         return sequence.heir
 
     def extend(self, sequence: _Sequence, ids: Ids[int]) -> None:
@@ -105,7 +111,8 @@ class JaxEngine:
         if limit < 1:
             raise ValueError(f"no room to decode: {len(sequence.ids)} of {self.context} tokens")
         request = _Request(sequence, stop, limit, sampling)
-        self._waiting.append(request)
+        self._arrivals += 1
+        heapq.heappush(self._waiting, (-sequence.depth, self._arrivals, request))
         if self._loop is None or self._loop.done():
             self._loop = asyncio.create_task(self._serve())
         return await request.future
@@ -123,20 +130,17 @@ class JaxEngine:
 
     # ------------------------------------------------------------------ the loop
 
-    def _key(self, name: Ids[int]) -> np.ndarray:
-        text = ",".join(map(str, (self.seed, *name)))
-        return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=8).digest(), np.uint32)
-
     async def _serve(self) -> None:
         """Admits, prefills, decodes, until nothing waits and nothing runs."""
         try:
             while self._waiting or self._running:
                 self._admit()
-                self._step()
+                if self._running:
+                    self._step()
                 for _ in range(4):  # lets the runners of what ended ask for what comes next
                     await asyncio.sleep(0)
         except BaseException as error:
-            for request in (*self._waiting, *self._running.values()):
+            for request in (*(entry[2] for entry in self._waiting), *self._running.values()):
                 if not request.future.done():
                     request.future.set_exception(RuntimeError(f"the engine stopped: {error!r}"))
             self._waiting.clear()
@@ -144,14 +148,19 @@ class JaxEngine:
             raise
 
     def _admit(self) -> None:
-        """Gives slots to waiting sequences, first come first served, and fills their caches."""
+        """Gives slots to waiting sequences and fills their caches. A request that was cancelled goes."""
+        for slot in [slot for slot, request in self._running.items() if request.future.done()]:
+            del self._running[slot]
         admitted = []
         while self._waiting:
-            sequence = self._waiting[0].sequence
-            if sequence.slot is None and not self._take_slot(sequence):
-                break
-            self._running[sequence.slot] = self._waiting.popleft()
-            admitted.append(sequence)
+            request = self._waiting[0][2]
+            sequence = request.sequence
+            if not request.future.done():
+                if sequence.slot is None and not self._take_slot(sequence):
+                    break
+                self._running[sequence.slot] = request
+                admitted.append(sequence)
+            heapq.heappop(self._waiting)
         if admitted:
             self._prefill(admitted)
 
@@ -246,4 +255,5 @@ class JaxEngine:
             stopped = request.ids[-1] in request.stop
             if stopped or len(request.ids) == request.limit:
                 del self._running[slot]
-                request.future.set_result(Decoded(tuple(request.ids), tuple(request.logprobs), stopped))
+                if not request.future.done():
+                    request.future.set_result(Decoded(tuple(request.ids), tuple(request.logprobs), stopped))

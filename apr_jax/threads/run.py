@@ -43,7 +43,8 @@ class TreeRunner:
     async def run(self, problem: Any, name: Sequence[int], condition: str = "") -> ThreadTree:
         """One tree. `name` is the tree's identity, `condition` goes first on the root's prompt."""
         counts = Counter()
-        root = await self._thread(condition + self.protocol.root_prompt(problem), tuple(name), 0, counts)
+        prompt = condition + self.protocol.root_prompt(problem)
+        root = await self._thread(prompt, tuple(name), 0, self.budget.threads - 1, counts)
         text = self._text(root)
         correct = root.failure is None and self.protocol.correct(problem, text)
         info = {
@@ -55,35 +56,36 @@ class TreeRunner:
         }
         return ThreadTree(root, info)
 
-    async def _thread(self, prompt: str, name: tuple[int, ...], depth: int, counts: Counter) -> Thread:
-        counts["threads"] += 1
+    async def _thread(self, prompt: str, name: tuple[int, ...], depth: int, allowance: int, counts: Counter) -> Thread:
+        """`allowance` is how many threads it and its descendants may still open."""
         ids = (self.tokenizer.bos, *self.tokenizer.encode(prompt))
         if len(ids) >= self.budget.context:
             return Thread((Block(ids, sampled=False),), failure="length")
         live = _LiveThread(self.engine, ids, name)
         try:
-            return await self._turns(live, depth, counts)
+            return await self._turns(live, depth, allowance, counts)
         finally:
             live.close()
 
-    async def _turns(self, live: "_LiveThread", depth: int, counts: Counter) -> Thread:
-        """Writes, spawns, joins, writes again, until the thread ends."""
+    async def _turns(self, live: "_LiveThread", depth: int, allowance: int, counts: Counter) -> Thread:
+        """Writes, spawns, joins, writes again, until the thread ends. What its children leave of the allowance
+        is split among them evenly, so that what one may open does not depend on how fast another is."""
         for turn in range(self.budget.context):  # every turn grows the context, so the window ends the loop
             start = len(live.ids)
             failure = await self._write(live, counts)
             if failure is not None or live.ids[-1] != self.spawn_close:
                 return live.thread(failure)
             try:
-                request, call_at = self._request(live.ids, start, depth, counts)
+                request, call_at = self._request(live.ids, start, depth, allowance)
             except MalformedSpawn as error:
                 counts[f"malformed:{error.kind}"] += 1
                 return live.thread(f"malformed:{error.kind}")
-            children = await asyncio.gather(
-                *(
-                    self._thread(child, (*live.name, turn, index), depth + 1, counts)
-                    for index, child in enumerate(request.children)
-                )
+            each = (allowance - len(request.children)) // len(request.children)
+            children = await _gather(
+                self._thread(child, (*live.name, turn, index), depth + 1, each, counts)
+                for index, child in enumerate(request.children)
             )
+            allowance -= sum(1 for child in children for _ in child.walk())
             results = [None if child.failure else self.protocol.result(self._text(child)) for child in children]
             joined = self._join_ids(live.ids, call_at, results)
             live.join(len(live.ids) - call_at, tuple(children), joined)
@@ -104,7 +106,7 @@ class TreeRunner:
             live.replace_last(self.spawn_open)
         return "length"
 
-    def _request(self, ids: list[int], start: int, depth: int, counts: Counter) -> tuple[SpawnRequest, int]:
+    def _request(self, ids: list[int], start: int, depth: int, allowance: int) -> tuple[SpawnRequest, int]:
         """The spawn that `ids` end in and the index where its call begins; raises MalformedSpawn."""
         request = self.protocol.parse_spawn(self.tokenizer.decode(ids))
         opened = [index for index in range(start, len(ids)) if ids[index] == self.spawn_open]
@@ -113,8 +115,8 @@ class TreeRunner:
             raise MalformedSpawn("unopened", "a spawn was closed that was not opened")
         if depth >= self.budget.depth:
             raise MalformedSpawn("too_deep", f"a spawn at depth {depth}, the limit is {self.budget.depth}")
-        if counts["threads"] + len(request.children) > self.budget.threads:
-            raise MalformedSpawn("too_many", f"over {self.budget.threads} threads in one tree")
+        if len(request.children) > allowance:
+            raise MalformedSpawn("too_many", f"{len(request.children)} children, {allowance} more threads are allowed")
         return request, opened[-1]
 
     def _join_ids(self, ids: list[int], call_at: int, results: Sequence[str | None]) -> tuple[int, ...]:
@@ -177,6 +179,17 @@ class _LiveThread:
 
 def _slice(block: Block, part: slice) -> Block:
     return Block(block.content[part], block.sampled, None if block.logprobs is None else block.logprobs[part])
+
+
+async def _gather(work) -> list:
+    """As `asyncio.gather`, but where one fails the others stop too, and with them their decoding."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        return list(await asyncio.gather(*tasks))
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        raise
 
 
 async def run_all(

@@ -211,7 +211,6 @@ def test_children_may_spawn_where_the_budget_has_a_level_for_them():
     assert play(scripts, depth=1).root.children[0].failure == "malformed:too_deep"
 
 
-@pytest.mark.xfail(strict=True, reason="counts['threads'] is checked before the children that were granted are counted")
 def test_the_budget_of_threads_holds_in_every_order():
     """Two children that spawn at the same time must not both take the last places."""
     script = {(7,): BODY + call("0,0", "0,1") + NOT_FOUND}
