@@ -22,6 +22,22 @@ STYLES = ("sosp", "apr")
 STAGES = ("data", "sft", "grpo", "evaluate", "export", "report")
 
 
+# The least value of what nothing else checks.
+LEAST = {
+    "seed": 0, "devices": 1, "window": 32, "problems.train": 1, "problems.held_out": 1, "tokenizer.max_number": 9,
+    "sosp.max_value": 0, "apr.max_value": 0,
+    "model.width": 1, "model.layers": 1, "model.heads": 1, "model.kv_heads": 0, "model.feed_forward": 0,
+    "sft.steps": 0, "sft.batch_rows": 1, "sft.save_every": 1, "sft.log_every": 1,
+    "grpo.steps": 0, "grpo.prompts": 1, "grpo.inner_steps": 1, "grpo.batch_rows": 1, "grpo.slots": 1,
+    "grpo.clip_low": 0, "grpo.clip_high": 0, "grpo.kl": 0, "grpo.save_every": 1,
+    "budget.threads": 1, "budget.depth": 0, "evaluate.slots": 1, "export.check_trees": 0,
+} | {
+    f"{stage}.optimizer.{name}": 0
+    for stage in ("sft", "grpo")
+    for name in ("peak_rate", "muon_rate", "start_rate", "end_rate", "warmup_steps", "weight_decay", "clip", "beta2")
+}  # fmt: skip
+
+
 def default_config() -> ml_collections.ConfigDict:
     """Defaults that every preset shares. A tuple of two is a closed range."""
     c = ml_collections.ConfigDict()
@@ -151,36 +167,51 @@ def read_settings(config: ml_collections.ConfigDict) -> Settings:
         except (ValueError, TypeError) as error:
             raise ValueError(f"{section}: {error}") from None
 
-    devices = at_least("devices", c["devices"], 1)
-    window = at_least("window", c["window"], 32)
-    for name, value in (
-        ("sft.batch_rows", c["sft"]["batch_rows"]),
-        ("grpo.batch_rows", c["grpo"]["batch_rows"]),
-        ("grpo.slots", c["grpo"]["slots"]),
-        ("evaluate.slots", c["evaluate"]["slots"]),
-    ):
-        if value < 1 or value % devices:
+    for name, least in LEAST.items():
+        value = config
+        for part in name.split("."):
+            value = value[part]
+        at_least(name, value, least)
+    devices, window = c["devices"], c["window"]
+    for name in ("sft.batch_rows", "grpo.batch_rows", "grpo.slots", "evaluate.slots"):
+        section, key = name.split(".")
+        if (value := c[section][key]) % devices:
             raise ValueError(f"{name} is a multiple of devices ({devices}), was given {value}")
     for section in ("sft", "grpo"):
         at_least(f"{section}.row_length", c[section]["row_length"], window)
-        at_least(f"{section}.save_every", c[section]["save_every"], 1)
-        at_least(f"{section}.steps", c[section]["steps"], 0)
-    at_least("sft.log_every", c["sft"]["log_every"], 1)
+    if c["grpo"]["prompts"] > c["problems"]["train"]:
+        raise ValueError(
+            f"grpo.prompts is at most problems.train ({c['problems']['train']}), was given {c['grpo']['prompts']}"
+        )
+    for style, names in (("sosp", ("beam",)), ("apr", ("beam", "sub_beam"))):
+        for name in names:
+            if len(c[style][name]) != 2:
+                raise ValueError(f"{style}.{name} is two numbers, lowest and highest, was given {c[style][name]}")
     if unknown := set(c["grpo"]["styles"]) - set(STYLES):
-        raise ValueError(f"grpo.styles is a choice of {STYLES}, was given {sorted(unknown)}")
+        raise ValueError(f"grpo.styles is a choice of {', '.join(STYLES)}, was given {', '.join(sorted(unknown))}")
     if c["sft"]["loss_tokens"] not in ("sampled", "all"):
         raise ValueError(f"sft.loss_tokens is sampled or all, was given {c['sft']['loss_tokens']!r}")
     if c["export"]["dtype"] not in ("float32", "bfloat16"):
         raise ValueError(f"export.dtype is float32 or bfloat16, was given {c['export']['dtype']!r}")
 
-    solvers = {
-        style: build(
-            style, SolverConfig, **{**c[style], "beam": tuple(c[style]["beam"]), "max_value": c[style]["max_value"] or None}
-            | ({"sub_beam": tuple(c[style]["sub_beam"])} if style == "apr" else {}),
+    if c["seed"] >= 2**31:
+        raise ValueError(f"seed is less than {2**31}, was given {c['seed']}")
+    for stage in ("sft", "grpo"):
+        if (beta2 := c[stage]["optimizer"]["beta2"]) >= 1:
+            raise ValueError(f"{stage}.optimizer.beta2 is from 0 to less than 1, was given {beta2}")
+    largest = max(2, c["problems"]["max_number"]) ** min(c["problems"]["count"], 6)
+    if c["problems"]["max_target"] > largest:
+        raise ValueError(
+            f"problems.max_target is at most {largest}, no more can be made of {c['problems']['count']} numbers up to "
+            f"{c['problems']['max_number']}, was given {c['problems']['max_target']}"
         )
-        for style in STYLES
-    }  # fmt: skip
-    model = {**c["model"], "kv_heads": c["model"]["kv_heads"] or None, "feed_forward": c["model"]["feed_forward"] or None}
+
+    def solver(style: str) -> SolverConfig:
+        values = {**c[style], "max_value": c[style]["max_value"] or None}
+        return build(style, SolverConfig, **values)
+
+    solvers = {style: solver(style) for style in STYLES}
+    model = {**c["model"], **{name: c["model"][name] or None for name in ("kv_heads", "feed_forward")}}
     model["context"] = -(-max(window, c["grpo"]["row_length"]) // 128) * 128
     build("model", LlamaConfig, vocab_size=8, **model)
 
@@ -193,13 +224,12 @@ def read_settings(config: ml_collections.ConfigDict) -> Settings:
     return Settings(
         config=c, name=c["name"], seed=c["seed"], devices=devices, window=window,
         problems=build("problems", ProblemRange, **problems),
-        train=at_least("problems.train", c["problems"]["train"], 1),
-        held_out=at_least("problems.held_out", c["problems"]["held_out"], 1),
-        solvers=solvers, max_number=at_least("tokenizer.max_number", c["tokenizer"]["max_number"], 9), model=model,
+        train=c["problems"]["train"], held_out=c["problems"]["held_out"],
+        solvers=solvers, max_number=c["tokenizer"]["max_number"], model=model,
         sft=section("sft", SftConfig), grpo=section("grpo", GrpoConfig, ("styles", "slots")),
         grpo_styles=tuple(c["grpo"]["styles"]), grpo_slots=c["grpo"]["slots"],
         budget=Budget(window, c["budget"]["threads"], c["budget"]["depth"]),
         evaluate_sampling=build("evaluate", Sampling, temperature=c["evaluate"]["temperature"]),
         evaluate_slots=c["evaluate"]["slots"], export_dtype=c["export"]["dtype"],
-        export_check_trees=at_least("export.check_trees", c["export"]["check_trees"], 0),
+        export_check_trees=c["export"]["check_trees"],
     )  # fmt: skip

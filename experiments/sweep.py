@@ -1,41 +1,49 @@
 """Sweeps: the product of ``KEY=VALUE,...`` flags, each point a run of its own in its own folder."""
 
 import itertools
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-import ml_collections
+from experiments.command import Command, parse
 
 
-def expand(sweeps: Sequence[str], config: ml_collections.ConfigDict) -> list[dict[str, str]]:
-    """All points of the sweeps as {key: value}; raises ValueError for a key that the config lacks."""
-    axes = []
-    for sweep in sweeps:
+def expand(command: Command) -> list[tuple[str, list[str]]]:
+    """(folder, command line) of every point, each one parsed, so that a wrong value stops the sweep at its
+    start. Raises ValueError."""
+    axes: dict[str, list[str]] = {}
+    for sweep in command.sweeps:
         key, sign, values = sweep.partition("=")
         if not sign or not values:
-            raise ValueError(f"a sweep is KEY=VALUE,VALUE,..., was given {sweep!r}")
-        here = config
-        for part in key.split("."):
-            if not isinstance(here, ml_collections.ConfigDict) or part not in here:
-                raise ValueError(f"no setting {key!r} to sweep over; {part!r} is not among {', '.join(sorted(here))}")
-            here = here[part]
-        axes.append([(key, value) for value in values.split(",")])
-    return [dict(point) for point in itertools.product(*axes)]
+            raise ValueError(f"--sweep is KEY=VALUE,VALUE,..., was given {sweep!r}")
+        if key in axes:
+            raise ValueError(f"--sweep has {key} twice: give all its values at once")
+        axes[key] = re.split(r",(?![^(]*\))", values)  # a list in parentheses is one value
+        if twice := {value for value in axes[key] if axes[key].count(value) > 1}:
+            raise ValueError(f"--sweep={sweep} has the value {min(twice)} twice")
+        if "/" in values:
+            raise ValueError(f"--sweep={sweep}: a value names a folder, so it holds no '/'")
+    points = []
+    for values in itertools.product(*axes.values()):
+        changes = [f"{key}={value}" for key, value in zip(axes, values)]
+        folder = command.workdir / ",".join(changes)
+        line = [
+            f"--config={command.file}", *(f"--config.{change}" for change in (*command.changes, *changes)),
+            f"--stage={','.join(command.stages)}", f"--workdir={folder}",
+        ]  # fmt: skip
+        parse(["run", *line])
+        points.append((folder.name, line))
+    return points
 
 
-def run_each(points: Sequence[dict[str, str]], workdir: Path, argv: Sequence[str]) -> None:
-    """Runs the points one after the other, each as the command it would be by hand; points that failed are
-    named at the end, after all others have run."""
-    kept = [arg for arg in argv[1:] if not arg.startswith(("--sweep", "--workdir"))]
+def run_each(command: Command, points: Sequence[tuple[str, list[str]]]) -> None:
+    """Runs the points one after the other, each as the command it would be by hand. Raises RuntimeError that
+    names those that failed, after all others have run."""
     failed = []
-    for point in points:
-        name = ",".join(f"{key}={value}" for key, value in point.items())
-        flags = [f"--config.{key}={value}" for key, value in point.items()]
-        print(f"sweep {name}", flush=True)
-        command = [sys.executable, "-m", "experiments.run", *kept, *flags, f"--workdir={workdir / name}"]
-        if subprocess.run(command).returncode:
+    for number, (name, line) in enumerate(points, 1):
+        print(f"sweep {number}/{len(points)}: {name} in {command.workdir / name}", flush=True)
+        if subprocess.run([sys.executable, "-m", "experiments.run", *line]).returncode:
             failed.append(name)
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(points)} runs failed: {'; '.join(failed)}")

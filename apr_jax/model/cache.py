@@ -1,8 +1,8 @@
 """The key/value cache of a pool of slots: per layer a pair of arrays [S, K, W, H].
 
-A slot is a row; W, the window, is the longest prefix that any slot holds now, rounded up to a bucket. The
-whole window is attended over, so it is grown and shrunk between calls and never sliced inside them: a
-slice in front of the product would copy the cache at every token.
+A slot is a row, W the most tokens it can hold. A token attends over the whole width of the arrays it is
+given, so a decode loop takes out the rows and the width that it needs (`take`), works on those, and puts
+them back (`put`): a slice inside the loop would copy the cache at every token.
 """
 
 from typing import NamedTuple
@@ -27,12 +27,15 @@ def make_cache(config: LlamaConfig, slots: int, window: int) -> list[LayerCache]
     return [LayerCache(zeros(), zeros()) for _ in range(config.layers)]
 
 
-def resize(cache: list[LayerCache], window: int) -> list[LayerCache]:
-    """The same slots with another window; what lies past a smaller one is lost."""
-    old = cache[0].k_SxKxWxH.shape[2]
-    if window <= old:
-        return jax.tree.map(lambda x: x[:, :, :window], cache)
-    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, window - old), (0, 0))), cache)
+def take(cache: list[LayerCache], rows_B: Array, width: int) -> list[LayerCache]:
+    """A cache [B, K, width, H] of some slots; a row past the last slot gives some slot's, of no use."""
+    return jax.tree.map(lambda x: x.at[rows_B, :, :width].get(mode="clip"), cache)
+
+
+def put(cache: list[LayerCache], rows_B: Array, taken: list[LayerCache]) -> list[LayerCache]:
+    """Puts back what `take` took; a row past the last slot is dropped."""
+    width = taken[0].k_SxKxWxH.shape[2]
+    return jax.tree.map(lambda x, new: x.at[rows_B, :, :width].set(new, mode="drop"), cache, taken)
 
 
 def cached_attention(rows_B: Array, positions_BxT: Array):

@@ -1,4 +1,4 @@
-"""The jitted parts of the JAX engine: prefill of some slots, and a decode loop over all of them.
+"""The jitted parts of the JAX engine: prefill of some slots, and a decode loop over some of them.
 
 Both run under `shard_map`: every device has its own slots and its own loop, with no collective inside, so
 that a device whose slots have all ended does not wait for the others.
@@ -13,15 +13,16 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from apr_jax.model.cache import LayerCache, cached_attention
+from apr_jax.model.cache import LayerCache, cached_attention, put, take
 from apr_jax.model.llama import Llama
 
 Array = jax.Array
 
 
 class SlotInputs(NamedTuple):
-    """What the loop needs of every slot, [S] each. A slot with no steps left does not run."""
+    """What the loop needs of its slots, [S] each. A slot with no steps left does not run."""
 
+    rows: Array  # int32, the slot's row among its device's own; one past the last is no slot
     tokens: Array  # int32, the last id, not yet in the cache
     positions: Array  # int32, its position
     steps: Array  # int32, most tokens to sample in this call
@@ -68,17 +69,19 @@ def make_prefill(graphdef, mesh: Mesh):
 
 
 @functools.cache
-def make_decode(graphdef, mesh: Mesh, steps: int):
-    """decode(weights, cache, inputs, stop [V], temperature) -> (cache, outputs): up to `steps` tokens a slot.
+def make_decode(graphdef, mesh: Mesh, width: int, steps: int):
+    """decode(weights, cache, inputs [S], stop [V], temperature) -> (cache, outputs): up to `steps` tokens a
+    slot, none of which may come to stand at position `width` or later.
 
-    A slot ends with a stop token (kept) or when its own steps are spent.
+    S splits over the devices and need not be all slots. A slot ends with a stop token (kept) or when its own
+    steps are spent.
     """
 
     @functools.partial(jax.jit, donate_argnums=1)
     @functools.partial(
         jax.shard_map, mesh=mesh, in_specs=(P(), P("data"), P("data"), P(), P()), out_specs=P("data")
     )
-    def decode(weights, cache: list[LayerCache], inputs: SlotInputs, stop_V, temperature):
+    def decode(weights, pool: list[LayerCache], inputs: SlotInputs, stop_V, temperature):
         model: Llama = nnx.merge(graphdef, weights)
         S = inputs.tokens.shape[0]
         blank = SlotOutputs(jnp.zeros((S, steps), jnp.int32), jnp.zeros((S, steps)), jnp.zeros(S, jnp.int32))
@@ -105,8 +108,8 @@ def make_decode(graphdef, mesh: Mesh, steps: int):
             active_S = active_S & ~stop_V[drawn_S] & (step + 1 < inputs.steps)
             return step + 1, cache, drawn_S, active_S, out
 
-        state = (jnp.zeros((), jnp.int32), cache, inputs.tokens, inputs.steps > 0, blank)
+        state = (jnp.zeros((), jnp.int32), take(pool, inputs.rows, width), inputs.tokens, inputs.steps > 0, blank)
         _, cache, _, _, out = jax.lax.while_loop(running, body, state)
-        return cache, out
+        return put(pool, inputs.rows, cache), out
 
     return decode

@@ -25,13 +25,15 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from apr_jax.model.cache import make_cache, resize
+from apr_jax.model.cache import make_cache
 from apr_jax.model.llama import Llama
 from apr_jax.rollout.decode import SlotInputs, make_decode, make_prefill
 from apr_jax.threads.engine import Decoded, Sampling
 
-WINDOW_STEP = 128  # windows of the cache and lengths of prefills are multiples: few shapes to compile
+WIDTH_STEP = 256  # tokens: slots decode in groups that attend over a multiple of it; each is a shape to compile
+SMALLEST_GROUP = 8  # slots per device of the smallest decode; larger ones are its doubles
 PREFILL_ROWS = 8  # prompts per device and prefill call
+PREFILL_STEP = 128  # lengths of prefills above 32 are its multiples
 
 
 class _Sequence:
@@ -60,7 +62,7 @@ class JaxEngine:
     `weights` may be replaced between rollouts (`load`); sequences must be freed before.
     """
 
-    def __init__(self, model: Llama, mesh: Mesh, *, slots: int, context: int, seed: int = 0, steps: int = 24):
+    def __init__(self, model: Llama, mesh: Mesh, *, slots: int, context: int, seed: int = 0, steps: int = 32):
         devices = mesh.devices.size
         if slots < 1 or slots % devices:
             raise ValueError(f"slots must be a multiple of the {devices} devices, was given {slots}")
@@ -71,8 +73,8 @@ class JaxEngine:
         self._by_slot = NamedSharding(mesh, P("data"))
         self._graphdef, weights = nnx.split(model)
         self.load(weights)
-        self._window = WINDOW_STEP
-        self._cache = jax.device_put(make_cache(self._config, slots, self._window), self._by_slot)
+        self._width = -(-context // WIDTH_STEP) * WIDTH_STEP
+        self._cache = jax.device_put(make_cache(self._config, slots, self._width), self._by_slot)
         self._owners: list[_Sequence | None] = [None] * slots
         self._used = [0] * slots  # when a slot was last decoded in, to evict the longest idle
         self._clock = 0
@@ -180,24 +182,8 @@ class JaxEngine:
         self._owners[slot], sequence.slot, sequence.cached = sequence, slot, 0
         return True
 
-    def _fit_window(self) -> None:
-        """The smallest window that holds what every owner has cached or is about to write."""
-        longest = max(
-            (
-                max(owner.cached, len(owner.ids) + self.steps if slot in self._running else 0)
-                for slot, owner in enumerate(self._owners)
-                if owner is not None
-            ),
-            default=1,
-        )
-        window = min(-(-longest // WINDOW_STEP) * WINDOW_STEP, -(-self.context // WINDOW_STEP) * WINDOW_STEP)
-        if window != self._window:
-            self._cache = jax.device_put(resize(self._cache, window), self._by_slot)
-            self._window = window
-
     def _prefill(self, sequences: list[_Sequence]) -> None:
         """Caches all ids but the last of each, in calls of a few rows per device and one padded length."""
-        self._fit_window()
         devices = self._mesh.devices.size
         per_device = self._slots // devices
         todo = sorted((s for s in sequences if s.cached < len(s.ids) - 1), key=lambda s: len(s.ids) - s.cached)
@@ -210,7 +196,7 @@ class JaxEngine:
                 for row in range(min(PREFILL_ROWS, len(queues[device])))
             ]
             longest = max(len(s.ids) - 1 - s.cached for _, s in batch)
-            T = 32 if longest <= 32 else -(-longest // WINDOW_STEP) * WINDOW_STEP
+            T = 32 if longest <= 32 else -(-longest // PREFILL_STEP) * PREFILL_STEP
             rows = np.full(devices * PREFILL_ROWS, per_device, np.int32)
             tokens = np.zeros((len(rows), T), np.int32)
             positions = np.full((len(rows), T), np.iinfo(np.int32).max, np.int32)
@@ -224,33 +210,50 @@ class JaxEngine:
             self._cache = prefill(self._weights, self._cache, *arrays)
 
     def _step(self) -> None:
-        """Runs the decode loop once over all slots and hands back what ended."""
-        self._fit_window()
-        S = self._slots
-        inputs = SlotInputs(*(np.zeros(S, np.int32) for _ in range(3)), np.zeros((S, 2), np.uint32))
+        """Runs every running slot once through the decode loop, in groups of about the same length, so that
+        a short sequence does not pay for attending over the width of a long one."""
+        groups: dict[int, list[int]] = {}
         for slot, request in self._running.items():
-            sequence = request.sequence
-            inputs.tokens[slot], inputs.positions[slot] = sequence.ids[-1], len(sequence.ids) - 1
-            inputs.steps[slot] = min(request.limit - len(request.ids), self.steps)
-            inputs.keys[slot] = sequence.key
-        request = next(iter(self._running.values()))
+            last = len(request.sequence.ids) + min(self.steps, request.limit - len(request.ids))
+            groups.setdefault(-(-last // WIDTH_STEP) * WIDTH_STEP, []).append(slot)
+        self._clock += 1
+        for width, slots in groups.items():
+            self._decode_group(width, slots)
+
+    def _decode_group(self, width: int, slots: list[int]) -> None:
+        """One call of the decode loop for some slots; hands back what ended."""
+        devices = self._mesh.devices.size
+        per_device = self._slots // devices
+        own = [[slot for slot in slots if slot // per_device == device] for device in range(devices)]
+        size = min(SMALLEST_GROUP, per_device)
+        while size < max(map(len, own)):
+            size = min(2 * size, per_device)
+        S = devices * size
+        places = {slot: device * size + at for device, there in enumerate(own) for at, slot in enumerate(there)}
+        inputs = SlotInputs(np.full(S, per_device, np.int32), *np.zeros((3, S), np.int32), np.zeros((S, 2), np.uint32))
+        for slot, at in places.items():
+            request = self._running[slot]
+            ids = request.sequence.ids
+            inputs.rows[at] = slot % per_device
+            inputs.tokens[at], inputs.positions[at] = ids[-1], len(ids) - 1
+            inputs.steps[at] = min(request.limit - len(request.ids), self.steps)
+            inputs.keys[at] = request.sequence.key
         stop = np.zeros(self._config.vocab_size, bool)
         stop[list(request.stop)] = True
-        decode = make_decode(self._graphdef, self._mesh, self.steps)
-        self._cache, outputs = decode(
-            self._weights, self._cache, jax.device_put(inputs, self._by_slot), stop, jnp.float32(request.sampling.temperature)
-        )
+        decode = make_decode(self._graphdef, self._mesh, width, self.steps)
+        temperature = jnp.float32(request.sampling.temperature)
+        self._cache, outputs = decode(self._weights, self._cache, jax.device_put(inputs, self._by_slot), stop, temperature)
         tokens, logprobs, counts = jax.device_get(outputs)
-        self._clock += 1
-        self.slot_steps += int(counts.reshape(self._mesh.devices.size, -1).max(axis=1).sum()) * (S // self._mesh.devices.size)
+        self.slot_steps += int(counts.reshape(devices, size).max(axis=1).sum()) * size
         self.sampled += int(counts.sum())
-        for slot, request in list(self._running.items()):
-            drawn = tokens[slot, : counts[slot]].tolist()
+        for slot, at in places.items():
+            request = self._running[slot]
+            drawn = tokens[at, : counts[at]].tolist()
             sequence = request.sequence
             sequence.ids.extend(drawn)
             sequence.cached = len(sequence.ids) - 1
             request.ids.extend(drawn)
-            request.logprobs.extend(logprobs[slot, : counts[slot]].tolist())
+            request.logprobs.extend(logprobs[at, : counts[at]].tolist())
             self._used[slot] = self._clock
             stopped = request.ids[-1] in request.stop
             if stopped or len(request.ids) == request.limit:

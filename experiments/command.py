@@ -1,0 +1,203 @@
+"""The command line of `experiments.run`: its flags, the config file, and the settings changed by hand.
+
+Whatever is wrong raises ValueError or OSError in one line that says what was given and what is allowed.
+"""
+
+import dataclasses
+import difflib
+import dis
+import math
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from experiments.settings import STAGES, Settings, default_config, read_settings
+
+ROOT = Path(__file__).resolve().parent.parent
+PRESETS = ROOT / "experiments" / "configs"
+FLAGS_HELP = f"""\
+  --config=FILE        the preset: a Python file with get_config(), for example experiments/configs/laptop.py;
+                       FILE:WORD gives WORD to get_config
+  --config.A.B=VALUE   changes one setting, as --config.sft.steps=100 or --config.apr.beam=4,5; may be repeated
+  --stage=STAGE,...    runs only these stages, in this order (default all: {', '.join(STAGES)})
+  --workdir=FOLDER     the run folder (default runs/NAME, NAME from the config)
+  --sweep=A.B=V1,V2    one run per value, each in its own folder under the run folder; repeated: the product of all
+  --help               shows this"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """What was asked for, all of it checked."""
+
+    file: str  # as given to --config
+    changes: tuple[str, ...]  # "A.B=VALUE", in their order
+    settings: Settings
+    stages: tuple[str, ...]
+    workdir: Path
+    sweeps: tuple[str, ...]
+
+
+def parse(argv: Sequence[str]) -> Command | None:
+    """The command in `argv`, the program's name first; None where --help was asked for."""
+    changes = tuple(arg.lstrip("-").removeprefix("config.") for arg in argv[1:] if _is_change(arg))
+    values = flags.FlagValues()  # its own, so that tests can parse many commands in one process
+    for name in ("config", "workdir"):
+        flags.DEFINE_string(name, None, "", flag_values=values)
+    flags.DEFINE_list("stage", "all", "", flag_values=values)
+    flags.DEFINE_multi_string("sweep", [], "", flag_values=values)
+    flags.DEFINE_boolean("help", False, "", short_name="h", flag_values=values)
+    try:
+        rest = values([argv[0], *(arg for arg in argv[1:] if not _is_change(arg))])[1:]
+    except flags.UnrecognizedFlagError as error:
+        raise ValueError(
+            f"no such flag: --{error.flagname}{_nearest(error.flagname, values, '--')}; flags are "
+            f"--config, --stage, --workdir, --sweep and --help, settings are given as --config.a.b=value"
+        ) from None
+    except flags.Error as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    if values.help:
+        return None
+    if rest:
+        raise ValueError(f"no such argument: {rest[0]!r}; settings are given as --config.a.b=value (--help explains)")
+    if not values.config:
+        raise ValueError(f"--config=FILE is needed: {_presets()}, or a file of your own")
+    stages = STAGES if "all" in values.stage else tuple(values.stage)
+    if unknown := [stage for stage in stages if stage not in STAGES]:
+        near = _nearest(unknown[0], STAGES)
+        raise ValueError(f"--stage is all or some of {', '.join(STAGES)}, was given {unknown[0]!r}{near}")
+    if not stages:
+        raise ValueError(f"--stage is all or some of {', '.join(STAGES)}, was given nothing")
+    config = load_config(values.config)
+    for change in changes:
+        change_setting(config, change)
+    settings = read_settings(config)
+    workdir = Path(values.workdir or Path("runs") / settings.name)
+    for folder in (workdir, *workdir.parents):
+        if folder.exists():
+            if not folder.is_dir():
+                raise NotADirectoryError(f"--workdir is a folder, was given {workdir}: {folder} is a file")
+            break
+    return Command(values.config, changes, settings, stages, workdir, tuple(values.sweep))
+
+
+def _is_change(arg: str) -> bool:
+    return arg.startswith(("--config.", "-config."))
+
+
+def load_config(name: str) -> ConfigDict:
+    """What get_config() of a file returns; ``FILE:WORD`` gives it WORD. Any error in the file is its writer's."""
+    file, sign, word = name.partition(":")
+    path = Path(file)
+    if not path.is_file():
+        raise FileNotFoundError(f"no config file {file!r}: give {_presets()}, or a file of your own")
+    scope: dict[str, Any] = {"__name__": "config", "__file__": file}
+    try:
+        exec(compile(path.read_bytes(), file, "exec"), scope)
+        config = scope["get_config"](*[word] if sign else []) if "get_config" in scope else None
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        line = getattr(error, "lineno", None) or (lines or [1])[-1]
+        text = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
+        raise ValueError(f"{file}, line {line}: {type(error).__name__}: {text}") from None
+    if not isinstance(config, ConfigDict):
+        raise ValueError(f"{file} needs a function get_config() that returns a changed default_config()")
+    known = set(_names(default_config()))
+    if extra := [name for name in _names(config) if name not in known]:
+        raise ValueError(f"{file}: {_no_setting(default_config(), extra[0])}")
+    if missing := known - set(_names(config)):
+        raise ValueError(f"{file} leaves out {min(missing)}: start from default_config()")
+    return config
+
+
+def change_setting(config: ConfigDict, change: str) -> None:
+    """Sets ``A.B=VALUE``, read as the type that the setting has."""
+    key, sign, given = change.partition("=")
+    if not sign:
+        raise ValueError(f"--config.{key} needs a value: --config.{key}=VALUE")
+    if key not in _names(config):
+        raise ValueError(_no_setting(config, key))
+    *sections, last = key.split(".")
+    holder = config
+    for name in sections:
+        holder = holder[name]
+    old = holder[last]
+    try:
+        holder[last] = _read(given, old)
+    except ValueError:
+        kind = f"a list like {','.join(map(str, old))}" if isinstance(old, tuple) else _KINDS[type(old)]
+        raise ValueError(f"{key} is {kind}, was given {given!r}") from None
+
+
+_KINDS = {bool: "true or false", int: "an integer", float: "a number"}
+
+
+def _read(given: str, old: Any) -> Any:
+    """`given` as the type of `old`; raises ValueError."""
+    if isinstance(old, bool):
+        if given.lower() not in ("true", "false"):
+            raise ValueError(given)
+        return given.lower() == "true"
+    if isinstance(old, tuple):
+        items = [item.strip(" '\"") for item in given.strip(" ()[]").split(",")]
+        return tuple(_read(item, old[0] if old else "") for item in items if item)
+    value = type(old)(given)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(given)
+    return value
+
+
+def _names(config: ConfigDict, prefix: str = "") -> Iterator[str]:
+    """The settings by their full names, sections left out."""
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from _names(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def _no_setting(config: ConfigDict, key: str) -> str:
+    """What to say of a key that is no setting: the nearest one, and those of its section."""
+    section, here = "", config
+    for name in key.split("."):
+        if not isinstance(here.get(name), ConfigDict):
+            break
+        section, here = f"{section}{name}.", here[name]
+    if section == key + ".":
+        return f"{key} is a section of settings, set one of {', '.join(section + name for name in here)}"
+    last = key.rpartition(".")[2]
+    elsewhere = [name for name in _names(config) if name.rpartition(".")[2] == last]
+    near = _nearest(key, elsewhere if elsewhere and not section else list(_names(config)))
+    return f"no setting {key}{near}; {section.rstrip('.') or 'the top'} has {', '.join(here)}"
+
+
+def _nearest(given: str, names: Iterable[str], before: str = "") -> str:
+    """What was perhaps meant, as words to put behind `given`."""
+    found = difflib.get_close_matches(given, list(names), 1, 0.5)
+    return f" (did you mean {before}{found[0]}?)" if found else ""
+
+
+def _presets() -> str:
+    """The presets, as words of a sentence."""
+    return "one of " + ", ".join(f"experiments/configs/{p.name}" for p in sorted(PRESETS.glob("[a-z]*.py")))
+
+
+def reason(error: BaseException) -> str | None:
+    """One line for what a user can mend: an error of the operating system, or one that a ``raise`` of our own
+    code made. None for anything else (a library's or Python's own): it is a bug, and its traceback is needed."""
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if isinstance(error, OSError):
+        if error.errno is None or not error.strerror:
+            return text
+        return f"{error.filename}: {error.strerror}" if error.filename else f"{error.strerror} while a file was written"
+    if not isinstance(error, (ValueError, RuntimeError, FloatingPointError)):
+        return None
+    last = error.__traceback__
+    while last.tb_next:
+        last = last.tb_next
+    code = last.tb_frame.f_code
+    ours = any(Path(code.co_filename).is_relative_to(ROOT / name) for name in ("apr_jax", "experiments"))
+    return text if ours and code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"] else None

@@ -1,0 +1,34 @@
+"""One whole run of the smoke preset, shared by all tests here: read it, or copy it and change the copy."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SMOKE = "--config=experiments/configs/smoke.py"
+
+
+def start(*arguments, **options) -> subprocess.Popen:
+    """The command in a process of its own, as a user starts it."""
+    line = [sys.executable, "-m", "experiments.run", SMOKE, *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(line, cwd=ROOT, env=environment, **pipes | options)
+
+
+def finish(process: subprocess.Popen) -> SimpleNamespace:
+    out, err = process.communicate(timeout=300)
+    return SimpleNamespace(code=process.returncode, out=out, err=err)
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory):
+    """The folder of an uninterrupted run, and what the run printed."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    done = finish(start(f"--workdir={folder}"))
+    assert done.code == 0, done.err
+    return SimpleNamespace(folder=folder, out=done.out, err=done.err)

@@ -1,0 +1,54 @@
+"""The report says what the records say, also of a run that is only half done."""
+
+import json
+import shutil
+
+import pytest
+
+from apr_jax.evaluate.evaluate import read_records
+from experiments.report import write_report
+
+ROWS = {"sft_sosp": "SoS+ SFT", "sft_apr": "APR SFT", "grpo_apr": "APR SFT+GRPO"}
+
+
+def test_every_model_has_a_row_and_a_summary(whole_run):
+    folder = whole_run.folder
+    summary = json.loads((folder / "summary.json").read_text())
+    text = (folder / "report.md").read_text()
+    assert list(summary) == list(ROWS.values())
+    for name, title in ROWS.items():
+        records = read_records(folder / "evaluate" / f"{name}.jsonl")
+        found = summary[title]
+        assert found["n"] == len(records) == 12
+        assert found["accuracy"] == sum(record.correct for record in records) / 12
+        assert found["total_tokens"] == pytest.approx(sum(record.total_tokens for record in records) / 12)
+        assert found["sequential_tokens"] <= found["total_tokens"]
+        [row] = [line for line in text.splitlines() if line.startswith(f"| {title} |")]
+        assert f"| {found['accuracy']:.1%} (" in row and "n=12" in row
+        assert row.count(" | ") == text.splitlines()[0].count(" | ")
+    assert "Export of grpo_apr against transformers: " in text
+    assert text in whole_run.out
+
+
+def test_the_solvers_line_agrees_with_the_manifest(whole_run):
+    manifest = json.loads((whole_run.folder / "data" / "manifest.json").read_text())
+    text = (whole_run.folder / "report.md").read_text()
+    for style in ("sosp", "apr"):
+        counts = manifest[f"{style}_train"]
+        assert counts["trees"] + counts["too_long"] == 200 == manifest["train_problems"]
+        assert f"kept {counts['trees']} trees ({counts['too_long']} too long)" in text
+
+
+def test_a_run_that_is_half_done(whole_run, tmp_path):
+    shutil.copytree(whole_run.folder / "data", tmp_path / "data")
+    (tmp_path / "evaluate").mkdir()
+    shutil.copy(whole_run.folder / "evaluate" / "sft_apr.jsonl", tmp_path / "evaluate")
+    text = write_report(tmp_path)
+    assert "| APR SFT |" in text and "GRPO" not in text and "Export" not in text
+    assert not (tmp_path / "figures" / "grpo_reward.png").exists()
+
+
+def test_no_records_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="run --stage=evaluate first"):
+        write_report(tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,325 @@
+"""The command line: what a whole run leaves, that it goes on after any stop, and what it refuses in one line."""
+
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from apr_jax.evaluate.evaluate import read_records
+from apr_jax.export.hf import load_transformers
+from apr_jax.train.checkpoint import Checkpoints, load_model
+from experiments import run, stages, sweep
+from experiments.dataset import load_problems
+from experiments.settings import STAGES
+from tests.experiments.conftest import SMOKE, finish, start
+
+MODELS = ("sft_sosp", "sft_apr", "grpo_apr")
+STEPS = {"sft_sosp": 40, "sft_apr": 40, "grpo_apr": 2}
+
+
+@pytest.fixture
+def main(monkeypatch, capfd):
+    """Runs a command in this process: its exit code, what it printed on stderr, and that as one line."""
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)  # the tests' own settings stay
+
+    def call(*arguments):
+        capfd.readouterr()
+        code = run.main(["run", *map(str, arguments)])
+        captured = capfd.readouterr()
+        return SimpleNamespace(code=code, out=captured.out, err=captured.err)
+
+    return call
+
+
+@pytest.fixture
+def refused(main):
+    """The one line that a wrong command ends in."""
+
+    def call(*arguments):
+        done = main(*arguments)
+        assert done.code == 1 and done.err.startswith("error: ") and done.err.count("\n") == 1, done.err
+        assert "Traceback" not in done.out
+        return done.err.removeprefix("error: ").strip()
+
+    return call
+
+
+def snapshot(folder: Path, *patterns: str) -> dict[str, bytes]:
+    paths = sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    (one, one_meta), (two, two_meta) = load_model(a), load_model(b)
+    equal = jax.tree.map(lambda x, y: bool(np.array_equal(x, y)), *(nnx.to_pure_dict(nnx.state(m)) for m in (one, two)))
+    return one_meta == two_meta and all(jax.tree.leaves(equal))
+
+
+# ---------------------------------------------------------------------- a whole run
+
+
+def test_a_run_leaves_everything(whole_run):
+    folder = whole_run.folder
+    assert json.loads((folder / "config.json").read_text())["name"] == "smoke"
+    assert {"python", "device", "jax", "orbax-checkpoint"} <= set(json.loads((folder / "versions.json").read_text()))
+    data = {"train.jsonl", "held_out.jsonl", "tokenizer.json", "manifest.json"}
+    data |= {f"{style}_{part}.npz" for style in ("sosp", "apr") for part in ("train", "validation")}
+    assert {path.name for path in (folder / "data").iterdir()} == data
+    for name, steps in STEPS.items():
+        rows = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+        assert rows[-1]["step"] == steps
+        assert list((folder / name / "tensorboard").glob("events.out.tfevents.*"))
+        assert max(int(path.name) for path in (folder / name / "checkpoints").iterdir()) == steps
+        assert load_model(folder / name / "checkpoints")[1]["step"] == steps
+    assert {path.name for path in (folder / "figures").iterdir()} == {
+        "accuracy.png", "accuracy_window.png", "accuracy_sequential.png", "accuracy_total.png", "sft_loss.png",
+        "grpo_reward.png",
+    }  # fmt: skip
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (folder / "figures").iterdir())
+    assert load_transformers(folder / "export").num_parameters() > 0
+    check = json.loads((folder / "export" / "check.json").read_text())
+    assert check["trees_equal"] == check["trees"] == 4
+    assert not list(folder.rglob("*.part")) + list(folder.rglob("*.partial"))
+
+
+def test_every_held_out_problem_has_one_record_in_order(whole_run):
+    problems = load_problems(whole_run.folder / "data" / "held_out.jsonl")
+    assert len(problems) == 12
+    for name in MODELS:
+        records = read_records(whole_run.folder / "evaluate" / f"{name}.jsonl")
+        assert [record.index for record in records] == list(range(12))
+        assert [(tuple(r.problem["numbers"]), r.problem["target"]) for r in records] == [
+            (problem.numbers, problem.target) for problem in problems
+        ]
+
+
+@pytest.mark.parametrize("title", ["data sosp train", "data apr train", "sft sft_apr", "grpo grpo_apr", "evaluate sft_apr"])
+def test_stages_show_a_rate_and_the_time_left(whole_run, title):
+    lines = [line for line in whole_run.err.splitlines() if line.startswith(f"{title}: ")]
+    assert lines and all(re.search(r": \d+/\d+ \w+, \S+/s, \S+ left", line) for line in lines)
+
+
+def test_the_same_command_again_makes_nothing_anew(whole_run):
+    kept = ("data/*", "evaluate/*", "*/metrics.jsonl", "*/checkpoints/**/*", "config.json", "summary.json", "report.md")
+    before = snapshot(whole_run.folder, *kept)
+    again = finish(start(f"--workdir={whole_run.folder}"))
+    assert again.code == 0, again.err
+    assert snapshot(whole_run.folder, *kept) == before
+    assert "steps" not in again.err and "problems" not in again.err
+
+
+def test_killed_and_then_out_of_disk_it_ends_in_the_same_bits(whole_run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole_run.folder / "data", folder / "data")
+    sft = (f"--workdir={folder}", "--stage=sft,evaluate")
+    first = folder / "sft_sosp" / "checkpoints" / "20"
+
+    process = start(*sft, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while not first.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert first.exists() and not (folder / "sft_apr" / "checkpoints" / "40").exists()
+
+    # No file may grow past this, a checkpoint's do: as a full disk, but for files of another process.
+    shutil.rmtree(first.with_name("40"), ignore_errors=True)  # where the kill came late
+    before = snapshot(folder, "config.json", "data/*", "sft_sosp/checkpoints/20/**/*")
+    limit = 20_000
+    full = finish(start(*sft, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))))
+    assert full.code == 1
+    [error] = [line for line in full.err.splitlines() if not re.match(r"(sft|evaluate) .* left", line)]
+    assert re.fullmatch(r"error: step 40 could not be saved under \S+sft_sosp/checkpoints: .+", error)
+    assert snapshot(folder, "config.json", "data/*", "sft_sosp/checkpoints/20/**/*") == before
+
+    done = finish(start(*sft))
+    assert done.code == 0, done.err
+    for name in MODELS[:2]:
+        assert same_weights(folder / name / "checkpoints", whole_run.folder / name / "checkpoints")
+        kept = (folder / "evaluate" / f"{name}.jsonl").read_bytes()
+        assert kept == (whole_run.folder / "evaluate" / f"{name}.jsonl").read_bytes()
+        steps = [json.loads(line)["step"] for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+        assert steps == [10, 20, 30, 40, 40]  # the last is the validation's
+
+
+# ---------------------------------------------------------------------- stages alone
+
+
+@pytest.fixture
+def copy(whole_run, tmp_path):
+    """The whole run without its checkpoints, to be changed."""
+    folder = tmp_path / "copy"
+    shutil.copytree(whole_run.folder, folder, ignore=shutil.ignore_patterns("checkpoints", "export"))
+    return folder
+
+
+def test_the_report_alone(copy, whole_run, main):
+    shutil.rmtree(copy / "figures")
+    before = (copy / "summary.json").read_bytes()
+    (copy / "summary.json").unlink()
+    done = main(SMOKE, f"--workdir={copy}", "--stage=report")
+    assert done.code == 0 and "| APR SFT |" in done.out
+    assert (copy / "summary.json").read_bytes() == before
+    assert len(list((copy / "figures").glob("*.png"))) == 6
+
+
+@pytest.mark.parametrize(
+    "stage, says",
+    [
+        ("sft", "no tokenizer at"),
+        ("grpo", "no checkpoint at"),
+        ("evaluate", "no problems at"),
+        ("export", "no APR checkpoint under .*: run --stage=sft first"),
+        ("report", "no records under .*: run --stage=evaluate first"),
+    ],
+)
+def test_a_stage_before_what_it_needs(refused, tmp_path, stage, says):
+    assert re.match(says, refused(SMOKE, f"--workdir={tmp_path}", f"--stage={stage}"))
+
+
+def test_a_run_of_another_config_is_left_alone(copy, refused):
+    before = snapshot(copy, "**/*")
+    line = refused(SMOKE, f"--workdir={copy}", "--config.sft.steps=41")
+    assert "holds a run of another config (sft.steps was 40, is 41)" in line and "--workdir" in line
+    assert snapshot(copy, "**/*") == before
+
+
+def test_a_broken_checkpoint_is_named(copy, whole_run, refused):
+    for name in MODELS[:2]:
+        shutil.copytree(whole_run.folder / name / "checkpoints", copy / name / "checkpoints")
+    for path in (copy / "sft_apr" / "checkpoints" / "40" / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:40])
+    before = snapshot(copy, "sft_sosp/**/*", "evaluate/*")
+    for stage in ("evaluate", "export"):
+        line = refused(SMOKE, f"--workdir={copy}", f"--stage={stage}")
+        assert re.search(r"checkpoint at \S+sft_apr/checkpoints/40 cannot be read: .+", line)
+    assert snapshot(copy, "sft_sosp/**/*", "evaluate/*") == before
+
+
+def test_a_full_disk_at_a_checkpoint(tmp_path, monkeypatch, main):
+    """Through the real save: what the operating system says reaches the user in one line."""
+
+    def sft(self):
+        checkpoints = Checkpoints(self.workdir / "sft_apr" / "checkpoints")
+        monkeypatch.setattr(checkpoints._manager, "save", full)
+        checkpoints.save(20, {"x": np.zeros(3)}, {})
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(stages.Run, "sft", sft)
+    done = main(SMOKE, f"--workdir={tmp_path}", "--stage=sft")
+    assert done.code == 1
+    assert re.fullmatch(r"error: step 20 could not be saved under \S+: the disk is full\n", done.err)
+
+
+def test_a_folder_that_cannot_be_written(refused):
+    assert re.match(r"/proc/apr\S*: ", refused(SMOKE, "--workdir=/proc/apr", "--stage=data"))
+
+
+# ---------------------------------------------------------------------- what is ours keeps its traceback
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [
+        lambda: [][1],
+        lambda: np.zeros(3).reshape(2),
+        lambda: int("x"),
+        lambda: None.x,
+        lambda: (_ for _ in ()).throw(KeyError("x")),
+    ],
+    ids=["index", "numpy", "int", "attribute", "key"],
+)
+def test_a_bug_is_not_taken_for_bad_input(bug, tmp_path, monkeypatch, main):
+    monkeypatch.setattr(stages.Run, "report", lambda self: bug())
+    with pytest.raises((IndexError, ValueError, AttributeError, KeyError)):
+        main(SMOKE, f"--workdir={tmp_path}", "--stage=report")
+
+
+def test_an_interrupt_says_how_to_go_on(tmp_path, monkeypatch, main):
+    def report(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages.Run, "report", report)
+    done = main(SMOKE, f"--workdir={tmp_path}", "--stage=report")
+    assert done.code == 130 and done.err == "\nstopped; the same command goes on from here\n"
+
+
+# ---------------------------------------------------------------------- the command line
+
+
+def test_help_names_every_flag_and_stage(main):
+    done = main("--help")
+    assert done.code == 0 and not done.err
+    for word in ("--config=", "--config.A.B=", "--stage=", "--workdir=", "--sweep=", "--help", *STAGES):
+        assert word in done.out
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        ([], "--config=FILE is needed: one of experiments/configs/laptop.py, "),
+        (["--config=nowhere.py"], "no config file 'nowhere.py': give one of "),
+        ([SMOKE, "--stagee=sft"], "no such flag: --stagee (did you mean --stage?); flags are --config, --stage, "),
+        ([SMOKE, "--steps=3"], "settings are given as --config.a.b=value"),
+        ([SMOKE, "--stage=sftt"], "was given 'sftt' (did you mean sft?)"),
+        ([SMOKE, "--stage="], "--stage is all or some of data, sft, grpo, evaluate, export, report, was given nothing"),
+        ([SMOKE, "--stage"], "--stage"),
+        ([SMOKE, "sft"], "no such argument: 'sft'"),
+        ([SMOKE, f"--workdir={__file__}"], "is a file"),
+        ([SMOKE, f"--workdir={__file__}/x/y"], "is a file"),
+        ([SMOKE, "--sweep=seed"], "--sweep is KEY=VALUE,VALUE,..., was given 'seed'"),
+        ([SMOKE, "--sweep=sead=1,2"], "no setting sead (did you mean seed?)"),
+        ([SMOKE, "--sweep=seed=0,x"], "seed is an integer, was given 'x'"),
+        ([SMOKE, "--sweep=seed=0,0"], "has the value 0 twice"),
+        ([SMOKE, "--sweep=seed=0", "--sweep=seed=1"], "--sweep has seed twice"),
+        ([SMOKE, "--sweep=devices=1,3"], "sft.batch_rows is a multiple of devices (3), was given 4"),
+        ([SMOKE, "--sweep=name=../x"], "holds no '/'"),
+    ],
+)
+def test_a_wrong_command_is_refused(refused, arguments, says):
+    assert says in refused(*arguments)
+
+
+# ---------------------------------------------------------------------- sweeps
+
+
+def test_a_sweep_is_the_product_with_a_folder_each(monkeypatch, refused, tmp_path):
+    lines = []
+
+    def fake(line):
+        lines.append(line[3:])
+        return SimpleNamespace(returncode=int("--config.seed=0" in line))
+
+    monkeypatch.setattr(sweep.subprocess, "run", fake)
+    arguments = ("--config.sft.steps=7", "--stage=data,sft", f"--workdir={tmp_path}")
+    line = refused(SMOKE, *arguments, "--sweep=seed=0,1", "--sweep", "apr.beam=(1,2),(3,4)")
+    assert line == "2 of 4 runs failed: seed=0,apr.beam=(1,2); seed=0,apr.beam=(3,4)"
+    assert [line[-1] for line in lines] == [
+        f"--workdir={tmp_path}/seed={seed},apr.beam={beam}" for seed in (0, 1) for beam in ("(1,2)", "(3,4)")
+    ]
+    changes = ["--config.sft.steps=7", "--config.seed=1", "--config.apr.beam=(3,4)"]
+    assert lines[-1][:-1] == [SMOKE, *changes, "--stage=data,sft"]
+
+
+def test_a_point_that_fails_does_not_stop_the_others(tmp_path):
+    small = ("--config.problems.train=20", "--config.problems.held_out=4", "--stage=data")
+    done = finish(start(*small, f"--workdir={tmp_path}", "--sweep=window=32,256"))
+    assert done.code == 1
+    assert done.err.splitlines()[-1] == "error: 1 of 2 runs failed: window=32"
+    assert "fits a window of 32 tokens" in done.err and sys.executable not in done.err
+    assert (tmp_path / "window=256" / "data" / "manifest.json").exists()

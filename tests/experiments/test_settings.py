@@ -1,0 +1,118 @@
+"""Settings: every preset is right, changes are read by type, wrong ones are refused in one line."""
+
+import pytest
+
+from experiments.command import PRESETS, change_setting, load_config
+from experiments.settings import default_config, read_settings
+
+
+@pytest.fixture
+def config():
+    return load_config(str(PRESETS / "smoke.py"))
+
+
+@pytest.mark.parametrize("name", ["laptop", "paper", "smoke", "workstation"])
+def test_presets_are_right(name):
+    config = load_config(str(PRESETS / f"{name}.py"))
+    assert read_settings(config).name == name
+
+
+def test_changes_are_read_as_the_type_of_what_they_replace(config):
+    for change in (
+        "sft.steps=7", "sft.optimizer.peak_rate=1", "model.remat=true", "grpo.styles=apr,sosp", "apr.beam=(2, 3)",
+        "name=a=b",
+    ):  # fmt: skip
+        change_setting(config, change)
+    assert config.sft.steps == 7 and config.model.remat is True and config.name == "a=b"
+    assert config.sft.optimizer.peak_rate == 1.0 and isinstance(config.sft.optimizer.peak_rate, float)
+    settings = read_settings(config)
+    assert settings.grpo_styles == ("apr", "sosp") and settings.solvers["apr"].beam == (2, 3)
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ("sft.stepz=3", "no setting sft.stepz (did you mean sft.steps?); sft has batch_rows, log_every, "),
+        ("steps=3", "no setting steps (did you mean sft.steps?); the top has apr, budget, "),
+        ("sftt.steps=3", "no setting sftt.steps (did you mean sft.steps?)"),
+        ("sft.optimizer.nam=x", "did you mean sft.optimizer.name?); sft.optimizer has beta2, "),
+        ("sft=3", "sft is a section of settings, set one of sft.batch_rows, "),
+        ("sft.steps", "--config.sft.steps needs a value"),
+        ("sft.steps=abc", "sft.steps is an integer, was given 'abc'"),
+        ("sft.steps=1.5", "sft.steps is an integer, was given '1.5'"),
+        ("model.remat=maybe", "model.remat is true or false, was given 'maybe'"),
+        ("apr.promising=nan", "apr.promising is a number, was given 'nan'"),
+        ("apr.beam=4,x", "apr.beam is a list like 4,5, was given '4,x'"),
+    ],
+)
+def test_wrong_changes_are_refused(config, change, says):
+    with pytest.raises(ValueError) as refused:
+        change_setting(config, change)
+    assert says in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ("sft.optimizer.name=adam", "sft.optimizer: optimizer name is adamw or muon, was given 'adam'"),
+        ("sft.optimizer.beta2=1", "sft.optimizer.beta2 is from 0 to less than 1, was given 1.0"),
+        ("devices=3", "sft.batch_rows is a multiple of devices (3), was given 4"),
+        ("devices=0", "devices is at least 1, was given 0"),
+        ("window=8", "window is at least 32, was given 8"),
+        ("sft.row_length=100", "sft.row_length is at least 256, was given 100"),
+        ("problems.max_target=5", "problems: targets need 2 <= lowest <= highest, was given 10 to 5"),
+        ("problems.max_target=1001", "problems.max_target is at most 1000, no more can be made of 3 numbers up to 10"),
+        ("problems.count=7", "problems: numbers per problem are 2 to 6, was given 7"),
+        ("model.heads=3", "model: width 32 over 3 heads must give an even head size"),
+        ("model.heads=0", "model.heads is at least 1, was given 0"),
+        ("grpo.group=1", "grpo: a group needs at least 2 rollouts to compare, was given 1"),
+        ("grpo.prompts=201", "grpo.prompts is at most problems.train (200), was given 201"),
+        ("grpo.styles=apr,foo", "grpo.styles is a choice of sosp, apr, was given foo"),
+        ("apr.beam=4", "apr.beam is two numbers, lowest and highest, was given (4,)"),
+        ("apr.beam=5,4", "apr: beam needs 1 <= lowest <= highest, was given (5, 4)"),
+        ("apr.promising=2", "apr: promising is a probability from 0 to 1, was given 2.0"),
+        ("evaluate.temperature=-1", "evaluate: temperature is 0 or more, was given -1.0"),
+        ("export.dtype=int8", "export.dtype is float32 or bfloat16, was given 'int8'"),
+        ("seed=-1", "seed is at least 0, was given -1"),
+        ("seed=2147483648", "seed is less than 2147483648, was given 2147483648"),
+    ],
+)
+def test_wrong_values_are_refused(config, change, says):
+    change_setting(config, change)
+    with pytest.raises(ValueError) as refused:
+        read_settings(config)
+    assert says in str(refused.value) and "\n" not in str(refused.value)
+
+
+START = "from experiments.settings import default_config\n\ndef get_config(word=''):\n    c = default_config()\n"
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("def get_config(:\n", "wrong.py, line 1: SyntaxError: invalid syntax"),
+        (START + "    c.sft.steps = 'abc'\n    return c\n", "wrong.py, line 5: TypeError: "),
+        (START + "    c.sft.stepz = 3\n    return c\n", "wrong.py: no setting sft.stepz (did you mean sft.steps?)"),
+        (START + "    del c.sft.steps\n    return c\n", "wrong.py leaves out sft.steps"),
+        (START, "wrong.py needs a function get_config() that returns a changed default_config()"),
+        ("x = 1\n", "wrong.py needs a function get_config()"),
+        ("import nothing_of_this_name\n", "wrong.py, line 1: ModuleNotFoundError: "),
+    ],
+)
+def test_wrong_config_files_are_refused(tmp_path, text, says):
+    path = tmp_path / "wrong.py"
+    path.write_text(text)
+    with pytest.raises(ValueError) as refused:
+        load_config(str(path))
+    assert says in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_config_file_gets_the_word_behind_its_colon(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(START + "    c.name = word\n    return c\n")
+    assert load_config(f"{path}:there").name == "there"
+    assert load_config(str(path)).name == ""
+
+
+def test_the_defaults_are_right():
+    assert read_settings(default_config()).config["name"] == "experiment"

@@ -1,0 +1,143 @@
+"""Packed attention against the dense oracle, and what a token can and cannot see."""
+
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from apr_jax.model.attention import attend_masked, packed_attention, visible
+from apr_jax.threads import Block, Spawn, Thread
+from apr_jax.train.loss import row_logits
+from apr_jax.train.pack import first_fit, lay_out, pack_rows
+from tests.tiny import TOKENIZER, make_model, plain_logits, random_thread
+
+
+def packed_rows(seed, row_length, rows, longest):
+    """Rows of random trees with padding; one row is padding alone, one piece fills the better part of a row."""
+    rng = random.Random(seed)
+    pieces = []
+    while sum(map(len, pieces)) < 0.8 * row_length * rows:
+        size = longest * rng.choice([1, 1, 4])
+        pieces += [lay_out(thread) for thread in random_thread(rng, longest=size).walk()]
+    pieces = [piece for piece in pieces if len(piece) <= row_length]
+    chosen = first_fit([len(piece) for piece in pieces], row_length)[:rows]
+    return pack_rows([[pieces[i] for i in row] for row in chosen], row_length, rows + 1)
+
+
+def arrays(seed, rows, heads, kv_heads, size=8):
+    B, T = rows["enter"].shape
+    keys = jax.random.split(jax.random.key(seed), 4)
+    shapes = ((B, T, heads, size), (B, T, kv_heads, size), (B, T, kv_heads, size), (B, T, heads, size))
+    return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes)]
+
+
+def close(a, b, tolerance=2e-5):
+    a, b = np.asarray(a), np.asarray(b)
+    assert np.abs(a - b).max() <= tolerance * max(1.0, np.abs(b).max())
+
+
+@pytest.mark.parametrize(
+    "row_length, heads, kv_heads, longest",
+    [(40, 4, 2, 4), (128, 2, 2, 8), (200, 4, 1, 12), (512, 4, 2, 30), (700, 2, 1, 90), (2048, 1, 1, 60)],
+)
+def test_packed_attention_is_the_dense_one_forward_and_backward(row_length, heads, kv_heads, longest):
+    rows = packed_rows(row_length, row_length, 2, longest)
+    q, k, v, cotangent = arrays(1, rows, heads, kv_heads)
+    real = jnp.asarray(rows["exit"] > rows["enter"])
+    assert 0 < real.mean() < 1
+    cotangent = jnp.where(real[:, :, None, None], cotangent, 0.0)  # padding is nobody's
+
+    @jax.jit
+    def packed(q, k, v):
+        out, back = jax.vjp(lambda *x: packed_attention(rows["enter"], rows["exit"])(*x, None)[0], q, k, v)
+        return out, back(cotangent)
+
+    @jax.jit
+    def dense(q, k, v):
+        mask = visible(jnp.asarray(rows["enter"]), jnp.asarray(rows["exit"]))
+        out, back = jax.vjp(lambda *x: attend_masked(*x, mask), q, k, v)
+        return out, back(cotangent)
+
+    (out, gradients), (right, right_gradients) = packed(q, k, v), dense(q, k, v)
+    assert np.isfinite(out).all(), "padding must not give NaN"
+    close(jnp.where(real[:, :, None, None], out, 0.0), jnp.where(real[:, :, None, None], right, 0.0))
+    for gradient, other in zip(gradients, right_gradients):
+        assert np.isfinite(gradient).all()
+        close(gradient, other)
+
+
+def test_rows_of_padding_alone_are_finite_forward_and_backward():
+    nothing = {name: np.zeros((1, 256), np.int32) for name in ("enter", "exit")}
+    q, k, v, cotangent = arrays(2, nothing, 2, 1)
+    out, back = jax.vjp(lambda *x: packed_attention(nothing["enter"], nothing["exit"])(*x, None)[0], q, k, v)
+    assert all(np.isfinite(x).all() for x in (out, *back(cotangent)))
+
+
+def test_visible_is_the_context_of_the_block_that_a_token_stands_in():
+    thread = Thread(
+        (
+            Block((1, 2), False), Block((3,), True),
+            Spawn((Block((4, 5), True), Block((6,), False)), (), Block((7,), False)), Block((8,), True),
+        )
+    )  # fmt: skip
+    rows = pack_rows([[lay_out(thread), lay_out(Thread((Block((9, 1), False),)))]], 12)
+    seen = np.asarray(visible(jnp.asarray(rows["enter"]), jnp.asarray(rows["exit"])))[0].astype(int)
+    assert seen.tolist() == [
+        [1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0],  # the call: what came before, and itself
+        [1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 1, 0, 0, 0, 0, 0],  # the join: the call is gone
+        [1, 1, 1, 0, 0, 0, 1, 1, 0, 0, 0, 0],
+        [0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0],  # another tree
+        [0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 0, 0],
+        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],  # padding
+        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+    ]
+
+
+@pytest.fixture(scope="module")
+def logits_of():
+    """A function of packed rows: the logits behind each token's predecessor, and which tokens have one."""
+    model = make_model(1)
+    logits = jax.jit(lambda rows: row_logits(model, rows))
+    return lambda rows: np.asarray(logits(rows))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_token_changes_only_what_follows_it_on_its_own_path(logits_of, seed):
+    rows = packed_rows(seed, 256, 1, 8)
+    before = logits_of(rows)
+    enter, exit_ = rows["enter"][0], rows["exit"][0]
+    rng = random.Random(seed)
+    real = np.flatnonzero(exit_ > enter)
+    for j in [*rng.sample(real.tolist(), 8), 255]:  # the last is padding
+        changed = dict(rows, tokens=rows["tokens"].copy())
+        changed["tokens"][0, j] = (changed["tokens"][0, j] + 1) % len(TOKENIZER)
+        moved = np.abs(logits_of(changed)[0] - before[0]).max(axis=-1) > 0
+        predecessor = rows["predecessors"][0]
+        predicted = predecessor >= 0
+        behind = np.maximum(predecessor, 0)
+        sees = (enter[j] <= enter[behind]) & (enter[behind] < exit_[j]) & (behind >= j)
+        assert (moved == sees)[predicted].all()
+
+
+def test_the_logits_of_a_packed_thread_are_those_of_its_paths_alone(logits_of):
+    """Calls and other trees leave no trace behind a join, against the plain forward of the text as it then stands."""
+    rng = random.Random(5)
+    threads = [thread for _ in range(3) for thread in random_thread(rng, longest=6).walk()][:8]
+    rows = pack_rows([[lay_out(thread) for thread in threads]], 256)
+    logits, at, model = logits_of(rows)[0], 0, make_model(1)
+    assert any(thread.spawns for thread in threads)
+    for thread in threads:
+        piece = lay_out(thread)
+        context = [token for block in thread.context for token in block.content]
+        plain = plain_logits(model, context)
+        stays = np.flatnonzero(piece.exit == piece.nodes)
+        assert piece.tokens[stays].tolist() == context and piece.positions[stays].tolist() == list(range(len(context)))
+        close(logits[at + stays[1:]], plain[:-1], 1e-4)
+        at += len(piece)

@@ -1,0 +1,140 @@
+"""The model: its sizes, and that caching, recomputing and bfloat16 do not change what it says."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from apr_jax.model.attention import attend_masked
+from apr_jax.model.cache import cached_attention, make_cache, put, take
+from apr_jax.model.llama import Llama, LlamaConfig, parameter_count
+from experiments.configs import paper
+from experiments.settings import read_settings
+from tests.tiny import TOKENIZER, causal_logits, log_softmax, make_model, plain_logits
+
+TOKENS = np.random.default_rng(0).integers(4, len(TOKENIZER), (3, 40)).astype(np.int32)
+
+
+def test_the_paper_model_has_the_paper_number_of_parameters():
+    sizes = read_settings(paper.get_config()).model
+    shapes = nnx.eval_shape(lambda: Llama(LlamaConfig(vocab_size=32_000, **sizes), rngs=nnx.Rngs(0)))
+    leaves = {path[0]: leaf for path, leaf in nnx.to_flat_state(nnx.state(shapes, nnx.Param)) if len(path) == 1}
+    total = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(shapes, nnx.Param)))
+    tables = sum(jax.tree.leaves(leaves[name])[0].size for name in ("embed_VxD", "head_DxV"))
+    assert round((total - tables) / 1e6) == 228
+    assert round(total / 1e6) == 293
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameters_are_counted_with_and_without_the_tables(tied):
+    total, inner = parameter_count(make_model(tie_embeddings=tied))
+    assert total - inner == len(TOKENIZER) * 32 * (1 if tied else 2)
+    assert inner == 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32) + 32
+
+
+@pytest.mark.parametrize("sizes", [{}, {"kv_heads": 4}, {"kv_heads": 1}, {"tie_embeddings": True}])
+def test_a_prefill_and_then_one_token_at_a_time_is_the_plain_forward(sizes):
+    """Rows of different lengths, in slots out of order, decoded in a part of the cache that is put back each time."""
+    model = make_model(2, **sizes)
+    right = np.asarray(jax.jit(lambda tokens: causal_logits(model, tokens))(TOKENS))
+    cache, slots, lengths, far = make_cache(model.config, 4, 64), np.array([2, 0, 3]), [5, 20, 1], np.iinfo(np.int32).max
+    rows = np.array([*slots, 4, 4])  # two more are no slot: what is computed there goes nowhere
+    positions = np.full((3, 24), far, np.int32)
+    for row, length in enumerate(lengths):
+        positions[row, :length] = np.arange(length)
+
+    @jax.jit
+    def prefill(cache):
+        hidden, cache = model.hidden(TOKENS[:, :24], positions, cached_attention(slots, positions), cache)
+        return model.logits(hidden), cache
+
+    @jax.jit
+    def decode(cache, tokens, positions):
+        part = take(cache, rows, 48)
+        hidden, part = model.hidden(tokens, positions, cached_attention(None, positions), part)
+        return model.logits(hidden[:, 0]), put(cache, rows, part)
+
+    logits, cache = prefill(cache)
+    for row, length in enumerate(lengths):
+        np.testing.assert_allclose(logits[row, :length], right[row, :length], atol=1e-4)
+    for step in range(15):
+        tokens, at = np.zeros((5, 1), np.int32), np.full((5, 1), far, np.int32)
+        for row, length in enumerate(lengths):
+            tokens[row, 0], at[row, 0] = TOKENS[row, length + step], length + step
+        logits, cache = decode(cache, tokens, at)
+        for row, length in enumerate(lengths):
+            np.testing.assert_allclose(logits[row], right[row, length + step], atol=1e-4)
+    assert not np.asarray(cache[0].k_SxKxWxH[1]).any(), "the slot that nobody holds is untouched"
+
+
+def test_what_a_slot_held_before_leaves_no_trace():
+    """Garbage further on in a slot, and a token past the window, are seen by nobody."""
+    model = make_model(2)
+    positions = np.arange(8, dtype=np.int32)[None]
+    clean = make_cache(model.config, 1, 32)
+    dirty = jax.tree.map(lambda x: x + 7.0, clean)
+    positions_and_padding = np.concatenate([positions, np.full((1, 4), np.iinfo(np.int32).max, np.int32)], axis=1)
+
+    def hidden(cache, positions):
+        T = positions.shape[1]
+        return model.hidden(TOKENS[:1, :T], positions, cached_attention(np.array([0]), positions), cache)
+
+    (right, cache), (other, _) = hidden(clean, positions), hidden(dirty, positions)
+    padded, cache_padded = hidden(clean, positions_and_padding)
+    np.testing.assert_array_equal(right, other)
+    np.testing.assert_allclose(padded[:, :8], right, atol=1e-5)
+    for a, b in zip(jax.tree.leaves(cache), jax.tree.leaves(cache_padded)):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_remat_changes_neither_loss_nor_gradient():
+    def value_and_gradient(remat):
+        graphdef, weights = nnx.split(make_model(3, remat=remat))
+
+        def loss(weights):
+            logits = causal_logits(nnx.merge(graphdef, weights), TOKENS)
+            return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), TOKENS[:, 1:, None], axis=-1))
+
+        return jax.jit(jax.value_and_grad(loss))(weights)
+
+    (plain, plain_gradient), (remat, remat_gradient) = value_and_gradient(False), value_and_gradient(True)
+    np.testing.assert_allclose(plain, remat, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(plain_gradient), jax.tree.leaves(remat_gradient), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_bfloat16_says_about_the_same_in_float32_logits():
+    wide, narrow = make_model(4), make_model(4, dtype="bfloat16")
+    ids = TOKENS[0].tolist()
+    a, b = plain_logits(wide, ids), plain_logits(narrow, ids)
+    assert a.dtype == b.dtype == np.float32
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(nnx.state(narrow, nnx.Param)))
+    difference = np.abs(log_softmax(a) - log_softmax(b))
+    assert 0 < difference.mean() < 0.02 and difference.max() < 0.15
+
+
+def test_positions_count_only_by_their_differences():
+    model = make_model(5)
+
+    def logits(offset):
+        positions = np.arange(offset, offset + 40, dtype=np.int32)[None].repeat(3, axis=0)
+        mask = jnp.broadcast_to(jnp.tri(40, dtype=bool)[None], (3, 40, 40))
+        hidden, _ = model.hidden(TOKENS, positions, lambda q, k, v, carry: (attend_masked(q, k, v, mask), carry))
+        return model.logits(hidden)
+
+    np.testing.assert_allclose(logits(0), logits(100), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        ({"width": 30}, "width 30 over 4 heads"),
+        ({"width": 12}, "even head size"),
+        ({"kv_heads": 3}, "multiple of kv_heads"),
+        ({"dtype": "float16"}, "'float16'"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused_with_what_was_given(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        make_model(**sizes)

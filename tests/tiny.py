@@ -1,0 +1,134 @@
+"""Small things that the tests of several rooms share: tokenizer, models, a task of nonsense, random trees, and the
+slow oracle that every fast path is compared with."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from apr_jax.countdown import trace
+from apr_jax.countdown.vocabulary import countdown_tokenizer
+from apr_jax.model.attention import attend_masked
+from apr_jax.model.llama import Llama, LlamaConfig
+from apr_jax.threads import Block, MalformedSpawn, Spawn, SpawnRequest, Thread, map_blocks
+
+TOKENIZER = countdown_tokenizer(30)
+SIZES = {"width": 32, "layers": 2, "heads": 4, "kv_heads": 2, "feed_forward": 64, "context": 256}
+
+
+def make_model(seed=0, vocabulary=len(TOKENIZER), **sizes):
+    return Llama(LlamaConfig(vocab_size=vocabulary, **SIZES | sizes), rngs=nnx.Rngs(seed))
+
+
+def spawning_model(seed=0, spawn=4.0, end=3.0, **sizes):
+    """An untrained model that likes to spawn: the first coordinate of every embedding is the same, so that the head's
+    first row is a bias. `spawn` is that of the tokens that open and close a spawn or a join, `end` that of the end."""
+    model = make_model(seed, **sizes)
+    model.embed_VxD[...] = model.embed_VxD[...].at[:, 0].set(4.0)
+    bias = np.zeros(len(TOKENIZER), np.float32)
+    bias[[TOKENIZER.token(text) for text in (trace.SPAWN_OPEN, trace.SPAWN_CLOSE, trace.JOIN_OPEN)]] = spawn
+    bias[TOKENIZER.eos] = end
+    model.head_DxV[...] = model.head_DxV[...].at[0].set(bias / 3.3)  # what the coordinate is after the norm, about
+    return model
+
+
+class NonsenseProtocol:
+    """A task for models that know nothing: every closed spawn has `width` children, whose prompts hold the place of
+    the spawn; a thread returns a number that depends on all it wrote; every other tree is right."""
+
+    spawn_open, spawn_close, join_open = trace.SPAWN_OPEN, trace.SPAWN_CLOSE, trace.JOIN_OPEN
+
+    def __init__(self, width=3):
+        self.width = width
+
+    def root_prompt(self, problem):
+        return f"{problem}\n"
+
+    def parse_spawn(self, text):
+        if not text.endswith(self.spawn_close):
+            return None
+        position = text.rfind(self.spawn_open)
+        if position < 0:
+            raise MalformedSpawn("unopened", "nothing was opened")
+        return SpawnRequest(tuple(f"{position} {index}\n" for index in range(self.width)), position)
+
+    def join(self, text, results):
+        results = ["none" if result is None else result for result in results]
+        return text[: self.parse_spawn(text).position] + self.join_open + "".join(f"{result}\n" for result in results)
+
+    def result(self, text):
+        return str(sum(map(ord, text)) % 1000)
+
+    def correct(self, problem, text):
+        return int(self.result(text)) % 2 == 0
+
+
+def without_logprobs(tree):
+    """The root of a tree as plain ids, to compare trees token for token."""
+    return map_blocks(tree.root, lambda block: Block(tuple(block.content), block.sampled))
+
+
+def random_thread(rng, depth=2, spawns=2, longest=9, logprobs=False):
+    """A thread of random ids with up to `spawns` spawns, its children to `depth`; calls of several writers, empty
+    blocks, and blocks that follow a join at once or not at all."""
+
+    def block(sampled, shortest=0):
+        content = tuple(rng.randrange(len(TOKENIZER)) for _ in range(rng.randint(shortest, longest)))
+        given = tuple(-rng.random() * 5 for _ in content) if sampled and logprobs else None
+        return Block(content, sampled, given)
+
+    def thread(depth):
+        items = [block(False, 1), *(block(rng.random() < 0.7) for _ in range(rng.randint(0, 2)))]
+        for _ in range(rng.randint(0, spawns) if depth else 0):
+            call = tuple(block(sampled) for sampled in rng.choice([(True,), (True, False, True), (False, True)]))
+            items.append(Spawn(call, tuple(thread(depth - 1) for _ in range(rng.randint(1, 2))), block(False)))
+            items += [block(True) for _ in range(rng.randint(0, 2))]
+        return Thread(tuple(items))
+
+    return thread(depth)
+
+
+def paths(thread):
+    """Every path through a thread, as lists of (id, sampled, logprob, counted): for each spawn what came before it and
+    its call, at last the whole context. `counted` marks each token of the thread on one path alone."""
+
+    def entries(block, counted=True):
+        logprobs = block.logprobs or (0.0,) * len(block)
+        return [(token, block.sampled, logprob, counted) for token, logprob in zip(block.content, logprobs)]
+
+    found, before = [], []
+    for item in thread.blocks:
+        if isinstance(item, Spawn):
+            called = [entry for block in item.call for entry in entries(block)]
+            found.append([(*entry[:3], False) for entry in before] + called)
+            item = item.join
+        before = before + entries(item)
+    return [*found, before]
+
+
+def causal_logits(model, tokens_BxT):
+    """Logits [B, T, V] after each token of plain rows, each one text: nothing shared, packed or cached."""
+    B, T = tokens_BxT.shape
+    mask = jnp.broadcast_to(jnp.tri(T, dtype=bool)[None], (B, T, T))
+    positions = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
+    hidden, _ = model.hidden(tokens_BxT, positions, lambda q, k, v, carry: (attend_masked(q, k, v, mask), carry))
+    return model.logits(hidden)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _causal(graphdef, weights, tokens_BxT):
+    return causal_logits(nnx.merge(graphdef, weights), tokens_BxT)
+
+
+def plain_logits(model, ids):
+    """The oracle: logits [T, V] after each of `ids`."""
+    padded = np.zeros((1, -(-len(ids) // 64) * 64), np.int32)
+    padded[0, : len(ids)] = ids
+    return np.asarray(_causal(*nnx.split(model), padded)[0, : len(ids)])
+
+
+def log_softmax(logits):
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
