@@ -6,6 +6,7 @@ Whatever is wrong raises ValueError or OSError in one line that says what was gi
 import dataclasses
 import difflib
 import dis
+import errno
 import math
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
@@ -190,9 +191,11 @@ def reason(error: BaseException) -> str | None:
     code made. None for anything else (a library's or Python's own): it is a bug, and its traceback is needed."""
     text = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if isinstance(error, OSError):
-        if error.errno is None or not error.strerror:
+        if not error.strerror:
             return text
-        return f"{error.filename}: {error.strerror}" if error.filename else f"{error.strerror} while a file was written"
+        where = f"{error.filename}: " if error.filename else ""
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return f"{where}{error.strerror}{'; make room, the same command then goes on' if full else ''}"
     if not isinstance(error, (ValueError, RuntimeError, FloatingPointError)):
         return None
     last = error.__traceback__

@@ -57,7 +57,7 @@ def _traces(settings: Settings, style: str, problems: list[Problem], tokenizer: 
     rng = random.Random(f"{settings.seed}/{title}")
     progress = Progress(title, len(problems), "trees")
     pieces: list[Piece] = []
-    counts = dict.fromkeys(("trees", "too_long", "threads", "tokens", "solved", "solved_in_window"), 0)
+    counts = dict.fromkeys(("trees", "too_long", "threads", "tokens", "solved", "solved_in_window", "threads_left_out"), 0)
     for index, problem in enumerate(problems):
         text = SOLVERS[style](problem, settings.solvers[style], rng)
         tree = encode_tree(text, tokenizer.encode, tokenizer.bos, tokenizer.eos)
@@ -68,9 +68,13 @@ def _traces(settings: Settings, style: str, problems: list[Problem], tokenizer: 
         else:
             counts["trees"] += 1
             counts["solved_in_window"] += text.info["solved"]
-            counts["threads"] += len(laid)
             counts["tokens"] += total_tokens(tree)
-            pieces += laid
+            kept = laid
+            if settings.children and len(laid) > 1 + settings.children:
+                kept = [laid[0], *rng.sample(laid[1:], settings.children)]
+            counts["threads"] += len(kept)
+            counts["threads_left_out"] += len(laid) - len(kept)
+            pieces += kept
         progress.update(index + 1)
     if not pieces:
         raise ValueError(f"none of {len(problems)} {style} trees fits a window of {settings.window} tokens")

@@ -9,13 +9,15 @@ A run that was stopped goes on when the same command is given again; what is the
 What can be set is listed, with its defaults, in experiments/settings.py.
 """
 
+import logging
+import os
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 import jax
-from absl import logging
 
 from experiments.command import FLAGS_HELP, Command, parse, reason
 from experiments.sweep import expand, run_each
@@ -32,7 +34,6 @@ def start(command: Command) -> None:
         jax.config.update("jax_num_cpu_devices", settings.devices)
     jax.config.update("jax_compilation_cache_dir", str(CACHE))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    logging.set_verbosity(logging.ERROR)  # Orbax tells of every file
     from experiments.stages import Run  # after the devices are set: it brings in everything else
 
     Run(settings, command.workdir).run(command.stages)
@@ -59,5 +60,19 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def cli() -> None:
+    """Ends the process. Silences the libraries' own accounts: Orbax tells of every file, and a save that fails, as on
+    a full disk, is told by Orbax, asyncio and TensorStore in hundreds of lines beside the CheckpointError."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "Error (writing|reading) persistent compilation cache")  # a run does without
+    closed = "Event loop is closed"  # TensorStore's writes that were under way when the save had failed
+    sys.unraisablehook = lambda found: closed in str(found.exc_value) or sys.__unraisablehook__(found)
+    code = main(sys.argv)
+    sys.stdout.flush()
+    if code:
+        os._exit(code)  # without the farewells of threads whose files could not be written
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    cli()

@@ -58,6 +58,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.sosp.beam = (1, 5)
     c.sosp.promising = 0.5
     c.sosp.heuristic = "multiply"
+    c.sosp.shuffle = True  # operations kept by the beam are written in random order, as the authors do
     c.sosp.max_value = 0  # results above it are not explored; 0: no limit, the paper's
 
     c.apr = ml_collections.ConfigDict()  # the APR solver
@@ -65,7 +66,9 @@ def default_config() -> ml_collections.ConfigDict:
     c.apr.sub_beam = (4, 5)
     c.apr.promising = 0.9
     c.apr.heuristic = "multiply"
+    c.apr.shuffle = True
     c.apr.max_value = 0
+    c.apr.children = 0  # child threads of a tree that are trained on, drawn at random; 0: all, the paper's
 
     c.tokenizer = ml_collections.ConfigDict()
     c.tokenizer.max_number = 99  # larger numbers are spelled in digits
@@ -139,6 +142,7 @@ class Settings:
     train: int
     held_out: int
     solvers: dict[str, SolverConfig]
+    children: int
     max_number: int
     model: dict[str, Any]  # LlamaConfig but for the vocabulary
     sft: SftConfig
@@ -207,7 +211,8 @@ def read_settings(config: ml_collections.ConfigDict) -> Settings:
         )
 
     def solver(style: str) -> SolverConfig:
-        values = {**c[style], "max_value": c[style]["max_value"] or None}
+        values = {key: value for key, value in c[style].items() if key != "children"}
+        values["max_value"] = values["max_value"] or None
         return build(style, SolverConfig, **values)
 
     solvers = {style: solver(style) for style in STYLES}
@@ -225,7 +230,8 @@ def read_settings(config: ml_collections.ConfigDict) -> Settings:
         config=c, name=c["name"], seed=c["seed"], devices=devices, window=window,
         problems=build("problems", ProblemRange, **problems),
         train=c["problems"]["train"], held_out=c["problems"]["held_out"],
-        solvers=solvers, max_number=c["tokenizer"]["max_number"], model=model,
+        solvers=solvers, children=at_least("apr.children", c["apr"]["children"], 0),
+        max_number=c["tokenizer"]["max_number"], model=model,
         sft=section("sft", SftConfig), grpo=section("grpo", GrpoConfig, ("styles", "slots")),
         grpo_styles=tuple(c["grpo"]["styles"]), grpo_slots=c["grpo"]["slots"],
         budget=Budget(window, c["budget"]["threads"], c["budget"]["depth"]),

@@ -22,14 +22,15 @@ def make_model(seed=0, vocabulary=len(TOKENIZER), **sizes):
     return Llama(LlamaConfig(vocab_size=vocabulary, **SIZES | sizes), rngs=nnx.Rngs(seed))
 
 
-def spawning_model(seed=0, spawn=4.0, end=3.0, **sizes):
+def spawning_model(seed=0, opens=4.5, closes=3.5, ends=1.5, **sizes):
     """An untrained model that likes to spawn: the first coordinate of every embedding is the same, so that the head's
-    first row is a bias. `spawn` is that of the tokens that open and close a spawn or a join, `end` that of the end."""
+    first row is a bias: of the tokens that open a spawn or a join, of the one that closes a spawn, of the end."""
     model = make_model(seed, **sizes)
     model.embed_VxD[...] = model.embed_VxD[...].at[:, 0].set(4.0)
     bias = np.zeros(len(TOKENIZER), np.float32)
-    bias[[TOKENIZER.token(text) for text in (trace.SPAWN_OPEN, trace.SPAWN_CLOSE, trace.JOIN_OPEN)]] = spawn
-    bias[TOKENIZER.eos] = end
+    for text, value in ((trace.SPAWN_OPEN, opens), (trace.JOIN_OPEN, opens), (trace.SPAWN_CLOSE, closes)):
+        bias[TOKENIZER.token(text)] = value
+    bias[TOKENIZER.eos] = ends
     model.head_DxV[...] = model.head_DxV[...].at[0].set(bias / 3.3)  # what the coordinate is after the norm, about
     return model
 

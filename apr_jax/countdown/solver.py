@@ -49,7 +49,9 @@ class SolverConfig:
     """Settings of one recipe; beams are drawn per problem from closed ranges.
 
     `max_value` keeps results above it out of the search (None: the paper's unbounded search): shorter
-    traces and fewer facts of arithmetic to learn, at a few solutions lost.
+    traces and fewer facts of arithmetic to learn, at a few solutions lost. `shuffle` off writes what the
+    beam kept in the order it was generated in: a small model that decodes greedily then goes through the
+    operations, where after shuffled traces it writes the likeliest one again and again.
     """
 
     beam: tuple[int, int]
@@ -57,6 +59,7 @@ class SolverConfig:
     promising: float = 0.9
     heuristic: str = "multiply"
     max_value: int | None = None
+    shuffle: bool = True
 
     def __post_init__(self):
         if self.heuristic not in HEURISTICS:
@@ -122,15 +125,18 @@ class _Search:
         target, cap = self.target, self.config.max_value
         lines.append(trace.state(target, node.numbers, node.operations) + "\n")
         kept = [
-            (self.heuristic(numbers, target), numbers, operation)
-            for numbers, operation in successors(node.numbers)
+            (self.heuristic(numbers, target), index, numbers, operation)
+            for index, (numbers, operation) in enumerate(successors(node.numbers))
             if cap is None or numbers[-1] <= cap
         ]
         kept.sort(key=lambda entry: entry[0])
         del kept[beam:]
-        self.rng.shuffle(kept)
+        if self.config.shuffle:
+            self.rng.shuffle(kept)
+        else:
+            kept.sort(key=lambda entry: entry[1])
         children = []
-        for rank, numbers, operation in kept:
+        for rank, _, numbers, operation in kept:
             lines.append(trace.exploring(operation, numbers))
             if len(numbers) > 1:
                 child = _Node(f"{node.name},{len(children)}", numbers, (*node.operations, operation), node)

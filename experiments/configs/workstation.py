@@ -14,4 +14,5 @@ def get_config():
     c.problems.train, c.problems.held_out = 24_000, 1000
     c.sft.steps, c.sft.batch_rows, c.sft.save_every = 4000, 4, 200
     c.grpo.steps, c.grpo.prompts, c.grpo.group = 40, 16, 8
+    c.export.check_trees = 20
     return c

@@ -10,11 +10,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SMOKE = "--config=experiments/configs/smoke.py"
+LIMITED = """
+import resource, runpy, sys
+most = int(sys.argv.pop(1))
+resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+runpy.run_module("experiments.run", run_name="__main__", alter_sys=True)
+"""
 
 
-def start(*arguments, **options) -> subprocess.Popen:
-    """The command in a process of its own, as a user starts it."""
-    line = [sys.executable, "-m", "experiments.run", SMOKE, *map(str, arguments)]
+def start(*arguments, most: int | None = None, **options) -> subprocess.Popen:
+    """The command in a process of its own, as a user starts it; no file that it writes grows past `most` bytes."""
+    begin = ["-m", "experiments.run"] if most is None else ["-c", LIMITED, str(most)]
+    line = [sys.executable, *begin, SMOKE, *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(line, cwd=ROOT, env=environment, **pipes | options)

@@ -38,7 +38,12 @@ def test_a_prefill_and_then_one_token_at_a_time_is_the_plain_forward(sizes):
     """Rows of different lengths, in slots out of order, decoded in a part of the cache that is put back each time."""
     model = make_model(2, **sizes)
     right = np.asarray(jax.jit(lambda tokens: causal_logits(model, tokens))(TOKENS))
-    cache, slots, lengths, far = make_cache(model.config, 4, 64), np.array([2, 0, 3]), [5, 20, 1], np.iinfo(np.int32).max
+    cache, slots, lengths, far = (
+        make_cache(model.config, 4, 64),
+        np.array([2, 0, 3]),
+        [5, 20, 1],
+        np.iinfo(np.int32).max,
+    )
     rows = np.array([*slots, 4, 4])  # two more are no slot: what is computed there goes nowhere
     positions = np.full((3, 24), far, np.int32)
     for row, length in enumerate(lengths):

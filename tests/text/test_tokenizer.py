@@ -148,7 +148,9 @@ def test_a_saved_tokenizer_gives_the_same_ids(tmp_path):
     for _ in range(5):
         tree = solve_apr(ProblemRange().draw(rng), SolverConfig.paper_apr(beam=(1, 4), sub_beam=(1, 4)), rng)
         texts += [thread.text for thread in tree.threads()]
-    assert loaded.encode_batch(texts) == [LARGE.encode(text) for text in texts] == [loaded.encode(text) for text in texts]
+    assert (
+        loaded.encode_batch(texts) == [LARGE.encode(text) for text in texts] == [loaded.encode(text) for text in texts]
+    )
     assert (loaded.bos, loaded.eos, loaded.pad) == (LARGE.bos, LARGE.eos, LARGE.pad)
     assert len({LARGE.bos, LARGE.eos, LARGE.pad, LARGE.unknown}) == 4
 

@@ -1,0 +1,441 @@
+"""The JAX engine: the tokens and log-probabilities of plain forwards, whatever the slots, the order and the company."""
+
+import asyncio
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from scipy import stats
+
+from apr_jax.countdown import CountdownProtocol, Problem, ProblemRange
+from apr_jax.evaluate.evaluate import evaluate
+from apr_jax.rollout.decode import sample
+from apr_jax.rollout.engine import JaxEngine
+from apr_jax.threads import Block, Spawn
+from apr_jax.threads.engine import Sampling
+from apr_jax.threads.metrics import children, depth
+from apr_jax.threads.run import Budget, TreeRunner, run_all
+from apr_jax.train.loss import row_logits, token_logprobs
+from apr_jax.train.pack import first_fit, lay_out, pack_rows
+from apr_jax.train.step import data_mesh
+from tests.tiny import (
+    SIZES,
+    TOKENIZER,
+    NonsenseProtocol,
+    log_softmax,
+    make_model,
+    plain_logits,
+    spawning_model,
+    without_logprobs,
+)
+
+CONTEXT = 96
+NOWHERE = frozenset()  # no stop
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return data_mesh(2)
+
+
+@pytest.fixture(scope="module")
+def spawning():
+    return spawning_model(1)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return make_model(1)
+
+
+def idle(engine):
+    """Nothing is left behind: no request, and no slot in anybody's hands."""
+    return not engine._waiting and not engine._running and not any(engine._owners)
+
+
+def run_trees(engine, protocol, budget, names, order=None, temperature=1.0):
+    """The trees of `names` by name, asked for in another order; the n-th problem is n."""
+    runner = TreeRunner(engine, protocol, TOKENIZER, budget, Sampling(temperature))
+    order = list(range(len(names))) if order is None else order
+    jobs = [lambda i=i: runner.run(i, names[i]) for i in order]
+    found = dict(zip(order, asyncio.run(run_all(jobs))))
+    assert idle(engine)
+    return [found[i] for i in range(len(names))]
+
+
+# ---------------------------------------------------------------------- greedy, token for token
+
+
+async def walk(engine, ids, name, levels, sampling, found):
+    """One thread by hand: writes, waits for three children, goes on from a shorter fork, twice. Adds what it wrote
+    as (context, decoded) to `found`; returns something that depends on all of it."""
+    sequence = engine.open(ids, name)
+    for turn in range(2):
+        before = tuple(sequence.ids)
+        decoded = await engine.decode(sequence, NOWHERE, 5 + turn, sampling)
+        assert tuple(sequence.ids) == before + decoded.ids and len(decoded.ids) == 5 + turn and not decoded.stopped
+        found.append((before, decoded))
+        if levels:
+            prompts = [(4 + index, 5 + levels, *decoded.ids[:2]) for index in range(3)]
+            results = await asyncio.gather(
+                *(walk(engine, ids, (*name, turn, i), levels - 1, sampling, found) for i, ids in enumerate(prompts))
+            )
+            parent = sequence
+            sequence = engine.fork(parent, len(parent.ids) - 2, (*name, -turn - 1))
+            engine.free(parent)
+            engine.extend(sequence, results)
+    last = sequence.ids[-1]
+    engine.free(sequence)
+    return last
+
+
+@pytest.mark.parametrize("slots", [2, 8])
+def test_greedy_decoding_is_the_argmax_of_plain_forwards_through_forks_joins_and_evictions(plain, mesh, slots):
+    engine = JaxEngine(plain, mesh, slots=slots, context=CONTEXT, steps=4)
+    found = []
+
+    async def all_trees():
+        await asyncio.gather(*(walk(engine, (1, 7, 20 + i), (i,), 2, Sampling(0.0), found) for i in range(3)))
+
+    asyncio.run(all_trees())
+    assert idle(engine) and len(found) == 3 * 2 * (1 + 6 + 36)
+    random.Random(0).shuffle(found)
+    for before, decoded in found[:60]:
+        logits = plain_logits(plain, [*before, *decoded.ids])[len(before) - 1 : -1]
+        assert decoded.ids == tuple(logits.argmax(axis=-1))
+        right = log_softmax(logits)[np.arange(len(decoded.ids)), list(decoded.ids)]
+        np.testing.assert_allclose(decoded.logprobs, right, atol=1e-4)
+
+
+def test_a_fork_leaves_its_parent_as_it_is(plain, mesh):
+    """Fork and parent both go on; the parent is freed before or after, and nobody's tokens change."""
+    engine = JaxEngine(plain, mesh, slots=2, context=CONTEXT)
+    prompt = tuple(range(4, 24))
+
+    async def alone(ids):
+        sequence = engine.open(ids, (0,))
+        decoded = await engine.decode(sequence, NOWHERE, 6, Sampling(0.0))
+        engine.free(sequence)
+        return decoded.ids
+
+    async def forked():
+        parent = engine.open(prompt, (0,))
+        first = await engine.decode(parent, NOWHERE, 6, Sampling(0.0))
+        forks = [engine.fork(parent, length, (1, length)) for length in (20, 9, 1)]
+        for fork in forks:
+            engine.extend(fork, (30, 31))
+        ids = [tuple(fork.ids) for fork in forks]
+        assert ids == [(*(*prompt, *first.ids)[:length], 30, 31) for length in (20, 9, 1)]
+        parent_ids = tuple(parent.ids)
+        both = await asyncio.gather(*(engine.decode(s, NOWHERE, 6, Sampling(0.0)) for s in (*forks, parent)))
+        for sequence in (parent, *forks):
+            engine.free(sequence)
+        return [*ids, parent_ids], [decoded.ids for decoded in both]
+
+    contexts, continued = asyncio.run(forked())
+    assert continued == [asyncio.run(alone(ids)) for ids in contexts]
+    assert idle(engine)
+
+
+# ---------------------------------------------------------------------- sampled trees
+
+
+@pytest.fixture(scope="module")
+def trees(spawning, mesh):
+    """Nested trees of nonsense, sampled with room for all."""
+    engine = JaxEngine(spawning, mesh, slots=16, context=CONTEXT, seed=3, steps=8)
+    found = run_trees(engine, NonsenseProtocol(), BUDGET, NAMES)
+    assert sum(map(children, found)) > 50 and max(map(depth, found)) == 3, "or the tests on them show little"
+    assert sum(tree.info["guarded"] for tree in found) > 5
+    return found
+
+
+BUDGET = Budget(CONTEXT, threads=40, depth=3)
+NAMES = [(7, i) for i in range(12)]
+
+
+def test_the_training_forward_finds_the_log_probabilities_of_the_engine_again(trees, spawning):
+    pieces = [lay_out(thread) for tree in trees for thread in tree.threads()]
+    rows = first_fit([len(piece) for piece in pieces], 256)
+    packed = pack_rows([[pieces[i] for i in row] for row in rows], 256)
+    logprobs = jax.jit(lambda rows: token_logprobs(row_logits(spawning, rows), rows["tokens"]))(packed)
+    sampled = packed["sampled"]
+    assert sampled.sum() > 500
+    assert np.abs(np.asarray(logprobs) - packed["logprobs"])[sampled].max() < 1e-4
+    assert (packed["logprobs"][sampled] < 0).all()
+
+
+@pytest.mark.parametrize("slots, order_seed", [(2, 1), (6, 2)])
+def test_tokens_depend_on_no_slots_and_no_order(trees, spawning, mesh, slots, order_seed):
+    order = random.Random(order_seed).sample(range(len(NAMES)), len(NAMES))
+    engine = JaxEngine(spawning, mesh, slots=slots, context=CONTEXT, seed=3, steps=8)
+    for tree, other in zip(run_trees(engine, NonsenseProtocol(), BUDGET, NAMES, order), trees):
+        assert without_logprobs(tree) == without_logprobs(other) and tree.info == other.info
+
+
+def test_tokens_depend_on_no_company_and_no_chunks(trees, spawning, mesh):
+    """Every tree alone, in an engine that stops at other places to look around."""
+    engine = JaxEngine(spawning, mesh, slots=2, context=CONTEXT, seed=3, steps=16)
+    for i in (0, 5):
+        runner = TreeRunner(engine, NonsenseProtocol(), TOKENIZER, BUDGET, Sampling(1.0))
+        assert without_logprobs(asyncio.run(runner.run(i, NAMES[i]))) == without_logprobs(trees[i])
+
+
+def test_names_and_seeds_decide_the_draws(trees, spawning, mesh):
+    engine = JaxEngine(spawning, mesh, slots=16, context=CONTEXT, seed=4, steps=8)
+    reseeded = run_trees(engine, NonsenseProtocol(), BUDGET, NAMES)
+    assert sum(without_logprobs(a) == without_logprobs(b) for a, b in zip(reseeded, trees)) <= 2  # short ones
+    runner = TreeRunner(engine, NonsenseProtocol(), TOKENIZER, BUDGET, Sampling(1.0))
+    same_prompt = asyncio.run(run_all([lambda name=name: runner.run(1, name) for name in NAMES]))
+    assert len({without_logprobs(tree) for tree in same_prompt}) >= len(NAMES) - 2
+
+
+def test_a_position_written_twice_is_drawn_twice(plain, mesh):
+    """A fork continues with noise of its own, or a join would repeat the draws of its call."""
+    engine = JaxEngine(plain, mesh, slots=2, context=CONTEXT)
+
+    async def both():
+        parent = engine.open((1, 5, 6), (0,))
+        first = await engine.decode(parent, NOWHERE, 20, Sampling(1.0))
+        fork = engine.fork(parent, 3, (0, 1))
+        second = await engine.decode(fork, NOWHERE, 20, Sampling(1.0))
+        engine.free(parent)
+        engine.free(fork)
+        return first.ids, second.ids
+
+    first, second = asyncio.run(both())
+    assert first != second and idle(engine)
+
+
+def test_two_slots_end_wide_nested_trees_of_waiting_parents(mesh):
+    """Far more parents wait than there are slots; every tree ends, with the tokens that many slots give."""
+    model, budget = spawning_model(1, opens=6.5, closes=5.0, ends=0.0), Budget(CONTEXT, threads=400, depth=4)
+    few, many = (
+        run_trees(
+            JaxEngine(model, mesh, slots=slots, context=CONTEXT, steps=8), NonsenseProtocol(4), budget, [(0,), (1,)]
+        )
+        for slots in (2, 16)
+    )
+    assert max(map(depth, few)) == 4 and sum(map(children, few)) > 100
+    assert list(map(without_logprobs, few)) == list(map(without_logprobs, many))
+
+
+def test_what_is_forced_is_what_was_asked_for(trees):
+    """Prompts, joins and the guard's tokens are forced and carry no log-probability; all else is sampled."""
+    open_, close = (TOKENIZER.token(text) for text in (NonsenseProtocol.spawn_open, NonsenseProtocol.spawn_close))
+    guarded = 0
+    for tree in trees:
+        for thread in tree.threads():
+            assert not thread.blocks[0].sampled and thread.blocks[0].content[0] == TOKENIZER.bos
+            for item in thread.blocks[1:]:
+                for block in (*item.call, item.join) if isinstance(item, Spawn) else (item,):
+                    assert (block.logprobs is not None) == block.sampled
+                    joined = isinstance(item, Spawn) and block is item.join
+                    if not block.sampled and not joined:
+                        assert block == Block((open_,), sampled=False)
+                        guarded += 1
+                if isinstance(item, Spawn):
+                    call = [token for block in item.call for token in block.content]
+                    assert (call[0], call[-1]) == (open_, close)
+    assert guarded == sum(tree.info["guarded"] for tree in trees)
+
+
+# ---------------------------------------------------------------------- distribution
+
+
+def chi_square(counts, probabilities):
+    """p-value; rare tokens are one bin."""
+    expected = probabilities * counts.sum()
+    rare = expected < 5
+    observed, expected = (np.append(x[~rare], x[rare].sum())[: None if rare.any() else -1] for x in (counts, expected))
+    return stats.chisquare(observed, expected * observed.sum() / expected.sum()).pvalue
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_draws_follow_the_softmax(temperature):
+    logits = np.random.default_rng(0).normal(size=40).astype(np.float32) * 1.5
+    n = 20_000
+    keys = np.random.default_rng(1).integers(0, 2**32, (n, 2), np.uint32)
+    rows = jnp.broadcast_to(jnp.asarray(logits)[None], (n, 40))
+    tokens, logprobs = sample(rows, keys, jnp.full(n, 11, jnp.int32), jnp.float32(temperature))
+    right = log_softmax(logits / temperature)
+    assert chi_square(np.bincount(tokens, minlength=40), np.exp(right)) > 1e-3
+    np.testing.assert_allclose(logprobs, right[np.asarray(tokens)], atol=1e-5)
+    again, _ = sample(rows, keys[:1].repeat(n, axis=0), jnp.arange(n, dtype=jnp.int32), jnp.float32(temperature))
+    assert chi_square(np.bincount(again, minlength=40), np.exp(right)) > 1e-3, "positions of one sequence are as good"
+
+
+def test_an_engine_s_draws_follow_the_model_s_softmax(plain, mesh):
+    engine = JaxEngine(plain, mesh, slots=64, context=64, steps=1)
+    prompt = (1, 9, 30)
+
+    async def one(name):
+        sequence = engine.open(prompt, (name,))
+        decoded = await engine.decode(sequence, NOWHERE, 1, Sampling(0.8))
+        engine.free(sequence)
+        return decoded.ids[0]
+
+    async def all_of_them():
+        return await asyncio.gather(*(one(name) for name in range(1536)))
+
+    tokens = asyncio.run(all_of_them())
+    right = np.exp(log_softmax(plain_logits(plain, prompt)[-1] / 0.8))
+    assert chi_square(np.bincount(tokens, minlength=len(TOKENIZER)), right) > 1e-3
+
+
+# ---------------------------------------------------------------------- whatever a model writes
+
+
+def test_300_trees_of_an_untrained_model_end_without_an_exception(mesh):
+    rng = random.Random(0)
+    problems = [ProblemRange(max_number=30).draw(rng) for _ in range(300)]
+    engine = JaxEngine(spawning_model(2, opens=2.0, closes=3.0, ends=2.0), mesh, slots=32, context=CONTEXT)
+    runner = TreeRunner(engine, CountdownProtocol(), TOKENIZER, Budget(CONTEXT, 8, 1), Sampling(1.2))
+    ended = []
+    jobs = [lambda i=i, problem=problem: runner.run(problem, (i,)) for i, problem in enumerate(problems)]
+    found = asyncio.run(run_all(jobs, lambda index, tree: ended.append(index)))
+    assert sorted(ended) == list(range(300)) and len(found) == 300 and idle(engine)
+    for problem, tree in zip(problems, found):
+        assert TOKENIZER.decode(tree.root.blocks[0].content) == CountdownProtocol().root_prompt(problem)
+    kinds = {kind for tree in found for kind in tree.info["failures"]}
+    assert "length" in kinds and any(kind.startswith("malformed") for kind in kinds)
+    assert any(tree.info["guarded"] for tree in found) and any(not tree.info["failures"] for tree in found)
+
+
+class Breaking(NonsenseProtocol):
+    """Fails in the middle of some problems' trees, while their other threads decode."""
+
+    def __init__(self, broken):
+        super().__init__()
+        self.broken = broken
+
+    def root_prompt(self, problem):
+        return ("b" if problem.target in self.broken else "a") + f"{problem.target}\n"
+
+    def parse_spawn(self, text):
+        request = super().parse_spawn(text)
+        if request is not None and text.startswith("b"):
+            request = type(request)(tuple("c" + child for child in request.children), request.position)
+        if request is not None and text.startswith("c"):
+            raise ZeroDivisionError("on purpose")
+        return request
+
+
+def test_a_tree_that_raises_stops_neither_the_others_nor_the_engine(spawning, mesh, tmp_path):
+    problems = [Problem((1, 2), 100 + i) for i in range(12)]
+    broken = {problem.target for problem in problems[::3]}
+    records = {}
+    for which in ((), broken):
+        engine = JaxEngine(spawning, mesh, slots=4, context=CONTEXT, seed=3, steps=8)
+        runner = TreeRunner(engine, Breaking(which), TOKENIZER, BUDGET, Sampling(1.0))
+        path = tmp_path / f"{len(which)}.jsonl"
+        records[bool(which)] = evaluate(runner, problems, path, name="x", check_steps=lambda text: (0, 0))
+        assert idle(engine)
+    assert [record.index for record in records[True]] == list(range(12))
+    failed = [record.index for record in records[True] if record.failures == {"error:ZeroDivisionError": 1}]
+    assert len(failed) >= 2
+    for whole, record, problem in zip(records[False], records[True], problems):
+        if problem.target not in broken:
+            assert record == whole and not whole.failures.get("error:ZeroDivisionError")
+
+
+def test_an_engine_goes_on_after_a_run_that_was_broken_off(spawning, trees, mesh):
+    engine = JaxEngine(spawning, mesh, slots=4, context=CONTEXT, seed=3, steps=8)
+
+    class Broken(NonsenseProtocol):
+        def join(self, text, results):
+            raise ZeroDivisionError("on purpose")
+
+    with pytest.raises(ZeroDivisionError):
+        run_trees(engine, Broken(), BUDGET, NAMES)
+    assert idle(engine)
+    again = run_trees(engine, NonsenseProtocol(), BUDGET, NAMES[:3])
+    assert list(map(without_logprobs, again)) == list(map(without_logprobs, trees[:3]))
+
+
+def test_a_failure_inside_the_engine_reaches_everybody_who_waits(plain, mesh):
+    engine = JaxEngine(plain, mesh, slots=2, context=CONTEXT)
+
+    async def ask():
+        sequences = [engine.open((1, 5), (i,)) for i in range(5)]
+        work = (engine.decode(sequence, frozenset({10**6}), 3, Sampling()) for sequence in sequences)  # no such id
+        return await asyncio.wait_for(asyncio.gather(*work, return_exceptions=True), 60)
+
+    errors = asyncio.run(ask())
+    assert len(errors) == 5 and all(isinstance(error, RuntimeError) and "IndexError" in str(error) for error in errors)
+
+
+def test_new_weights_are_the_ones_that_decode(plain, mesh):
+    engine, other = JaxEngine(plain, mesh, slots=2, context=CONTEXT), make_model(9)
+
+    async def greedy():
+        sequence = engine.open((1, 9, 30), (0,))
+        decoded = await engine.decode(sequence, NOWHERE, 8, Sampling(0.0))
+        engine.free(sequence)
+        return decoded.ids
+
+    before = asyncio.run(greedy())
+    engine.load(nnx.state(other))
+    after = asyncio.run(greedy())
+    assert before != after
+    assert after == tuple(plain_logits(other, (1, 9, 30, *after)).argmax(axis=-1)[2:-1])
+
+
+# ---------------------------------------------------------------------- bad arguments
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"slots": 3}, "multiple of the 2 devices, was given 3"),
+        ({"slots": 0}, "was given 0"),
+        ({"context": SIZES["context"] + 1}, f"holds {SIZES['context']} tokens, an engine of {SIZES['context'] + 1}"),
+    ],
+)
+def test_engines_that_cannot_be_are_refused_with_what_was_given(plain, mesh, settings, message):
+    with pytest.raises(ValueError, match=message):
+        JaxEngine(plain, mesh, **{"slots": 2, "context": CONTEXT} | settings)
+
+
+def test_sequences_that_cannot_be_are_refused(plain, mesh):
+    engine = JaxEngine(plain, mesh, slots=2, context=8)
+    for ids in ((), (1,) * 9):
+        with pytest.raises(ValueError, match=f"1 to 8 tokens, was given {len(ids)}"):
+            engine.open(ids, (0,))
+    sequence = engine.open((1, 2, 3), (0,))
+    for length in (0, 4):
+        with pytest.raises(ValueError, match=f"1 to 3 tokens, was given {length}"):
+            engine.fork(sequence, length, (1,))
+
+    def decode(sequence, limit=3):
+        return asyncio.run(engine.decode(sequence, NOWHERE, limit, Sampling()))
+
+    with pytest.raises(ValueError, match="no room"):
+        decode(engine.open((1,) * 8, (0,)))
+    with pytest.raises(ValueError, match="no room"):
+        decode(sequence, limit=0)
+    engine.free(sequence)
+    with pytest.raises(ValueError, match="freed"):
+        decode(sequence)
+    with pytest.raises(ValueError, match="was given -1"):
+        Sampling(-1)
+    with pytest.raises(ValueError, match="window of 9 tokens was asked of an engine that holds 8"):
+        TreeRunner(engine, NonsenseProtocol(), TOKENIZER, Budget(9), Sampling())
+
+
+def test_a_window_is_filled_to_its_last_token(plain, mesh):
+    for context in (8, 128, 250):
+        engine = JaxEngine(plain, mesh, slots=2, context=context)
+
+        async def fill():
+            sequence = engine.open((1, 9, 30), (0,))
+            decoded = await engine.decode(sequence, NOWHERE, 10**6, Sampling(0.0))
+            engine.free(sequence)
+            return decoded
+
+        decoded = asyncio.run(fill())
+        assert len(decoded.ids) == context - 3 and not decoded.stopped
+        assert decoded.ids == tuple(plain_logits(plain, (1, 9, 30, *decoded.ids)).argmax(axis=-1)[2:-1])

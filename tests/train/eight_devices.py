@@ -1,0 +1,137 @@
+"""What `test_devices` checks, in a process with eight virtual CPU devices: python -m tests.train.eight_devices
+
+Prints one JSON line: the measurement that each test looks at, by the test's name.
+"""
+
+import asyncio
+import dataclasses
+import functools
+import json
+import random
+import tempfile
+from pathlib import Path
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+import numpy as np  # noqa: E402
+import optax  # noqa: E402
+from flax import nnx  # noqa: E402
+
+from apr_jax.countdown import CountdownProtocol  # noqa: E402
+from apr_jax.countdown.solver import SOLVERS  # noqa: E402
+from apr_jax.countdown.vocabulary import countdown_tokenizer  # noqa: E402
+from apr_jax.model.llama import Llama, LlamaConfig  # noqa: E402
+from apr_jax.rollout.engine import JaxEngine  # noqa: E402
+from apr_jax.threads import encode_tree  # noqa: E402
+from apr_jax.threads.engine import Sampling  # noqa: E402
+from apr_jax.threads.run import Budget, TreeRunner, run_all  # noqa: E402
+from apr_jax.train.grpo import GrpoTrainer  # noqa: E402
+from apr_jax.train.loss import supervised_loss  # noqa: E402
+from apr_jax.train.pack import lay_out, lay_out_tree, pack_rows  # noqa: E402
+from apr_jax.train.sft import run_sft  # noqa: E402
+from apr_jax.train.step import Trainer, data_mesh  # noqa: E402
+from experiments.configs import paper  # noqa: E402
+from experiments.settings import read_settings  # noqa: E402
+from tests.tiny import TOKENIZER, NonsenseProtocol, make_model, random_thread, spawning_model, without_logprobs  # noqa: E402
+
+
+def apart(a, b):
+    """The largest difference between two trees of arrays."""
+    return max(
+        float(np.abs(np.asarray(x) - np.asarray(y)).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b))
+    )
+
+
+def step():
+    """One plain descent step by 8 devices, by 1, and by nothing but `jax.grad`, on rows of very different weight:
+    one is empty, so that a device without a token takes part."""
+    rng = random.Random(0)
+    sizes = (0, 1, 1, 2, 3, 5, 9, 12)
+    pieces = [[lay_out(random_thread(rng, depth=0, longest=4)) for _ in range(size)] for size in sizes]
+    rows = pack_rows(pieces, 256)
+    loss = functools.partial(supervised_loss, mode="sampled")
+    model = make_model(0)
+    weights, norms = [], []
+    for devices in (8, 1):
+        trainer = Trainer(model, loss, optax.sgd(0.5), data_mesh(devices))
+        state, sums, norm = trainer.step(trainer.init(model), [rows])
+        weights.append(jax.device_get(state.weights))
+        norms.append(float(norm))
+    halves = [{name: value[at] for name, value in rows.items()} for at in (np.arange(0, 8), np.arange(8) * 0)]
+    trainer = Trainer(model, loss, optax.sgd(0.5), data_mesh(8))
+    twice, sums_twice, _ = trainer.step(trainer.init(model), halves)  # the second batch is the empty row eight times
+    graphdef, before = nnx.split(model)
+
+    def mean(weights):
+        total, sums = loss(nnx.merge(graphdef, weights), rows)
+        return total / sums["weight"]
+
+    plain = jax.tree.map(lambda w, g: w - 0.5 * g, before, jax.jit(jax.grad(mean))(before))
+    plain = nnx.to_pure_dict(plain)
+    return {
+        "per_row": rows["sampled"].sum(axis=1).tolist(), "moved": apart(weights[0], nnx.to_pure_dict(before)),
+        "one_device": apart(weights[0], weights[1]), "plain": apart(weights[0], plain),
+        "microbatches": apart(jax.device_get(twice.weights), weights[1]), "norm": abs(norms[0] - norms[1]) / norms[1],
+        "weight": [float(sums["weight"]), float(sums_twice["weight"])],
+    }  # fmt: skip
+
+
+def tokens():
+    """The same trees by 8 devices with a slot each and by 1 with 5."""
+    found = []
+    for devices, slots in ((8, 8), (1, 5)):
+        engine = JaxEngine(spawning_model(1), data_mesh(devices), slots=slots, context=96, seed=3)
+        runner = TreeRunner(engine, NonsenseProtocol(), TOKENIZER, Budget(96, 40, 3), Sampling(1.0))
+        jobs = [lambda i=i: runner.run(i, (7, i)) for i in range(10)]
+        found.append(asyncio.run(run_all(jobs)))
+    threads = sum(1 for tree in found[0] for _ in tree.threads())
+    return {"threads": threads, "equal": [without_logprobs(a) == without_logprobs(b) for a, b in zip(*found)]}
+
+
+def preset():
+    """The paper's preset, narrow, with short rows and a tiny window: one step of each kind on all 8 devices."""
+    c = paper.get_config()
+    c.model.width, c.model.layers, c.model.heads, c.model.feed_forward = 32, 2, 4, 64
+    c.window = 256
+    c.apr.beam = c.apr.sub_beam = (1, 2)
+    c.sft.steps, c.sft.batch_rows, c.sft.row_length = 1, 8, 512
+    c.grpo.steps, c.grpo.prompts, c.grpo.group, c.grpo.batch_rows, c.grpo.row_length, c.grpo.slots = 1, 2, 3, 8, 320, 16
+    settings = read_settings(c)
+    mesh, tokenizer = data_mesh(settings.devices), countdown_tokenizer(settings.max_number)
+    config = LlamaConfig(vocab_size=len(tokenizer), **settings.model)
+    model, rng = Llama(config, rngs=nnx.Rngs(settings.seed)), random.Random(0)
+    problems = [settings.problems.draw(rng) for _ in range(30)]
+    pieces = []
+    for problem in problems:
+        tree = SOLVERS["apr"](problem, settings.solvers["apr"], rng)
+        pieces += lay_out_tree(encode_tree(tree, tokenizer.encode, tokenizer.bos, tokenizer.eos))
+    with tempfile.TemporaryDirectory() as folder:
+        trained = run_sft(model, pieces, [], settings.sft, mesh, Path(folder), {})
+        (line,) = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    weights = [leaf for leaf in jax.tree.leaves(nnx.state(trained)) if leaf.ndim]
+    trainer = GrpoTrainer(
+        trained, CountdownProtocol("apr"), tokenizer, settings.budget, settings.grpo, mesh, settings.grpo_slots
+    )
+    state = trainer.trainer.init(trained)
+    groups = trainer.sample(state, 1, problems[:2])
+    # An untrained model solves nothing: the rewards are given, or there would be no update.
+    groups = [
+        [dataclasses.replace(tree, info={**tree.info, "correct": i == 0}) for i, tree in enumerate(group)]
+        for group in groups
+    ]
+    state, metrics = trainer.update(state, groups)
+    return {
+        "devices": [len(leaf.sharding.device_set) for leaf in weights], "sft": json.loads(line)["loss"],
+        "sft_moved": apart(nnx.state(model), nnx.state(trained)), "vocabulary": len(tokenizer),
+        "slots": sorted({shard.data.shape[0] for shard in trainer.engine._cache[0].k_SxKxWxH.addressable_shards}),
+        "grpo_moved": apart(nnx.to_pure_dict(nnx.state(trained)), jax.device_get(state.weights)),
+        "updates": int(state.step), "grpo": metrics,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    assert jax.device_count() == 8
+    print(json.dumps({"step": step(), "tokens": tokens(), "preset": preset()}))

@@ -1,0 +1,92 @@
+"""The tiny runs that the tests of resuming start, stop and start again, also as a process that kills itself:
+
+python -m tests.train.runs KIND FOLDER MOMENT    (sft or grpo; the moment "log" or "save")
+"""
+
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+from apr_jax.threads.run import Budget
+from apr_jax.train.grpo import GrpoConfig, run_grpo
+from apr_jax.train.metrics import MetricsLog
+from apr_jax.train.optimizer import OptimizerConfig
+from apr_jax.train.pack import lay_out
+from apr_jax.train.sft import SftConfig, run_sft
+from apr_jax.train.step import data_mesh
+from tests.tiny import TOKENIZER, NonsenseProtocol, make_model, random_thread, spawning_model
+
+KINDS = {"sft": 6, "grpo": 3}  # their steps
+OPTIMIZER = OptimizerConfig(peak_rate=1e-2, warmup_steps=2)
+
+
+def sft(folder, steps=6, validation=True, **changes):
+
+    rng = random.Random(0)
+    pieces = [lay_out(random_thread(rng, depth=0)) for _ in range(40)]
+    values = {
+        "steps": steps,
+        "batch_rows": 2,
+        "row_length": 64,
+        "optimizer": OPTIMIZER,
+        "save_every": 2,
+        "log_every": 1,
+    }
+    return run_sft(
+        make_model(0),
+        pieces,
+        pieces[:6] if validation else [],
+        SftConfig(**values | changes),
+        data_mesh(2),
+        Path(folder),
+        {},
+    )
+
+
+def grpo(folder, steps=3, **changes):
+    values = {"steps": steps, "prompts": 2, "group": 6, "inner_steps": 2, "kl": 0.01, "save_every": 1}
+    values |= {"batch_rows": 2, "row_length": 64, "optimizer": OPTIMIZER} | changes
+    model, budget = spawning_model(0, opens=3.0, closes=2.0, ends=4.0), Budget(40, 6, 1)
+    return run_grpo(
+        model, range(5), NonsenseProtocol(2), TOKENIZER, budget, GrpoConfig(**values), data_mesh(2), 8, Path(folder), {}
+    )
+
+
+def kill_on(moment, kind, folder):
+    """SIGKILL as the last step but one is logged, or in the middle of a save of the one before."""
+
+    def kill():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    last = KINDS[kind]
+    if moment == "log":
+        write = MetricsLog.write
+
+        def log(self, step, values):
+            write(self, step, values)
+            if step == last - 1:
+                kill()
+
+        MetricsLog.write = log
+    else:
+        saved = last - 2 if kind == "sft" else last - 1
+
+        def watch():
+            while not any(path.name.startswith(f"{saved}.") for path in (folder / "checkpoints").glob("*")):
+                time.sleep(0.0005)
+            kill()
+
+        threading.Thread(target=watch, daemon=True).start()
+
+
+if __name__ == "__main__":
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", 2)
+    kind, folder, moment = sys.argv[1:]
+    kill_on(moment, kind, Path(folder))
+    {"sft": sft, "grpo": grpo}[kind](folder)

@@ -1,0 +1,256 @@
+"""A run that was stopped ends as if it had not been; a checkpoint that is broken says so and names its folder."""
+
+import dataclasses
+import errno
+import gc
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+
+from apr_jax.train.checkpoint import CheckpointError, Checkpoints, load_model
+from apr_jax.train.metrics import MetricsLog
+from tests.tiny import make_model
+from tests.train import runs
+from tests.train.runs import KINDS
+
+ROOT = Path(__file__).absolute().parent.parent.parent
+RUN = {"sft": runs.sft, "grpo": runs.grpo}
+
+
+def bits(model):
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(nnx.state(model))]
+
+
+def lines(folder):
+    """The metrics by step, without what a clock says."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    clocks = ("tokens_per_second", "seconds/sample", "seconds/update")
+    return [{name: value for name, value in row.items() if name not in clocks} for row in rows]
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
+def whole(request, tmp_path_factory):
+    """(kind, folder, bits) of a run that nobody stopped."""
+    folder = tmp_path_factory.mktemp(request.param) / "run"
+    return request.param, folder, bits(RUN[request.param](folder))
+
+
+def saved(folder):
+    return sorted(int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def test_every_step_is_logged_once_and_the_last_checkpoints_are_kept(whole):
+    kind, folder, _ = whole
+    last = KINDS[kind]
+    steps = [row["step"] for row in lines(folder) if "validation_loss" not in row]
+    assert steps == list(range(1, last + 1))
+    assert saved(folder) == [last - 2 if kind == "sft" else last - 1, last]
+    assert (kind == "grpo") != any("validation_loss" in row for row in lines(folder))
+    if kind == "grpo":
+        assert all(row["train/threads"] > 0 for row in lines(folder)), "or resuming shows little"
+
+
+@pytest.mark.parametrize("lost", [1, 2])
+def test_a_run_that_lost_its_newest_checkpoints_ends_in_the_same_bits(whole, tmp_path, lost):
+    kind, folder, right = whole
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy)
+    for step in saved(copy)[-lost:]:
+        shutil.rmtree(copy / "checkpoints" / str(step))
+    with (copy / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')  # a line that a kill cut short
+    assert bits(RUN[kind](copy)) == right
+    assert lines(copy) == lines(folder)
+    assert saved(copy)[-1] == KINDS[kind]
+
+
+def test_a_finished_run_is_only_read(whole, tmp_path):
+    kind, folder, right = whole
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy)
+    assert bits(RUN[kind](copy)) == right
+    assert lines(copy) == lines(folder)
+
+
+@pytest.mark.parametrize("moment", ["log", "save"])
+def test_a_run_that_was_killed_ends_in_the_same_bits(whole, tmp_path, moment):
+    kind, folder, right = whole
+    copy = tmp_path / "run"
+    command = [sys.executable, "-m", "tests.train.runs", kind, str(copy), moment]
+    killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    assert 0 < len(saved(copy)) and saved(copy)[-1] < KINDS[kind]
+    assert bits(RUN[kind](copy)) == right
+    assert lines(copy) == lines(folder)
+
+
+def test_a_kill_between_the_last_checkpoint_and_the_validation_loses_no_validation(tmp_path):
+    runs.sft(tmp_path / "whole")
+    runs.sft(tmp_path / "run", validation=False)  # as if killed there
+    runs.sft(tmp_path / "run")
+    assert lines(tmp_path / "run") == lines(tmp_path / "whole")
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_says_where(tmp_path):
+    with pytest.raises(FloatingPointError, match="loss of step [23] is no number"):
+        runs.sft(tmp_path / "run", optimizer=dataclasses.replace(runs.OPTIMIZER, peak_rate=float("inf")))
+    assert not saved(tmp_path / "run")
+
+
+def test_rows_that_do_not_split_over_the_devices_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="batch_rows .3. must be a multiple of the 2 devices"):
+        runs.sft(tmp_path / "run", batch_rows=3)
+
+
+# ---------------------------------------------------------------------- logs
+
+
+def test_a_log_resumed_drops_the_steps_that_are_done_again(tmp_path):
+    log = MetricsLog(tmp_path, 0)
+    for step in (1, 2, 3):
+        log.write(step, {"loss": step / 2})
+    log.close()
+    log = MetricsLog(tmp_path, 2)
+    log.write(3, {"loss": 9.0})
+    log.close()
+    assert [(row["step"], row["loss"]) for row in lines(tmp_path)] == [(1, 0.5), (2, 1.0), (3, 9.0)]
+
+
+# ---------------------------------------------------------------------- checkpoints
+
+
+def state_of(seed=0, width=32):
+    return {"weights": nnx.to_pure_dict(nnx.state(make_model(seed, width=width))), "step": jnp.asarray(7, jnp.int32)}
+
+
+META = {"model": dataclasses.asdict(make_model(0).config), "style": "apr"}
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    """Checkpoints that hold step 1."""
+    found = Checkpoints(tmp_path / "checkpoints")
+    found.save(1, state_of(0), META)
+    yield found
+    found.close()
+
+
+def same(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def test_a_state_comes_back_as_it_was_saved(checkpoints):
+    checkpoints.save(2, state_of(1), META)
+    assert checkpoints.latest == 2
+    step, state = checkpoints.restore(state_of(5))
+    assert step == 2 and same(state, state_of(1))
+    assert same(checkpoints.restore(state_of(5), step=1)[1], state_of(0))
+    for folder in (checkpoints.folder, checkpoints.folder / "2"):
+        model, meta = load_model(folder)
+        assert bits(model) == bits(make_model(1)) and meta == META
+
+
+def test_a_checkpoint_of_another_shape_names_its_folder(checkpoints):
+    for other in (state_of(width=16), {"weights": state_of()["weights"]}, {"other": jnp.zeros(3)}):
+        with pytest.raises(CheckpointError, match=str(checkpoints.folder)):
+            checkpoints.restore(other)
+
+
+def test_a_missing_checkpoint_names_its_folder(tmp_path, checkpoints):
+    for folder in (tmp_path / "none", tmp_path / "none" / "1", checkpoints.folder / "5"):
+        with pytest.raises(CheckpointError, match=str(folder)):
+            load_model(folder)
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path, tmp_path / "empty"):
+        with pytest.raises(CheckpointError, match=str(folder)):
+            load_model(folder)
+    empty = Checkpoints(tmp_path / "new")
+    with pytest.raises(CheckpointError, match=str(tmp_path / "new")):
+        empty.restore(state_of())
+    with pytest.raises(CheckpointError, match=str(checkpoints.folder)):
+        checkpoints.restore(state_of(), step=9)
+    empty.close()
+
+
+def broken_files(folder):
+    """The files of a checkpoint that hold something."""
+    return [path for path in sorted(folder.rglob("*")) if path.is_file() and path.stat().st_size]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax leaves its readers behind
+@pytest.mark.parametrize("damage", ["half", "empty", "gone"])
+def test_a_damaged_file_is_a_checkpoint_error_or_harmless(checkpoints, tmp_path, damage):
+    """Never another exception, never other weights."""
+    right, errors = state_of(0), 0
+    for path in broken_files(checkpoints.folder / "1"):
+        copy = tmp_path / "copy"
+        shutil.copytree(checkpoints.folder, copy)
+        victim = copy / path.relative_to(checkpoints.folder)
+        if damage == "gone":
+            victim.unlink()
+        else:
+            victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2 if damage == "half" else 0])
+        try:
+            model, _ = load_model(copy)
+            assert bits(model) == bits(make_model(0)), victim
+        except CheckpointError as error:
+            assert str(copy) in str(error)
+            errors += 1
+        reader = Checkpoints(copy)
+        try:
+            assert same(reader.restore(state_of(5))[1], right), victim
+        except CheckpointError as error:
+            assert str(copy) in str(error)
+            errors += 1
+        finally:
+            reader.close()
+        shutil.rmtree(copy)
+    gc.collect()
+    assert errors >= 2
+
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("handler", [ocp.StandardCheckpointHandler, ocp.JsonCheckpointHandler])
+def test_a_full_disk_is_a_checkpoint_error_and_what_was_saved_stays(checkpoints, monkeypatch, handler):
+    """The disk is full when the state, or the meta behind it, is written."""
+
+    def full(*args, **kwargs):
+        raise FULL
+
+    with monkeypatch.context() as patch:
+        for name in ("save", "async_save"):
+            if hasattr(handler, name):
+                patch.setattr(handler, name, full)
+        with pytest.raises(CheckpointError, match="the disk is full") as caught:
+            checkpoints.save(2, state_of(1), META)
+        assert str(checkpoints.folder) in str(caught.value) and "step 2" in str(caught.value)
+    again = Checkpoints(checkpoints.folder)
+    assert again.latest == 1 and same(again.restore(state_of(5))[1], state_of(0))
+    again.save(2, state_of(1), META)
+    assert same(again.restore(state_of(5))[1], state_of(1))
+    again.close()
+
+
+def test_an_error_without_a_message_is_a_checkpoint_error_too(checkpoints, monkeypatch):
+    def fail(*args, **kwargs):
+        raise AssertionError
+
+    monkeypatch.setattr(checkpoints._manager, "restore", fail)
+    monkeypatch.setattr(checkpoints._manager, "save", fail)
+    with pytest.raises(CheckpointError, match=str(checkpoints.folder)):
+        checkpoints.restore(state_of())
+    with pytest.raises(CheckpointError, match=str(checkpoints.folder)):
+        checkpoints.save(2, state_of(), META)
