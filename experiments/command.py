@@ -5,8 +5,8 @@ Whatever is wrong raises ValueError or OSError in one line that says what was gi
 
 import dataclasses
 import difflib
-import dis
 import errno
+import importlib.util
 import math
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,7 +24,7 @@ FLAGS_HELP = f"""\
   --config=FILE        the preset: a Python file with get_config(), for example experiments/configs/laptop.py;
                        FILE:WORD gives WORD to get_config
   --config.A.B=VALUE   changes one setting, as --config.sft.steps=100 or --config.apr.beam=4,5; may be repeated
-  --stage=STAGE,...    runs only these stages, in this order (default all: {', '.join(STAGES)})
+  --stage=STAGE,...    runs only these stages, in this order (default all: {", ".join(STAGES)})
   --workdir=FOLDER     the run folder (default runs/NAME, NAME from the config)
   --sweep=A.B=V1,V2    one run per value, each in its own folder under the run folder; repeated: the product of all
   --help               shows this"""
@@ -95,12 +95,14 @@ def load_config(name: str) -> ConfigDict:
     path = Path(file)
     if not path.is_file():
         raise FileNotFoundError(f"no config file {file!r}: give {_presets()}, or a file of your own")
-    scope: dict[str, Any] = {"__name__": "config", "__file__": file}
+    spec = importlib.util.spec_from_file_location("config", path.resolve())
+    module = importlib.util.module_from_spec(spec)
     try:
-        exec(compile(path.read_bytes(), file, "exec"), scope)
-        config = scope["get_config"](*[word] if sign else []) if "get_config" in scope else None
+        spec.loader.exec_module(module)
+        config = module.get_config(*[word] if sign else []) if hasattr(module, "get_config") else None
     except Exception as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        own = str(path.resolve())
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == own]
         line = getattr(error, "lineno", None) or (lines or [1])[-1]
         text = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
         raise ValueError(f"{file}, line {line}: {type(error).__name__}: {text}") from None
@@ -187,8 +189,8 @@ def _presets() -> str:
 
 
 def reason(error: BaseException) -> str | None:
-    """One line for what a user can mend: an error of the operating system, or one that a ``raise`` of our own
-    code made. None for anything else (a library's or Python's own): it is a bug, and its traceback is needed."""
+    """One line for what a user can mend: an error of the operating system, or one that our own code raised.
+    None for anything else (a library's, another kind): it is a bug, and its traceback is needed."""
     text = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if isinstance(error, OSError):
         if not error.strerror:
@@ -201,6 +203,5 @@ def reason(error: BaseException) -> str | None:
     last = error.__traceback__
     while last.tb_next:
         last = last.tb_next
-    code = last.tb_frame.f_code
-    ours = any(Path(code.co_filename).is_relative_to(ROOT / name) for name in ("apr_jax", "experiments"))
-    return text if ours and code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"] else None
+    file = Path(last.tb_frame.f_code.co_filename)
+    return text if any(file.is_relative_to(ROOT / name) for name in ("apr_jax", "experiments")) else None

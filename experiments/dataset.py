@@ -57,7 +57,9 @@ def _traces(settings: Settings, style: str, problems: list[Problem], tokenizer: 
     rng = random.Random(f"{settings.seed}/{title}")
     progress = Progress(title, len(problems), "trees")
     pieces: list[Piece] = []
-    counts = dict.fromkeys(("trees", "too_long", "threads", "tokens", "solved", "solved_in_window", "threads_left_out"), 0)
+    counts = dict.fromkeys(
+        ("trees", "too_long", "threads", "tokens", "solved", "solved_in_window", "threads_left_out"), 0
+    )
     for index, problem in enumerate(problems):
         text = SOLVERS[style](problem, settings.solvers[style], rng)
         tree = encode_tree(text, tokenizer.encode, tokenizer.bos, tokenizer.eos)
@@ -83,7 +85,10 @@ def _traces(settings: Settings, style: str, problems: list[Problem], tokenizer: 
 
 def save_pieces(path: Path, pieces: list[Piece]) -> None:
     """Pieces as flat arrays with their lengths; 16-bit where that holds them."""
-    arrays = {"lengths": np.array([len(piece) for piece in pieces]), "nodes": np.array([piece.nodes for piece in pieces])}
+    arrays = {
+        "lengths": np.array([len(piece) for piece in pieces]),
+        "nodes": np.array([piece.nodes for piece in pieces]),
+    }
     for name in ("tokens", "positions", "predecessors", "enter", "exit", "sampled"):
         flat = np.concatenate([getattr(piece, name) for piece in pieces])
         arrays[name] = flat if name == "sampled" or flat.max() > np.iinfo(np.int16).max else flat.astype(np.int16)
@@ -108,7 +113,11 @@ def load_pieces(path: Path) -> list[Piece]:
     for index, count in enumerate(nodes):
         own = {name: column[index] for name, column in columns.items()}
         n = len(own["tokens"])
-        extra = {"logprobs": np.zeros(n, np.float32), "share": np.ones(n, np.float32), "advantage": np.zeros(n, np.float32)}
+        extra = {
+            "logprobs": np.zeros(n, np.float32),
+            "share": np.ones(n, np.float32),
+            "advantage": np.zeros(n, np.float32),
+        }
         pieces.append(Piece(**own, **extra, nodes=count))
     return pieces
 
@@ -118,4 +127,3 @@ def load_problems(path: Path) -> list[Problem]:
         raise FileNotFoundError(f"no problems at {path}: run --stage=data first")
     rows = (json.loads(line) for line in path.read_text().splitlines())
     return [Problem(tuple(row["numbers"]), row["target"]) for row in rows]
-

@@ -202,4 +202,3 @@ def _series(rows: Sequence[dict[str, float]], key: str) -> tuple[list[float], li
 def _running_mean(values: Sequence[float], width: int) -> list[float]:
     """Of the last `width` values, of fewer at the start."""
     return [sum(part := values[max(0, i + 1 - width) : i + 1]) / len(part) for i in range(len(values))]
-

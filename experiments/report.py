@@ -43,7 +43,8 @@ def write_report(workdir: Path) -> str:
         counts = manifest[f"{style}_train"]
         n = counts["trees"] + counts["too_long"]
         lines.append(
-            f"The {style} solver on {n} training problems: right within the window {counts['solved_in_window'] / n:.1%}, "
+            f"The {style} solver on {n} training problems: "
+            f"right within the window {counts['solved_in_window'] / n:.1%}, "
             f"right {counts['solved'] / n:.1%}, kept {counts['trees']} trees ({counts['too_long']} too long), "
             f"{counts['tokens'] / counts['trees']:.0f} tokens a tree."
         )

@@ -62,7 +62,11 @@ class Run:
                     "give another --workdir, or the config it was begun with"
                 )
         write_text(path, json.dumps(mine, indent=1))
-        versions = {"python": platform.python_version(), "machine": platform.machine(), "device": jax.devices()[0].device_kind}
+        versions = {
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            "device": jax.devices()[0].device_kind,
+        }
         versions |= {name: metadata.version(name) for name in PACKAGES}
         write_text(self.workdir / "versions.json", json.dumps(versions, indent=1))
 
@@ -105,10 +109,18 @@ class Run:
                     old.unlink()
                 write_text(folder / f"{name}.stamp.json", json.dumps(stamp))
             engine = JaxEngine(
-                model, self.mesh, slots=self.settings.evaluate_slots, context=self.settings.window, seed=self.settings.seed
+                model,
+                self.mesh,
+                slots=self.settings.evaluate_slots,
+                context=self.settings.window,
+                seed=self.settings.seed,
             )
             runner = TreeRunner(
-                engine, CountdownProtocol(meta["style"]), self.tokenizer, self.settings.budget, self.settings.evaluate_sampling
+                engine,
+                CountdownProtocol(meta["style"]),
+                self.tokenizer,
+                self.settings.budget,
+                self.settings.evaluate_sampling,
             )
             evaluate(runner, problems, folder / f"{name}.jsonl", progress_title=f"evaluate {name}")
 
@@ -122,7 +134,10 @@ class Run:
         export_hf(model, self.tokenizer, folder, meta, self.settings.export_dtype)
         held_out = load_problems(self.workdir / "data" / "held_out.jsonl")
         pieces = load_pieces(self.workdir / "data" / "apr_validation.npz")
-        check = {"model": name, **check_export(model, self.tokenizer, folder, [piece.tokens[:64] for piece in pieces[:8]])}
+        check = {
+            "model": name,
+            **check_export(model, self.tokenizer, folder, [piece.tokens[:64] for piece in pieces[:8]]),
+        }
         if self.settings.export_check_trees:
             problems = held_out[: self.settings.export_check_trees]
             equal, total = check_trees(
@@ -149,7 +164,9 @@ class Run:
         """Every trained model of the run with its meta, by the name of its stage: sft_sosp, sft_apr, ..."""
         names = (f"{kind}_{style}" for kind in ("sft", "grpo") for style in STYLES)
         folders = {name: self.workdir / name / "checkpoints" for name in names}
-        return {name: load_model(folder) for name, folder in folders.items() if folder.is_dir() and any(folder.iterdir())}
+        return {
+            name: load_model(folder) for name, folder in folders.items() if folder.is_dir() and any(folder.iterdir())
+        }
 
     def _meta(self, config: LlamaConfig, style: str, kind: str) -> dict:
         total, inner = parameter_count(Llama(config, rngs=nnx.Rngs(0)))

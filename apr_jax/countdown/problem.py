@@ -109,7 +109,9 @@ def split_problems(source: ProblemRange, seed: int, train: int, held_out: int) -
         if len(held) == held_out:
             break
         if tries > 1000 * held_out:
-            raise ValueError(f"{held_out} distinct held-out problems were asked for, this range gives about {len(held)}")
+            raise ValueError(
+                f"{held_out} distinct held-out problems were asked for, this range gives about {len(held)}"
+            )
         problem = source.draw(rng)
         held.setdefault(problem.key, problem)
     training = []

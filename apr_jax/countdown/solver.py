@@ -106,6 +106,9 @@ def _path(node: _Node, numbers: tuple[int, ...], operation: str, target: int, to
     return "".join(lines)
 
 
+FOUND_BELOW = ("found below",)  # an answer whose path already stands in the trace: levels above only close
+
+
 class _Search:
     """What one problem's searches share: the settings drawn for it and the random stream."""
 
@@ -199,10 +202,9 @@ def solve_sosp(problem: Problem, config: SolverConfig, rng: random.Random, condi
             return True, None
 
         answer = _beam_search(search, top, search.beam, lines, branch)
-        if answer is not None and isinstance(answer[0], _Node):
+        if answer is not None and answer is not FOUND_BELOW:
             lines.append(_path(*answer, problem.target, root))
-            answer = (None,)  # the path stands in the trace; the levels above only close their sub searches
-        return answer
+        return FOUND_BELOW if answer is not None else None
 
     answer = descend(root, 0)
     prompt = trace.state(problem.target, problem.numbers, ())
@@ -266,8 +268,12 @@ def _apr_thread(search: _Search, top: _Node, beam: int, level: int, condition: s
 
 def _info(problem: Problem, search: _Search, solved: bool, style: str) -> dict:
     return {
-        "numbers": list(problem.numbers), "target": problem.target, "style": style, "solved": solved,
-        "beam": search.beam, "sub_beam": search.sub_beam,
+        "numbers": list(problem.numbers),
+        "target": problem.target,
+        "style": style,
+        "solved": solved,
+        "beam": search.beam,
+        "sub_beam": search.sub_beam,
     }
 
 

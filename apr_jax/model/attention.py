@@ -45,7 +45,9 @@ def packed_attention(enter_BxT: Array, exit_BxT: Array):
 
     def attend(q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, carry):
         repeats = q_BxTxNxH.shape[2] // k_BxTxKxH.shape[2]
-        q, k, v = (jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, pad), (0, 0))) for x in (q_BxTxNxH, k_BxTxKxH, v_BxTxKxH))
+        q, k, v = (
+            jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, pad), (0, 0))) for x in (q_BxTxNxH, k_BxTxKxH, v_BxTxKxH)
+        )
         if repeats > 1:
             k, v = (jnp.repeat(x, repeats, axis=1) for x in (k, v))
         out = _blocked(q, k, v, enter, exit_, back)

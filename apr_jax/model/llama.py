@@ -117,7 +117,9 @@ class Llama(nnx.Module):
         body = jax.checkpoint(layer) if config.remat else layer
         left = []
         for l in range(config.layers):
-            x_MxD, after = body(x_MxD, jax.tree.map(lambda value: value[l], weights), None if cache is None else cache[l])
+            x_MxD, after = body(
+                x_MxD, jax.tree.map(lambda value: value[l], weights), None if cache is None else cache[l]
+            )
             left.append(after)
         return rms_norm(x_MxD, self.norm_D[...].astype(dtype), config.norm_epsilon).reshape(B, T, -1), left
 

@@ -78,9 +78,7 @@ def make_decode(graphdef, mesh: Mesh, width: int, steps: int):
     """
 
     @functools.partial(jax.jit, donate_argnums=1)
-    @functools.partial(
-        jax.shard_map, mesh=mesh, in_specs=(P(), P("data"), P("data"), P(), P()), out_specs=P("data")
-    )
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P(), P("data"), P("data"), P(), P()), out_specs=P("data"))
     def decode(weights, pool: list[LayerCache], inputs: SlotInputs, stop_V, temperature):
         model: Llama = nnx.merge(graphdef, weights)
         S = inputs.tokens.shape[0]

@@ -242,7 +242,9 @@ class JaxEngine:
         stop[list(request.stop)] = True
         decode = make_decode(self._graphdef, self._mesh, width, self.steps)
         temperature = jnp.float32(request.sampling.temperature)
-        self._cache, outputs = decode(self._weights, self._cache, jax.device_put(inputs, self._by_slot), stop, temperature)
+        self._cache, outputs = decode(
+            self._weights, self._cache, jax.device_put(inputs, self._by_slot), stop, temperature
+        )
         tokens, logprobs, counts = jax.device_get(outputs)
         self.slot_steps += int(counts.reshape(devices, size).max(axis=1).sum()) * size
         self.sampled += int(counts.sum())

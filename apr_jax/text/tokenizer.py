@@ -36,7 +36,9 @@ class Tokenizer:
         """`phrases` are tokens wherever they stand; `words` are tokens where one of the regular
         expressions `patterns` cuts them out (numbers, node steps). The longest phrase wins."""
         phrases = sorted(dict.fromkeys(phrases), key=lambda phrase: (-len(phrase), phrase))
-        vocabulary = {token: index for index, token in enumerate(dict.fromkeys((*SPECIAL, *CHARACTERS, *phrases, *words)))}
+        vocabulary = {
+            token: index for index, token in enumerate(dict.fromkeys((*SPECIAL, *CHARACTERS, *phrases, *words)))
+        }
         model = models.BPE(vocab=vocabulary, merges=[], unk_token=UNKNOWN, ignore_merges=True)
         backend = tokenizers.Tokenizer(model)
         cut = "|".join([*(re.escape(phrase).replace("\\\n", "\n") for phrase in phrases), *patterns, r"[\s\S]"])

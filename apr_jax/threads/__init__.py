@@ -4,5 +4,13 @@ from apr_jax.threads.protocol import MalformedSpawn, SpawnRequest, TaskProtocol
 from apr_jax.threads.tree import Block, Spawn, Thread, ThreadTree, encode_tree, map_blocks
 
 __all__ = [
-    "Block", "MalformedSpawn", "Spawn", "SpawnRequest", "TaskProtocol", "Thread", "ThreadTree", "encode_tree", "map_blocks",
+    "Block",
+    "MalformedSpawn",
+    "Spawn",
+    "SpawnRequest",
+    "TaskProtocol",
+    "Thread",
+    "ThreadTree",
+    "encode_tree",
+    "map_blocks",
 ]

@@ -51,7 +51,9 @@ class TreeRunner:
             "correct": correct,
             "claimed": self.protocol.result(text) is not None,
             "failures": dict(Counter(thread.failure for thread in root.walk() if thread.failure)),
-            "malformed": {kind.removeprefix("malformed:"): n for kind, n in counts.items() if kind.startswith("malformed:")},
+            "malformed": {
+                kind.removeprefix("malformed:"): n for kind, n in counts.items() if kind.startswith("malformed:")
+            },
             "guarded": counts["guarded"],
         }
         return ThreadTree(root, info)

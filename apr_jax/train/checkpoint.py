@@ -24,7 +24,9 @@ class Checkpoints:
             preservation_policy=ocp.checkpoint_managers.LatestN(keep), enable_async_checkpointing=False
         )
         self._manager = ocp.CheckpointManager(
-            self.folder, options=options, item_handlers={"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+            self.folder,
+            options=options,
+            item_handlers={"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()},
         )
 
     @property
@@ -53,7 +55,9 @@ class Checkpoints:
         try:
             found = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes)))
         except Exception as error:
-            raise CheckpointError(f"step {step} under {self.folder} cannot be read: {str(error).splitlines()[0]}") from None
+            raise CheckpointError(
+                f"step {step} under {self.folder} cannot be read: {str(error).splitlines()[0]}"
+            ) from None
         return step, found["state"]
 
     def close(self) -> None:
@@ -90,4 +94,3 @@ def load_model(folder: Path | str) -> tuple[Llama, dict]:
         raise CheckpointError(f"the checkpoint at {folder} cannot be read: {text[0]}") from None
     nnx.replace_by_pure_dict(weights, restored["weights"])
     return nnx.merge(graphdef, weights), meta
-

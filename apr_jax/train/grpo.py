@@ -137,7 +137,14 @@ class GrpoTrainer:
     """The parts of one GRPO run, and one step of it: `sample`, then `update`."""
 
     def __init__(
-        self, model: Llama, protocol: TaskProtocol, tokenizer: Tokenizer, budget: Budget, config: GrpoConfig, mesh, slots: int
+        self,
+        model: Llama,
+        protocol: TaskProtocol,
+        tokenizer: Tokenizer,
+        budget: Budget,
+        config: GrpoConfig,
+        mesh,
+        slots: int,
     ):
         if config.batch_rows % mesh.devices.size:
             raise ValueError(f"batch_rows ({config.batch_rows}) must be a multiple of the {mesh.devices.size} devices")
@@ -182,7 +189,11 @@ class GrpoTrainer:
             return state, metrics
         rows = first_fit([len(piece) for piece in fitting], config.row_length)
         batches = [
-            pack_rows([[fitting[i] for i in row] for row in rows[at : at + config.batch_rows]], config.row_length, config.batch_rows)
+            pack_rows(
+                [[fitting[i] for i in row] for row in rows[at : at + config.batch_rows]],
+                config.row_length,
+                config.batch_rows,
+            )
             for at in range(0, len(rows), config.batch_rows)
         ]
         if self.reference is not None:

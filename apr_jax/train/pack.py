@@ -81,7 +81,9 @@ def lay_out(thread: Thread, share: float = 1.0, advantage: float = 0.0) -> Piece
     kinds = {"sampled": bool, "logprobs": np.float32}
     arrays = {name: np.asarray(column, kinds.get(name, np.int32)) for name, column in columns.items()}
     n = len(columns["tokens"])
-    return Piece(**arrays, share=np.full(n, share, np.float32), advantage=np.full(n, advantage, np.float32), nodes=nodes)
+    return Piece(
+        **arrays, share=np.full(n, share, np.float32), advantage=np.full(n, advantage, np.float32), nodes=nodes
+    )
 
 
 def lay_out_tree(tree: ThreadTree) -> list[Piece]:

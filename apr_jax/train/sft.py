@@ -31,7 +31,13 @@ class SftConfig:
 
 
 def run_sft(
-    model: Llama, pieces: Sequence[Piece], validation: Sequence[Piece], config: SftConfig, mesh, folder: Path, meta: dict
+    model: Llama,
+    pieces: Sequence[Piece],
+    validation: Sequence[Piece],
+    config: SftConfig,
+    mesh,
+    folder: Path,
+    meta: dict,
 ) -> Llama:
     """Trains to the last step, from the newest checkpoint under `folder` where there is one.
 
@@ -111,4 +117,7 @@ def validate(trainer: Trainer, state, pieces: Sequence[Piece], config: SftConfig
         sums = trainer.measure(state, batches[index])
         totals = sums if totals is None else jax.tree.map(lambda a, b: a + b, totals, sums)
     totals = {name: float(value) for name, value in totals.items()}
-    return {"validation_loss": totals["loss"] / totals["weight"], "validation_accuracy": totals["right"] / totals["weight"]}
+    return {
+        "validation_loss": totals["loss"] / totals["weight"],
+        "validation_accuracy": totals["right"] / totals["weight"],
+    }

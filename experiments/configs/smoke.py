@@ -1,6 +1,6 @@
 """Every part of the main job in under two minutes on two cores; nothing is learned. The tests run it.
 
-    python -m experiments.run --config=experiments/configs/smoke.py
+python -m experiments.run --config=experiments/configs/smoke.py
 """
 
 from experiments.configs import laptop

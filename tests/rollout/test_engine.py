@@ -212,14 +212,14 @@ def test_a_position_written_twice_is_drawn_twice(plain, mesh):
 
 def test_two_slots_end_wide_nested_trees_of_waiting_parents(mesh):
     """Far more parents wait than there are slots; every tree ends, with the tokens that many slots give."""
-    model, budget = spawning_model(1, opens=6.5, closes=5.0, ends=0.0), Budget(CONTEXT, threads=400, depth=4)
+    model, budget = spawning_model(1, opens=6.5, closes=5.0, ends=0.0), Budget(CONTEXT, threads=160, depth=3)
     few, many = (
         run_trees(
             JaxEngine(model, mesh, slots=slots, context=CONTEXT, steps=8), NonsenseProtocol(4), budget, [(0,), (1,)]
         )
         for slots in (2, 16)
     )
-    assert max(map(depth, few)) == 4 and sum(map(children, few)) > 100
+    assert max(map(depth, few)) == 3 and sum(map(children, few)) > 60
     assert list(map(without_logprobs, few)) == list(map(without_logprobs, many))
 
 

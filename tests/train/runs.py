@@ -25,26 +25,11 @@ OPTIMIZER = OptimizerConfig(peak_rate=1e-2, warmup_steps=2)
 
 
 def sft(folder, steps=6, validation=True, **changes):
-
     rng = random.Random(0)
     pieces = [lay_out(random_thread(rng, depth=0)) for _ in range(40)]
-    values = {
-        "steps": steps,
-        "batch_rows": 2,
-        "row_length": 64,
-        "optimizer": OPTIMIZER,
-        "save_every": 2,
-        "log_every": 1,
-    }
-    return run_sft(
-        make_model(0),
-        pieces,
-        pieces[:6] if validation else [],
-        SftConfig(**values | changes),
-        data_mesh(2),
-        Path(folder),
-        {},
-    )
+    values = {"steps": steps, "batch_rows": 2, "row_length": 64, "optimizer": OPTIMIZER, "save_every": 2}
+    config, held_out = SftConfig(**values | {"log_every": 1} | changes), pieces[:6] if validation else []
+    return run_sft(make_model(0), pieces, held_out, config, data_mesh(2), Path(folder), {})
 
 
 def grpo(folder, steps=3, **changes):
