@@ -95,6 +95,8 @@ def load_config(name: str) -> ConfigDict:
     path = Path(file)
     if not path.is_file():
         raise FileNotFoundError(f"no config file {file!r}: give {_presets()}, or a file of your own")
+    if path.suffix != ".py":
+        raise ValueError(f"--config is a Python file, FILE.py, was given {file!r}")
     spec = importlib.util.spec_from_file_location("config", path.resolve())
     module = importlib.util.module_from_spec(spec)
     try:

@@ -9,6 +9,7 @@ import numpy as np
 
 from apr_jax.countdown import Problem, split_problems
 from apr_jax.countdown.solver import SOLVERS
+from apr_jax.countdown.trace import NO_SOLUTION
 from apr_jax.countdown.vocabulary import countdown_tokenizer
 from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.threads import encode_tree
@@ -73,7 +74,10 @@ def _traces(settings: Settings, style: str, problems: list[Problem], tokenizer: 
             counts["tokens"] += total_tokens(tree)
             kept = laid
             if settings.children and len(laid) > 1 + settings.children:
-                kept = [laid[0], *rng.sample(laid[1:], settings.children)]
+                found = [not thread.text.endswith(NO_SOLUTION) for thread in text.threads()]
+                drawn = rng.sample(range(1, len(laid)), len(laid) - 1)
+                drawn.sort(key=lambda index: not found[index])  # those that found the target first
+                kept = [laid[index] for index in (0, *drawn[: settings.children])]
             counts["threads"] += len(kept)
             counts["threads_left_out"] += len(laid) - len(kept)
             pieces += kept

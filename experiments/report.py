@@ -66,10 +66,9 @@ def write_report(workdir: Path) -> str:
 
 def _row(title: str, s: dict, trained: float) -> str:
     malformed = ", ".join(f"{kind} {count}" for kind, count in s["malformed"].items()) or "none"
-    right = s["operations_right"] / s["operations"] if s["operations"] else float("nan")
     return (
         f"| {title} | {s['accuracy']:.1%} ({s['accuracy_low']:.1%} to {s['accuracy_high']:.1%}), n={s['n']}"
-        f" | {s['claimed']:.1%} | {right:.1%} | {s['total_tokens']:.0f} | {s['sequential_tokens']:.0f}"
+        f" | {s['claimed']:.1%} | {s['operations_right']:.1%} | {s['total_tokens']:.0f} | {s['sequential_tokens']:.0f}"
         f" | {s['children']:.1f} | {s['failures'].get('length', 0)} | {malformed} | {trained / 1e6:.2f} M |"
     )
 

@@ -68,7 +68,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.apr.heuristic = "multiply"
     c.apr.shuffle = True
     c.apr.max_value = 0
-    c.apr.children = 0  # child threads of a tree that are trained on, drawn at random; 0: all, the paper's
+    c.apr.children = 0  # child threads of a tree that are trained on, solvers of it first; 0: all, the paper's
 
     c.tokenizer = ml_collections.ConfigDict()
     c.tokenizer.max_number = 99  # larger numbers are spelled in digits

@@ -22,7 +22,7 @@ from apr_jax.train.checkpoint import Checkpoints, load_model
 from experiments import run, stages, sweep
 from experiments.dataset import load_problems
 from experiments.settings import STAGES
-from tests.experiments.conftest import SMOKE, finish, start
+from tests.experiments.conftest import ROOT, SMOKE, finish, start
 
 MODELS = ("sft_sosp", "sft_apr", "grpo_apr")
 STEPS = {"sft_sosp": 40, "sft_apr": 40, "grpo_apr": 2}
@@ -272,6 +272,7 @@ def test_help_names_every_flag_and_stage(main):
     [
         ([], "--config=FILE is needed: one of experiments/configs/laptop.py, "),
         (["--config=nowhere.py"], "no config file 'nowhere.py': give one of "),
+        ([f"--config={ROOT}/pyproject.toml"], "--config is a Python file, FILE.py, was given "),
         ([SMOKE, "--stagee=sft"], "no such flag: --stagee (did you mean --stage?); flags are --config, --stage, "),
         ([SMOKE, "--steps=3"], "settings are given as --config.a.b=value"),
         ([SMOKE, "--stage=sftt"], "was given 'sftt' (did you mean sft?)"),

@@ -92,7 +92,7 @@ async def walk(engine, ids, name, levels, sampling, found):
     return last
 
 
-@pytest.mark.parametrize("slots", [2, 8])
+@pytest.mark.parametrize("slots", [2, 8, 48])  # the last: no eviction, every fork takes over its parent's slot
 def test_greedy_decoding_is_the_argmax_of_plain_forwards_through_forks_joins_and_evictions(plain, mesh, slots):
     engine = JaxEngine(plain, mesh, slots=slots, context=CONTEXT, steps=4)
     found = []
