@@ -44,8 +44,8 @@ class Run:
 
     def __init__(self, settings: Settings, workdir: Path):
         self.settings, self.workdir = settings, workdir
+        self.mesh = data_mesh(settings.devices)  # first: a refusal must not leave its config in the folder
         self._claim()
-        self.mesh = data_mesh(settings.devices)
 
     def run(self, stages: Sequence[str]) -> None:
         for stage in stages:
@@ -92,7 +92,11 @@ class Run:
         for style in self.settings.grpo_styles:
             if not self.settings.grpo.steps:
                 continue
-            model, _ = load_model(self.workdir / f"sft_{style}" / "checkpoints")
+            model, meta = load_model(self.workdir / f"sft_{style}" / "checkpoints")
+            if meta["step"] < self.settings.sft.steps:
+                raise ValueError(
+                    f"sft_{style} stands at step {meta['step']} of {self.settings.sft.steps}: finish --stage=sft first"
+                )
             run_grpo(
                 model, load_problems(self.workdir / "data" / "train.jsonl"), CountdownProtocol(style), self.tokenizer,
                 self.settings.budget, self.settings.grpo, self.mesh, self.settings.grpo_slots,
@@ -101,7 +105,10 @@ class Run:
 
     def evaluate(self) -> None:
         problems = load_problems(self.workdir / "data" / "held_out.jsonl")
-        for name, (model, meta) in self.models().items():
+        models = self.models()
+        if not models:
+            raise FileNotFoundError(f"no checkpoint under {self.workdir}: run --stage=sft first")
+        for name, (model, meta) in models.items():
             folder = self.workdir / "evaluate"
             stamp = {"step": meta["step"], "problems": len(problems)}
             if _stamp(folder / f"{name}.stamp.json") != stamp:

@@ -72,6 +72,9 @@ def solvable(problem: Problem) -> bool:
     return problem.target in reachable(problem.numbers)
 
 
+MOST_DRAWS = 20_000  # tries for one problem before its target counts as out of reach
+
+
 @dataclasses.dataclass(frozen=True)
 class ProblemRange:
     """Where problems are drawn from. The paper: 4 numbers of 1 to 99, targets 10 to 100."""
@@ -90,12 +93,16 @@ class ProblemRange:
             raise ValueError(f"targets need 2 <= lowest <= highest, was given {self.min_target} to {self.max_target}")
 
     def draw(self, rng: random.Random) -> Problem:
-        """A target at random, then numbers at random until they reach it."""
+        """A target at random, then numbers at random until they reach it. Raises ValueError where none do."""
         target = rng.randint(self.min_target, self.max_target)
-        while True:
+        for _ in range(MOST_DRAWS):
             problem = Problem(tuple(rng.randint(1, self.max_number) for _ in range(self.count)), target)
             if solvable(problem):
                 return problem
+        raise ValueError(
+            f"none of {MOST_DRAWS} draws of {self.count} numbers up to {self.max_number} reached the target {target}: "
+            "lower max_target or raise max_number"
+        )
 
 
 def split_problems(source: ProblemRange, seed: int, train: int, held_out: int) -> tuple[list[Problem], list[Problem]]:
@@ -108,7 +115,7 @@ def split_problems(source: ProblemRange, seed: int, train: int, held_out: int) -
     for tries in itertools.count():
         if len(held) == held_out:
             break
-        if tries > 1000 * held_out:
+        if tries > 100 * held_out + 1000:
             raise ValueError(
                 f"{held_out} distinct held-out problems were asked for, this range gives about {len(held)}"
             )
@@ -118,7 +125,7 @@ def split_problems(source: ProblemRange, seed: int, train: int, held_out: int) -
     for tries in itertools.count():
         if len(training) == train:
             break
-        if tries > 1000 * train:
+        if tries > 100 * train + 1000:
             raise ValueError(f"the range leaves too few training problems beside {held_out} held-out ones")
         problem = source.draw(rng)
         if problem.key not in held:

@@ -2,7 +2,8 @@
 
 A row holds several trees of tokens, each laid out depth first. Node intervals say who sees whom: token i
 sees token j where ``enter[j] <= enter[i] < exit[j]`` and j is not later in the row (on one path, row order
-is path order). The same rule keeps the trees of one row apart; padding has an empty interval.
+is path order). The same rule keeps the trees of one row apart; padding (both -1) sees nothing and
+is seen by nothing.
 """
 
 import jax
@@ -40,7 +41,7 @@ def packed_attention(enter_BxT: Array, exit_BxT: Array):
     T = enter_BxT.shape[1]
     block = _block_size(T)
     pad = -T % block
-    enter, exit_ = (jnp.pad(x, ((0, 0), (0, pad))) for x in (enter_BxT, exit_BxT))
+    enter, exit_ = (jnp.pad(x, ((0, 0), (0, pad)), constant_values=-1) for x in (enter_BxT, exit_BxT))
     back = _blocks_back(enter, exit_, block)
 
     def attend(q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, carry):
@@ -66,7 +67,7 @@ def _blocks_back(enter_BxT: Array, exit_BxT: Array, block: int) -> Array:
     B, T = enter_BxT.shape
     n = T // block
     seen = visible(enter_BxT, exit_BxT).reshape(B, n, block, n, block).any(axis=(2, 4))
-    return jnp.where(seen.any(axis=2), jnp.arange(n) - jnp.argmax(seen, axis=2), 0)
+    return jnp.where(seen.any(axis=2), jnp.arange(n)[None, :] - jnp.argmax(seen, axis=2), 0)
 
 
 def _for_each_block(step, carry, q: Array, enter: Array, exit_: Array, back: Array):

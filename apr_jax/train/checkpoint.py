@@ -43,7 +43,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
         except Exception as error:  # Orbax wraps the operating system's errors in its own
             full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-            why = "the disk is full" if full else f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            why = "the disk is full" if full else f"{type(error).__name__}: {_first_line(error)}"
             raise CheckpointError(f"step {step} could not be saved under {self.folder}: {why}") from None
 
     def restore(self, like: Any, step: int | None = None) -> tuple[int, Any]:
@@ -55,9 +55,7 @@ class Checkpoints:
         try:
             found = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes)))
         except Exception as error:
-            raise CheckpointError(
-                f"step {step} under {self.folder} cannot be read: {str(error).splitlines()[0]}"
-            ) from None
+            raise CheckpointError(f"step {step} under {self.folder} cannot be read: {_first_line(error)}") from None
         return step, found["state"]
 
     def close(self) -> None:
@@ -90,7 +88,10 @@ def load_model(folder: Path | str) -> tuple[Llama, dict]:
                 ),
             )
     except Exception as error:
-        text = str(error).splitlines() or [type(error).__name__]
-        raise CheckpointError(f"the checkpoint at {folder} cannot be read: {text[0]}") from None
+        raise CheckpointError(f"the checkpoint at {folder} cannot be read: {_first_line(error)}") from None
     nnx.replace_by_pure_dict(weights, restored["weights"])
     return nnx.merge(graphdef, weights), meta
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

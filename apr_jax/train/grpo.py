@@ -77,9 +77,9 @@ class GrpoConfig:
 
 def advantages(rewards: Sequence[float], normalise: bool) -> np.ndarray:
     """Group-relative advantages [G] of one group; all 0 where its rewards are equal."""
+    if min(rewards) == max(rewards):
+        return np.zeros(len(rewards))
     centred = np.asarray(rewards, np.float64) - np.mean(rewards)
-    if not centred.any():
-        return np.zeros(len(centred))
     return centred / centred.std() if normalise else centred
 
 

@@ -1,11 +1,10 @@
 """What a run tells while it runs: JSON lines, TensorBoard, and one line of progress."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
-
-from tensorboardX import SummaryWriter
 
 
 class MetricsLog:
@@ -20,8 +19,12 @@ class MetricsLog:
         path = folder / "metrics.jsonl"
         if path.exists():
             lines = [line for line in path.read_text().splitlines() if _step(line) <= resume_at]
-            path.write_text("".join(line + "\n" for line in lines))
+            part = path.with_name(path.name + ".part")
+            part.write_text("".join(line + "\n" for line in lines))
+            os.replace(part, path)
         self._file = path.open("a")
+        from tensorboardX import SummaryWriter  # here, since it brings in torch: 3 s before any message
+
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_at + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:

@@ -113,12 +113,12 @@ def first_fit(lengths: Sequence[int], row_length: int, open_rows: int = 32) -> l
 
 
 def pack_rows(rows: Iterable[Sequence[Piece]], row_length: int, row_count: int | None = None) -> dict[str, np.ndarray]:
-    """Rows of pieces as arrays [B, T] by the names of `ROW_FIELDS`. Padding has an empty interval, no
-    predecessor and no weight; `row_count` adds empty rows."""
+    """Rows of pieces as arrays [B, T] by the names of `ROW_FIELDS`. Padding has an interval that sees
+    nothing, no predecessor and no weight; `row_count` adds empty rows."""
     rows = list(rows)
     B, T = row_count or len(rows), row_length
-    packed = {name: np.zeros((B, T), np.int32) for name in ("tokens", "positions", "enter", "exit")}
-    packed["predecessors"] = np.full((B, T), -1, np.int32)
+    packed = {name: np.zeros((B, T), np.int32) for name in ("tokens", "positions")}
+    packed |= {name: np.full((B, T), -1, np.int32) for name in ("predecessors", "enter", "exit")}
     packed["sampled"] = np.zeros((B, T), bool)
     packed["logprobs"] = np.zeros((B, T), np.float32)
     packed["share"] = np.zeros((B, T), np.float32)

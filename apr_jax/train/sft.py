@@ -98,10 +98,10 @@ def run_sft(
             if step % config.save_every == 0 or step == config.steps:
                 report(*late)
                 late = None
+                if step == config.steps and validation:  # before the save: a finished stage has its line
+                    log.write(step, validate(trainer, state, validation, config))
                 checkpoints.save(step, state, {**meta, "step": step})
         model = trainer.model(state)
-        if validation:
-            log.write(config.steps, validate(trainer, state, validation, config))
     finally:
         log.close()
         checkpoints.close()
