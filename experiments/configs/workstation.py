@@ -2,7 +2,7 @@
 
     python -m experiments.run --config=experiments/configs/workstation.py
 
-Results as measured are in experiments/results/workstation.
+Not run yet: the laptop's recipe must learn the task first (WORKSPACE_NOTES.md).
 """
 
 from experiments.configs import laptop
