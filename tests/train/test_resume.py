@@ -86,8 +86,6 @@ def test_a_finished_run_is_only_read(whole, tmp_path):
 @pytest.mark.parametrize("moment", ["log", "save"])
 def test_a_run_that_was_killed_ends_in_the_same_bits(whole, tmp_path, moment):
     kind, folder, right = whole
-    if (kind, moment) == ("grpo", "log"):
-        pytest.skip("the same code as SFT's; ten seconds")
     copy = tmp_path / "run"
     command = [sys.executable, "-m", "tests.train.runs", kind, str(copy), moment]
     killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
