@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ def make_dataset(settings: Settings, folder: Path) -> dict:
     """Writes everything under `folder`; returns the manifest. A finished one is only read."""
     manifest_path = folder / "manifest.json"
     if manifest_path.exists():
-        return json.loads(manifest_path.read_text())
+        return load_manifest(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = countdown_tokenizer(settings.max_number)
     train, held_out = split_problems(settings.problems, settings.seed, settings.train, settings.held_out)
@@ -51,6 +52,20 @@ def make_dataset(settings: Settings, folder: Path) -> dict:
     os.replace(part, folder / "tokenizer.json")
     write_text(manifest_path, json.dumps(manifest, indent=1))
     return manifest
+
+
+def load_manifest(folder: Path) -> dict:
+    """Raises ValueError where the file is broken."""
+    path = folder / "manifest.json"
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        raise ValueError(broken(path, "data")) from None
+
+
+def broken(path: Path, stage: str) -> str:
+    """What to say of a file that cannot be read."""
+    return f"{path} is broken: delete {path.parent} and run --stage={stage} again"
 
 
 def _traces(settings: Settings, style: str, problems: list[Problem], tokenizer: Tokenizer, title: str):
@@ -103,16 +118,19 @@ def save_pieces(path: Path, pieces: list[Piece]) -> None:
 
 
 def load_pieces(path: Path) -> list[Piece]:
-    """Raises FileNotFoundError where the data stage has not run."""
+    """Raises FileNotFoundError where the data stage has not run, ValueError where the file is broken."""
     if not path.exists():
         raise FileNotFoundError(f"no traces at {path}: run --stage=data first")
-    with np.load(path) as arrays:
-        ends = np.cumsum(arrays["lengths"])
-        columns = {
-            name: np.split(arrays[name] if name == "sampled" else arrays[name].astype(np.int32), ends[:-1])
-            for name in ("tokens", "positions", "predecessors", "enter", "exit", "sampled")
-        }
-        nodes = arrays["nodes"].tolist()
+    try:
+        with np.load(path) as arrays:
+            ends = np.cumsum(arrays["lengths"])
+            columns = {
+                name: np.split(arrays[name] if name == "sampled" else arrays[name].astype(np.int32), ends[:-1])
+                for name in ("tokens", "positions", "predecessors", "enter", "exit", "sampled")
+            }
+            nodes = arrays["nodes"].tolist()
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        raise ValueError(broken(path, "data")) from None
     pieces = []
     for index, count in enumerate(nodes):
         own = {name: column[index] for name, column in columns.items()}
@@ -127,7 +145,11 @@ def load_pieces(path: Path) -> list[Piece]:
 
 
 def load_problems(path: Path) -> list[Problem]:
+    """Raises FileNotFoundError where the data stage has not run, ValueError where the file is broken."""
     if not path.exists():
         raise FileNotFoundError(f"no problems at {path}: run --stage=data first")
-    rows = (json.loads(line) for line in path.read_text().splitlines())
-    return [Problem(tuple(row["numbers"]), row["target"]) for row in rows]
+    try:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        return [Problem(tuple(row["numbers"]), row["target"]) for row in rows]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(broken(path, "data")) from None

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from apr_jax.evaluate.evaluate import read_records, summarise
 from experiments import figures
-from experiments.dataset import write_text
+from experiments.dataset import load_manifest, write_text
 
 TITLES = {"sft_sosp": "SoS+ SFT", "sft_apr": "APR SFT", "grpo_sosp": "SoS+ SFT+GRPO", "grpo_apr": "APR SFT+GRPO"}
 HEADER = (
@@ -36,9 +36,9 @@ def write_report(workdir: Path) -> str:
         found = json.loads(check.read_text())
         lines += ["", f"Export of {found['model']} against transformers: " + ", ".join(
             f"{name.replace('_', ' ')} {value:.2g}" if isinstance(value, float) else f"{name.replace('_', ' ')} {value}"
-            for name, value in found.items() if name != "model"
+            for name, value in found.items() if name not in ("model", "step")
         )]  # fmt: skip
-    manifest = json.loads((workdir / "data" / "manifest.json").read_text())
+    manifest = load_manifest(workdir / "data")
     for style in ("sosp", "apr"):
         counts = manifest[f"{style}_train"]
         n = counts["trees"] + counts["too_long"]

@@ -56,7 +56,11 @@ class Run:
         path = self.workdir / "config.json"
         mine = json.loads(json.dumps(self.settings.config))
         if path.exists():
-            if differences := list(_differences(json.loads(path.read_text()), mine)):
+            try:
+                theirs = json.loads(path.read_text())
+            except ValueError:
+                raise ValueError(f"{path} is broken: delete it, where the config is the one it was begun with") from None
+            if differences := list(_differences(theirs, mine)):
                 raise ValueError(
                     f"{self.workdir} holds a run of another config ({'; '.join(differences[:3])}): "
                     "give another --workdir, or the config it was begun with"
@@ -92,7 +96,10 @@ class Run:
         for style in self.settings.grpo_styles:
             if not self.settings.grpo.steps:
                 continue
-            model, meta = load_model(self.workdir / f"sft_{style}" / "checkpoints")
+            folder = self.workdir / f"sft_{style}" / "checkpoints"
+            if not folder.is_dir() or not any(folder.iterdir()):
+                raise FileNotFoundError(f"no checkpoint at {folder}: run --stage=sft first")
+            model, meta = load_model(folder)
             if meta["step"] < self.settings.sft.steps:
                 raise ValueError(
                     f"sft_{style} stands at step {meta['step']} of {self.settings.sft.steps}: finish --stage=sft first"
@@ -111,7 +118,7 @@ class Run:
         for name, (model, meta) in models.items():
             folder = self.workdir / "evaluate"
             stamp = {"step": meta["step"], "problems": len(problems)}
-            if _stamp(folder / f"{name}.stamp.json") != stamp:
+            if _read_json(folder / f"{name}.stamp.json") != stamp:
                 for old in folder.glob(f"{name}.jsonl*"):  # of another checkpoint
                     old.unlink()
                 write_text(folder / f"{name}.stamp.json", json.dumps(stamp))
@@ -138,18 +145,22 @@ class Run:
             raise FileNotFoundError(f"no APR checkpoint under {self.workdir}: run --stage=sft first")
         model, meta = models[name]
         folder = self.workdir / "export"
+        described = {"model": name, "step": meta["step"]}
+        if _read_json(folder / "check.json").items() >= described.items():
+            return  # the check is the last thing written
         export_hf(model, self.tokenizer, folder, meta, self.settings.export_dtype)
         held_out = load_problems(self.workdir / "data" / "held_out.jsonl")
         pieces = load_pieces(self.workdir / "data" / "apr_validation.npz")
         check = {
-            "model": name,
+            **described,
             **check_export(model, self.tokenizer, folder, [piece.tokens[:64] for piece in pieces[:8]]),
         }
         if self.settings.export_check_trees:
             problems = held_out[: self.settings.export_check_trees]
             equal, total = check_trees(
-                model, self.tokenizer, folder, CountdownProtocol("apr"), problems, self.settings.budget
-            )
+                model, self.tokenizer, folder, CountdownProtocol("apr"), problems, self.settings.budget,
+                progress_title="export check",
+            )  # fmt: skip
             check |= {"trees_equal": equal, "trees": total}
         write_text(folder / "check.json", json.dumps(check, indent=1))
         print(f"export {folder}: {json.dumps(check)}")
@@ -161,7 +172,10 @@ class Run:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer.load(self.workdir / "data" / "tokenizer.json")
+        path = self.workdir / "data" / "tokenizer.json"
+        if not path.exists():
+            raise FileNotFoundError(f"no tokenizer at {path}: run --stage=data first")
+        return Tokenizer.load(path)
 
     @property
     def model_config(self) -> LlamaConfig:
@@ -183,8 +197,12 @@ class Run:
         }  # fmt: skip
 
 
-def _stamp(path: Path) -> dict | None:
-    return json.loads(path.read_text()) if path.exists() else None
+def _read_json(path: Path) -> dict:
+    """What a stage noted of its work; nothing where it noted none or the file was cut short."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
 
 
 def _differences(old: dict, new: dict, prefix: str = ""):

@@ -33,6 +33,7 @@ from apr_jax.threads.engine import Sampling
 from apr_jax.threads.protocol import TaskProtocol
 from apr_jax.threads.run import Budget, TreeRunner, run_all
 from apr_jax.threads.tree import Thread, map_blocks
+from apr_jax.train.metrics import Progress
 from apr_jax.train.optimizer import path_name
 from apr_jax.train.step import data_mesh
 
@@ -300,8 +301,9 @@ def greedy_agreement(model: Llama, folder: Path | str, prompts: Sequence[Sequenc
 
 
 def check_trees(
-    model: Llama, tokenizer: Tokenizer, folder: Path | str, protocol: TaskProtocol, problems: Sequence, budget: Budget
-) -> tuple[int, int]:
+    model: Llama, tokenizer: Tokenizer, folder: Path | str, protocol: TaskProtocol, problems: Sequence, budget: Budget,
+    progress_title: str = "check trees",
+) -> tuple[int, int]:  # fmt: skip
     """(equal, total): how many problems' greedy trees are the same, token for token and thread for thread,
     from the JAX engine and from transformers. Transformers decodes one token of one thread at a time."""
     from apr_jax.export.oracle import TransformersEngine
@@ -310,15 +312,21 @@ def check_trees(
         _engine(_as_exported(model, folder), slots=16, context=budget.context),
         TransformersEngine(load_transformers(folder), budget.context),
     )
-    ours, theirs = (_greedy_trees(engine, tokenizer, protocol, problems, budget) for engine in engines)
+    progress = Progress(progress_title, len(engines) * len(problems), "trees")
+    ours, theirs = (_greedy_trees(engine, tokenizer, protocol, problems, budget, progress) for engine in engines)
     return sum(a == b for a, b in zip(ours, theirs)), len(problems)
 
 
-def _greedy_trees(engine, tokenizer, protocol, problems, budget) -> list[Thread]:
+def _greedy_trees(engine, tokenizer, protocol, problems, budget, progress: Progress) -> list[Thread]:
     """The trees' roots, without log-probabilities, which differ in the last digits."""
     runner = TreeRunner(engine, protocol, tokenizer, budget, Sampling(temperature=0.0))
-    jobs = [functools.partial(runner.run, problem, (index,)) for index, problem in enumerate(problems)]
-    trees = asyncio.run(run_all(jobs))
+
+    async def one(index: int, problem):
+        tree = await runner.run(problem, (index,))
+        progress.update(progress.done + 1)
+        return tree
+
+    trees = asyncio.run(run_all([functools.partial(one, *item) for item in enumerate(problems)]))
     return [map_blocks(tree.root, lambda block: dataclasses.replace(block, logprobs=None)) for tree in trees]
 
 

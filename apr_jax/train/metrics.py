@@ -1,5 +1,6 @@
 """What a run tells while it runs: JSON lines, TensorBoard, and one line of progress."""
 
+import contextlib
 import json
 import os
 import sys
@@ -34,8 +35,10 @@ class MetricsLog:
             self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        """Raises nothing on a full disk: every line was flushed when written, and the error on its way says more."""
+        for file in (self._file, self._board):
+            with contextlib.suppress(OSError):
+                file.close()
 
 
 def _step(line: str) -> int:

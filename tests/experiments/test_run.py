@@ -104,7 +104,7 @@ def test_every_held_out_problem_has_one_record_in_order(whole_run):
         ]
 
 
-@pytest.mark.parametrize("title", ["data sosp train", "data apr train", "sft sft_apr", "grpo grpo_apr"])
+@pytest.mark.parametrize("title", ["data sosp train", "data apr train", "sft sft_apr", "grpo grpo_apr", "export check"])
 def test_stages_show_a_rate_and_the_time_left(whole_run, title):
     lines = [line for line in whole_run.err.splitlines() if line.startswith(f"{title}: ")]
     assert lines and all(re.search(r": \d+/\d+ \w+, \S+/s, \S+ left", line) for line in lines)
@@ -116,7 +116,7 @@ def test_the_same_command_again_makes_nothing_anew(whole_run):
     again = finish(start(f"--workdir={whole_run.folder}"))
     assert again.code == 0, again.err
     assert snapshot(whole_run.folder, *kept) == before
-    assert "steps" not in again.err and "problems" not in again.err
+    assert not re.search("steps|problems|export", again.err + again.out.replace("Export of", ""))
 
 
 def test_killed_and_then_out_of_disk_it_ends_in_the_same_bits(whole_run, tmp_path):
@@ -175,15 +175,32 @@ def test_the_report_alone(copy, whole_run, main):
 @pytest.mark.parametrize(
     "stage, says",
     [
-        ("sft", "no tokenizer at"),
-        ("grpo", "no checkpoint at"),
-        ("evaluate", "no problems at"),
+        ("sft", "no tokenizer at .*: run --stage=data first"),
+        ("grpo", "no checkpoint at .*: run --stage=sft first"),
+        ("evaluate", "no problems at .*: run --stage=data first"),
         ("export", "no APR checkpoint under .*: run --stage=sft first"),
         ("report", "no records under .*: run --stage=evaluate first"),
     ],
 )
 def test_a_stage_before_what_it_needs(refused, tmp_path, stage, says):
     assert re.match(says, refused(SMOKE, f"--workdir={tmp_path}", f"--stage={stage}"))
+
+
+@pytest.mark.parametrize(
+    "file, stage, says",
+    [
+        ("config.json", "report", r"\S+config.json is broken: delete it"),
+        ("data/manifest.json", "data", r"\S+manifest.json is broken: delete \S+data and run --stage=data again"),
+        ("data/manifest.json", "report", r"\S+manifest.json is broken: .+ --stage=data again"),
+        ("data/sosp_train.npz", "sft", r"\S+sosp_train.npz is broken: .+ --stage=data again"),
+        ("data/held_out.jsonl", "evaluate", r"\S+held_out.jsonl is broken: .+ --stage=data again"),
+    ],
+)
+def test_a_file_cut_short_is_named(copy, refused, file, stage, says):
+    (copy / file).write_bytes((copy / file).read_bytes()[:-30])
+    before = snapshot(copy, "**/*")
+    assert re.match(says, refused(SMOKE, f"--workdir={copy}", f"--stage={stage}"))
+    assert snapshot(copy, "**/*") == before
 
 
 def test_a_run_of_another_config_is_left_alone(copy, refused):

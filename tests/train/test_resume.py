@@ -118,6 +118,15 @@ def test_rows_that_do_not_split_over_the_devices_are_refused(tmp_path):
 # ---------------------------------------------------------------------- logs
 
 
+def test_a_log_on_a_full_disk_says_so_once(tmp_path):
+    """At the write; the close that follows must not hide whatever stopped the run."""
+    log = MetricsLog(tmp_path, 0)
+    log._file = open("/dev/full", "w")
+    with pytest.raises(OSError, match="No space left"):
+        log.write(1, {"loss": 1.0})
+    log.close()
+
+
 def test_a_log_resumed_drops_the_steps_that_are_done_again(tmp_path):
     log = MetricsLog(tmp_path, 0)
     for step in (1, 2, 3):
