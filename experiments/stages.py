@@ -59,7 +59,7 @@ class Run:
             try:
                 theirs = json.loads(path.read_text())
             except ValueError:
-                raise ValueError(f"{path} is broken: delete it, where the config is the one it was begun with") from None
+                raise ValueError(f"{path} is broken: delete it, if the config is the one it was begun with") from None
             if differences := list(_differences(theirs, mine)):
                 raise ValueError(
                     f"{self.workdir} holds a run of another config ({'; '.join(differences[:3])}): "

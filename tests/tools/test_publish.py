@@ -1,0 +1,78 @@
+"""What is published of a run: the same weights without the optimiser's, the tokenizer, the report, nothing else."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from apr_jax.countdown.vocabulary import countdown_tokenizer
+from apr_jax.train.checkpoint import Checkpoints, load_model
+from tests.tiny import make_model
+from tools import publish
+from tools.export_hf import find_tokenizer
+
+
+def weights_of(model):
+    return jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model)))
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """A finished run with an SFT and a GRPO model."""
+    run = tmp_path / "run"
+    for name in publish.FILES:
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text(name)
+    (run / "figures").mkdir()
+    (run / "figures" / "accuracy.png").write_bytes(b"PNG")
+    countdown_tokenizer(99).save(run / "data" / "tokenizer.json")
+    for seed, (name, step) in enumerate((("sft_apr", 40), ("grpo_apr", 2))):
+        model = make_model(seed=seed)
+        checkpoints = Checkpoints(run / name / "checkpoints")
+        weights = weights_of(model)
+        meta = {"model": dataclasses.asdict(model.config), "style": "apr", "step": step}
+        checkpoints.save(step, {"weights": weights, "optimizer": {"mean": weights, "square": weights}}, meta)
+        checkpoints.close()
+    return run
+
+
+def call(*arguments):
+    return publish.main(["publish", *map(str, arguments)])
+
+
+def test_the_last_model_and_the_report(run_folder, tmp_path):
+    out = tmp_path / "out"
+    assert call(run_folder, out, "--model") == 0 == call(run_folder, out, "--model")  # a second time in its place
+    model, meta = load_model(out / "checkpoints")
+    assert (meta["step"], meta["style"]) == (2, "apr")
+    jax.tree.map(np.testing.assert_array_equal, weights_of(model), weights_of(make_model(seed=1)))
+    assert find_tokenizer(out / "checkpoints") == out / "tokenizer.json"
+    assert (out / "figures" / "accuracy.png").read_bytes() == b"PNG"
+    assert (out / "manifest.json").read_text() == "data/manifest.json"
+    stored = sum(path.stat().st_size for path in (out / "checkpoints").rglob("*") if path.is_file())
+    whole = sum(path.stat().st_size for path in (run_folder / "grpo_apr").rglob("*") if path.is_file())
+    assert stored < whole / 2
+    assert json.loads((out / "checkpoints" / "2" / "meta" / "metadata").read_text())["step"] == 2
+
+
+def test_the_report_alone(run_folder, tmp_path):
+    assert call(run_folder, tmp_path / "out") == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "report.md", "summary.json", "config.json", "versions.json", "manifest.json", "check.json", "figures",
+    }  # fmt: skip
+
+
+def test_what_is_no_finished_run_is_named(run_folder, tmp_path, capsys):
+    (run_folder / "export" / "check.json").unlink()
+    for arguments, says in (
+        ([run_folder, tmp_path / "out"], "is no finished run: it has no export/check.json"),
+        ([tmp_path / "nothing", tmp_path / "out"], "is no finished run: it has no report.md"),
+        ([run_folder], "two folders are needed, a run's and the one to write, 1 were given"),
+    ):
+        assert call(*arguments) == 1
+        err = capsys.readouterr().err
+        assert says in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,68 @@
+"""Copies what is worth keeping of a run into a small folder: its report and figures, and its last APR model.
+
+    python -m tools.publish runs/workstation experiments/results/workstation --model
+
+The folder then holds report.md, summary.json, config.json, versions.json, manifest.json (what the data is),
+check.json (how the export compares) and figures/; with --model also tokenizer.json and checkpoints/STEP, the
+weights without the optimiser's state, a third of the size. tools.export_hf and `load_model` read them there.
+"""
+
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags, logging
+
+from tools import command
+
+FILES = ("report.md", "summary.json", "config.json", "versions.json", "data/manifest.json", "export/check.json")
+MODELS = ("grpo_apr", "sft_apr")  # the last one first
+
+
+def _define(values: flags.FlagValues) -> None:
+    flags.DEFINE_boolean("model", False, "Publish the last APR model, too.", flag_values=values)
+
+
+def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
+    if len(arguments) != 2:
+        raise ValueError(f"two folders are needed, a run's and the one to write, {len(arguments)} were given")
+    run, out = map(Path, arguments)
+    if missing := [name for name in (*FILES, "figures") if not (run / name).exists()]:
+        raise FileNotFoundError(f"{run} is no finished run: it has no {missing[0]}")
+    model = next((run / name / "checkpoints" for name in MODELS if (run / name / "checkpoints").is_dir()), None)
+    if values["model"].value and model is None:
+        raise FileNotFoundError(f"{run} has no APR checkpoint")
+    out.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        shutil.copyfile(run / name, out / Path(name).name)
+    shutil.copytree(run / "figures", out / "figures", dirs_exist_ok=True)
+    if values["model"].value:
+        _publish_model(model, run / "data" / "tokenizer.json", out)
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    print(f"written to {out}: {size / 1e6:.1f} MB")
+
+
+def _publish_model(checkpoints: Path, tokenizer: Path, out: Path) -> None:
+    from flax import nnx  # here: --help and a refusal need not wait for JAX
+
+    from apr_jax.train.checkpoint import CheckpointError, Checkpoints, load_model
+
+    logging.set_verbosity(logging.ERROR)  # Orbax tells of every file
+    try:
+        model, meta = load_model(checkpoints)
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+        target = Checkpoints(out / "checkpoints")
+        target.save(meta["step"], {"weights": nnx.to_pure_dict(nnx.state(model))}, meta)
+        target.close()
+    except CheckpointError as error:
+        raise ValueError(error) from None
+    shutil.copyfile(tokenizer, out / "tokenizer.json")
+
+
+def main(argv: Sequence[str]) -> int:
+    return command.run(__doc__, _define, _work, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
