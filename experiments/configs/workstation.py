@@ -14,7 +14,7 @@ def get_config():
     c.name = "workstation"
     c.problems.train, c.problems.held_out = 20_000, 500
     c.apr.beam, c.apr.sub_beam = (5, 5), (6, 6)
-    c.sft.steps, c.sft.save_every = 9000, 500
-    c.grpo.steps, c.grpo.prompts, c.grpo.group = 20, 16, 8
+    c.sft.steps, c.sft.save_every = 10_000, 500
+    c.grpo.steps, c.grpo.prompts, c.grpo.group, c.grpo.inner_steps = 20, 16, 8, 2
     c.export.check_trees = 20
     return c
