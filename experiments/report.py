@@ -3,9 +3,10 @@
 import json
 from pathlib import Path
 
+from apr_jax.countdown.dataset import write_text
 from apr_jax.evaluate.evaluate import read_records, summarise
 from experiments import figures
-from experiments.dataset import load_manifest, write_text
+from experiments.dataset import load_manifest
 
 TITLES = {"sft_sosp": "SoS+ SFT", "sft_apr": "APR SFT", "grpo_sosp": "SoS+ SFT+GRPO", "grpo_apr": "APR SFT+GRPO"}
 HEADER = (
@@ -41,11 +42,12 @@ def write_report(workdir: Path) -> str:
     manifest = load_manifest(workdir / "data")
     for style in ("sosp", "apr"):
         counts = manifest[f"{style}_train"]
-        n = counts["trees"] + counts["too_long"]
+        n = counts["problems"]
         lines.append(
             f"The {style} solver on {n} training problems: "
-            f"right within the window {counts['solved_in_window'] / n:.1%}, "
-            f"right {counts['solved'] / n:.1%}, kept {counts['trees']} trees ({counts['too_long']} too long), "
+            f"right within the window {counts['solved'] / n:.1%}, "
+            f"right {counts['solved_by_solver'] / n:.1%}, kept {counts['trees']} trees "
+            f"({counts['too_long']} too long, {counts['wrong']} wrong), "
             f"{counts['tokens'] / counts['trees']:.0f} tokens a tree."
         )
     folder = workdir / "figures"

@@ -19,6 +19,7 @@ from apr_jax.train.optimizer import OptimizerConfig
 from apr_jax.train.sft import SftConfig
 
 STYLES = ("sosp", "apr")
+RECIPE = ("correct_only", "conditioned")  # settings of a style that are the recipe's, not the solver's
 STAGES = ("data", "sft", "grpo", "evaluate", "export", "report")
 
 
@@ -51,8 +52,10 @@ def default_config() -> ml_collections.ConfigDict:
     c.problems.max_number = 10
     c.problems.min_target = 10
     c.problems.max_target = 30
-    c.problems.train = 6000  # drawn at random, repeats allowed
+    c.problems.train = 6000
     c.problems.held_out = 200  # distinct, never in training
+    c.problems.repeats = False  # whether a training problem may come twice
+    c.problems.unseen_targets = 0.0  # share of targets that only held-out problems have (Stream of Search's split)
 
     c.sosp = ml_collections.ConfigDict()  # the SoS+ solver (SolverConfig)
     c.sosp.beam = (1, 5)
@@ -60,6 +63,8 @@ def default_config() -> ml_collections.ConfigDict:
     c.sosp.heuristic = "multiply"
     c.sosp.shuffle = True  # operations kept by the beam are written in random order, as the authors do
     c.sosp.max_value = 0  # results above it are not explored; 0: no limit, the paper's
+    c.sosp.correct_only = False  # train on solved problems alone (rejection sampling, table 2)
+    c.sosp.conditioned = False  # a token budget first on the prompt (figure 4)
 
     c.apr = ml_collections.ConfigDict()  # the APR solver
     c.apr.beam = (3, 5)
@@ -68,10 +73,13 @@ def default_config() -> ml_collections.ConfigDict:
     c.apr.heuristic = "multiply"
     c.apr.shuffle = True
     c.apr.max_value = 0
+    c.apr.correct_only = False
+    c.apr.conditioned = False  # a budget of children first on the root's prompt
     c.apr.children = 0  # child threads of a tree that are trained on, solvers of it first; 0: all, the paper's
 
     c.tokenizer = ml_collections.ConfigDict()
     c.tokenizer.max_number = 99  # larger numbers are spelled in digits
+    c.tokenizer.name = ""  # a Hugging Face tokenizer by folder or name in the place of ours
 
     c.model = ml_collections.ConfigDict()  # LlamaConfig; the vocabulary is the tokenizer's
     c.model.width = 128
@@ -141,8 +149,12 @@ class Settings:
     problems: ProblemRange
     train: int
     held_out: int
+    repeats: bool
+    unseen_targets: float
     solvers: dict[str, SolverConfig]
+    recipes: dict[str, dict[str, bool]]  # per style, what `Recipe` has beside the solver
     children: int
+    tokenizer: str
     max_number: int
     model: dict[str, Any]  # LlamaConfig but for the vocabulary
     sft: SftConfig
@@ -211,7 +223,7 @@ def read_settings(config: ml_collections.ConfigDict) -> Settings:
         )
 
     def solver(style: str) -> SolverConfig:
-        values = {key: value for key, value in c[style].items() if key != "children"}
+        values = {key: value for key, value in c[style].items() if key not in ("children", *RECIPE)}
         values["max_value"] = values["max_value"] or None
         return build(style, SolverConfig, **values)
 
@@ -225,13 +237,19 @@ def read_settings(config: ml_collections.ConfigDict) -> Settings:
         values["optimizer"] = build(f"{name}.optimizer", OptimizerConfig, **values["optimizer"])
         return build(name, kind, **values, seed=c["seed"])
 
-    problems = {key: value for key, value in c["problems"].items() if key not in ("train", "held_out")}
+    problems = {field.name: c["problems"][field.name] for field in dataclasses.fields(ProblemRange)}
+    if not 0 <= c["problems"]["unseen_targets"] < 1:
+        raise ValueError(
+            f"problems.unseen_targets is from 0 to less than 1, was given {c['problems']['unseen_targets']}"
+        )
     return Settings(
         config=c, name=c["name"], seed=c["seed"], devices=devices, window=window,
         problems=build("problems", ProblemRange, **problems),
         train=c["problems"]["train"], held_out=c["problems"]["held_out"],
-        solvers=solvers, children=at_least("apr.children", c["apr"]["children"], 0),
-        max_number=c["tokenizer"]["max_number"], model=model,
+        repeats=c["problems"]["repeats"], unseen_targets=c["problems"]["unseen_targets"],
+        solvers=solvers, recipes={style: {key: c[style][key] for key in RECIPE} for style in STYLES},
+        children=at_least("apr.children", c["apr"]["children"], 0),
+        max_number=c["tokenizer"]["max_number"], tokenizer=c["tokenizer"]["name"], model=model,
         sft=section("sft", SftConfig), grpo=section("grpo", GrpoConfig, ("styles", "slots")),
         grpo_styles=tuple(c["grpo"]["styles"]), grpo_slots=c["grpo"]["slots"],
         budget=Budget(window, c["budget"]["threads"], c["budget"]["depth"]),

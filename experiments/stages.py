@@ -22,6 +22,7 @@ import jax
 from flax import nnx
 
 from apr_jax.countdown import CountdownProtocol
+from apr_jax.countdown.dataset import write_text
 from apr_jax.evaluate.evaluate import evaluate
 from apr_jax.export.hf import check_export, check_trees, export_hf
 from apr_jax.model.llama import Llama, LlamaConfig, parameter_count
@@ -32,7 +33,7 @@ from apr_jax.train.checkpoint import load_model
 from apr_jax.train.grpo import run_grpo
 from apr_jax.train.sft import run_sft
 from apr_jax.train.step import data_mesh
-from experiments.dataset import load_pieces, load_problems, make_dataset, write_text
+from experiments.dataset import load_pieces, load_problems, load_run_tokenizer, make_data
 from experiments.report import write_report
 from experiments.settings import STYLES, Settings
 
@@ -77,16 +78,17 @@ class Run:
     # ------------------------------------------------------------------ stages
 
     def data(self) -> None:
-        make_dataset(self.settings, self.workdir / "data")
+        make_data(self.settings, self.workdir / "data")
 
     def sft(self) -> None:
         for style in STYLES:
             config = self.model_config
             model = Llama(config, rngs=nnx.Rngs(self.settings.seed))
+            children = self.settings.children if style == "apr" else 0
             pieces, validation = (
-                load_pieces(self.workdir / "data" / f"{style}_{part}.npz") for part in ("train", "validation")
+                load_pieces(self.workdir / "data", style, part, children, self.settings.seed)
+                for part in ("train", "validation")
             )
-            validation = [piece for piece in validation if len(piece) <= self.settings.sft.row_length]
             run_sft(
                 model, pieces, validation, self.settings.sft, self.mesh, self.workdir / f"sft_{style}",
                 self._meta(config, style, "sft"),
@@ -105,13 +107,13 @@ class Run:
                     f"sft_{style} stands at step {meta['step']} of {self.settings.sft.steps}: finish --stage=sft first"
                 )
             run_grpo(
-                model, load_problems(self.workdir / "data" / "train.jsonl"), CountdownProtocol(style), self.tokenizer,
+                model, load_problems(self.workdir / "data" / "train.npy"), CountdownProtocol(style), self.tokenizer,
                 self.settings.budget, self.settings.grpo, self.mesh, self.settings.grpo_slots,
                 self.workdir / f"grpo_{style}", self._meta(model.config, style, "grpo"),
             )  # fmt: skip
 
     def evaluate(self) -> None:
-        problems = load_problems(self.workdir / "data" / "held_out.jsonl")
+        problems = load_problems(self.workdir / "data" / "held_out.npy")
         models = self.models()
         if not models:
             raise FileNotFoundError(f"no checkpoint under {self.workdir}: run --stage=sft first")
@@ -149,11 +151,11 @@ class Run:
         if _read_json(folder / "check.json").items() >= described.items():
             return  # the check is the last thing written
         export_hf(model, self.tokenizer, folder, meta, self.settings.export_dtype)
-        held_out = load_problems(self.workdir / "data" / "held_out.jsonl")
-        pieces = load_pieces(self.workdir / "data" / "apr_validation.npz")
+        held_out = load_problems(self.workdir / "data" / "held_out.npy")
+        pieces = load_pieces(self.workdir / "data", "apr", "validation")
         check = {
             **described,
-            **check_export(model, self.tokenizer, folder, [piece.tokens[:64] for piece in pieces[:8]]),
+            **check_export(model, self.tokenizer, folder, [pieces[i].tokens[:64] for i in range(min(8, len(pieces)))]),
         }
         if self.settings.export_check_trees:
             problems = held_out[: self.settings.export_check_trees]
@@ -172,10 +174,7 @@ class Run:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        path = self.workdir / "data" / "tokenizer.json"
-        if not path.exists():
-            raise FileNotFoundError(f"no tokenizer at {path}: run --stage=data first")
-        return Tokenizer.load(path)
+        return load_run_tokenizer(self.workdir / "data", self.settings.tokenizer)
 
     @property
     def model_config(self) -> LlamaConfig:

@@ -10,7 +10,6 @@ they are found beside the tokenizer, else random ones.
 """
 
 import functools
-import json
 import random
 import sys
 from pathlib import Path
@@ -68,7 +67,7 @@ def run(checkpoint: str, out: str, dtype: str, tokenizer: str | None, check: int
     from apr_jax.threads.run import Budget
 
     protocol = CountdownProtocol(meta.get("style", "apr"))
-    problems = _problems(path.parent / "held_out.jsonl", check)
+    problems = _problems(path.parent / "held_out.npy", check)
     rng = random.Random(0)
     sequences = [[rng.randrange(len(words)) for _ in range(min(RANDOM_IDS, model.config.context))] for _ in problems]
     difference = check_export(model, words, out, sequences)["max_logit_difference"]
@@ -81,11 +80,11 @@ def run(checkpoint: str, out: str, dtype: str, tokenizer: str | None, check: int
 
 
 def _problems(path: Path, count: int) -> list:
-    from apr_jax.countdown.problem import Problem, ProblemRange
+    from apr_jax.countdown.dataset import ProblemFile
+    from apr_jax.countdown.problem import ProblemRange
 
     if path.is_file():
-        rows = [json.loads(line) for line in path.read_text().splitlines()[:count]]
-        return [Problem(tuple(row["numbers"]), row["target"]) for row in rows]
+        return list(ProblemFile(path)[:count])
     rng = random.Random(0)
     return [ProblemRange().draw(rng) for _ in range(count)]
 

@@ -22,7 +22,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from apr_jax.threads import Block, Spawn, Thread, ThreadTree
+from apr_jax.threads import Thread, ThreadTree
+from apr_jax.threads.store import CALL_FORCED, CALL_SAMPLED, SAMPLED, TreeStore, block_rows
 
 ROW_FIELDS = ("tokens", "positions", "predecessors", "enter", "exit", "sampled", "logprobs", "share", "advantage")
 
@@ -48,47 +49,78 @@ class Piece:
 
 def lay_out(thread: Thread, share: float = 1.0, advantage: float = 0.0) -> Piece:
     """The piece of one thread of ids, without its children."""
-    placed: list[tuple[Block, int, bool]] = []  # block, position of its first token, in the context to the end?
-    position = 0
-    for item in thread.blocks:
-        if isinstance(item, Spawn):
-            ahead = position
-            for block in item.call:
-                placed.append((block, ahead, False))
-                ahead += len(block)
-            item = item.join
-        placed.append((item, position, True))
-        position += len(item)
-    nodes = len(placed)
-    columns = {name: [] for name in ("tokens", "positions", "predecessors", "enter", "exit", "sampled", "logprobs")}
+    rows = block_rows(thread)
+    tokens = [token for block, _, _ in rows for token in block.content]
+    logprobs = [p for block, _, _ in rows for p in (block.logprobs or [0.0] * len(block))]
+    blocks = np.array([(role, len(block), children) for block, role, children in rows], np.int32)
+    return lay_out_blocks(np.asarray(tokens, np.int32), blocks, np.asarray(logprobs, np.float32), share, advantage)
+
+
+def lay_out_blocks(
+    tokens: np.ndarray, blocks: np.ndarray, logprobs: np.ndarray | None = None, share: float = 1, advantage: float = 0
+) -> Piece:
+    """The piece of a thread's own ids [n] and blocks [blocks, 3] (role, tokens, children; see threads.store)."""
+    n, nodes = len(tokens), len(blocks)
+    roles, lengths = blocks[:, 0], blocks[:, 1]
+    stays = (roles != CALL_FORCED) & (roles != CALL_SAMPLED)
+    first = np.cumsum(lengths) - lengths
+    start, last, closes = (np.zeros(nodes, np.int32) for _ in range(3))
+    position = ahead = 0  # where the context, and the open call, go on
     path_end = call_end = -1  # index of the last token on the context's path, and on the open call's
-    for enter, (block, start, stays) in enumerate(placed):
-        n, first = len(block), len(columns["tokens"])
-        follows_call = not stays and enter > 0 and not placed[enter - 1][2]
-        last = call_end if follows_call else path_end
-        closes = nodes if stays else next(i for i in range(enter, nodes) if placed[i][2])
-        columns["tokens"].extend(block.content)
-        columns["positions"].extend(range(start, start + n))
-        columns["predecessors"].extend([last, *range(first, first + n - 1)][:n])
-        columns["enter"].extend([enter] * n)
-        columns["exit"].extend([closes] * n)
-        columns["sampled"].extend([block.sampled] * n)
-        columns["logprobs"].extend(block.logprobs if block.logprobs is not None else [0.0] * n)
-        end = first + n - 1 if n else last
-        if stays:
-            path_end = end
-        call_end = end
-    kinds = {"sampled": bool, "logprobs": np.float32}
-    arrays = {name: np.asarray(column, kinds.get(name, np.int32)) for name, column in columns.items()}
-    n = len(columns["tokens"])
+    for node, (length, at, stay) in enumerate(zip(lengths.tolist(), first.tolist(), stays.tolist())):
+        if stay or node == 0 or stays[node - 1]:
+            ahead, call_end = position, path_end
+        start[node], last[node] = ahead, call_end
+        ahead += length
+        call_end = at + length - 1 if length else call_end
+        if stay:
+            position, path_end = ahead, call_end
+    join = nodes
+    for node in range(nodes - 1, -1, -1):
+        join = node if stays[node] else join
+        closes[node] = nodes if stays[node] else join
+    index = np.arange(n, dtype=np.int32)
+    predecessors = index - 1
+    begun = lengths > 0
+    predecessors[first[begun]] = last[begun]
     return Piece(
-        **arrays, share=np.full(n, share, np.float32), advantage=np.full(n, advantage, np.float32), nodes=nodes
+        tokens=tokens,
+        positions=index + np.repeat(start - first, lengths).astype(np.int32),
+        predecessors=predecessors,
+        enter=np.repeat(np.arange(nodes, dtype=np.int32), lengths),
+        exit=np.repeat(closes, lengths),
+        sampled=np.repeat((roles == SAMPLED) | (roles == CALL_SAMPLED), lengths),
+        logprobs=np.zeros(n, np.float32) if logprobs is None else logprobs,
+        share=np.full(n, share, np.float32),
+        advantage=np.full(n, advantage, np.float32),
+        nodes=nodes,
     )
 
 
 def lay_out_tree(tree: ThreadTree) -> list[Piece]:
     """The pieces of all threads of a tree, root first."""
     return [lay_out(thread) for thread in tree.threads()]
+
+
+class StoredPieces(Sequence[Piece]):
+    """Threads of a store, laid out when they are asked for: their ids stay on disk. `threads` picks some of them by
+    number; None: all."""
+
+    def __init__(self, store: TreeStore, threads: np.ndarray | None = None):
+        self.store = store
+        self._threads = np.arange(len(store.thread_tokens)) if threads is None else np.asarray(threads)
+        self.lengths = store.thread_tokens[self._threads]
+
+    def __len__(self) -> int:
+        return len(self._threads)
+
+    def __getitem__(self, index: int) -> Piece:
+        return lay_out_blocks(*self.store.thread(int(self._threads[index])))
+
+
+def piece_lengths(pieces: Sequence[Piece]) -> np.ndarray:
+    """Tokens of each piece [pieces], without laying out what lies on disk."""
+    return pieces.lengths if isinstance(pieces, StoredPieces) else np.array([len(piece) for piece in pieces], np.int64)
 
 
 def first_fit(lengths: Sequence[int], row_length: int, open_rows: int = 32) -> list[list[int]]:
@@ -138,13 +170,16 @@ def pack_rows(rows: Iterable[Sequence[Piece]], row_length: int, row_count: int |
 
 class PackedBatches:
     """Batches of packed rows: `batches[step]` is a pure function of (pieces, seed, step), so that
-    resuming needs no state but the step. Every epoch packs a new order."""
+    resuming needs no state but the step. Every epoch packs a new order. Pieces longer than a row are left out."""
 
     def __init__(self, pieces: Sequence[Piece], row_length: int, batch_rows: int, seed: int):
-        self.pieces = [piece for piece in pieces if len(piece) <= row_length]
-        self.too_long = len(pieces) - len(self.pieces)  # dropped, to be reported
         self.row_length, self.batch_rows, self.seed = row_length, batch_rows, seed
-        if not self.pieces:
+        lengths = piece_lengths(pieces)
+        self._pieces, self._lengths = pieces, lengths.tolist()
+        self._fitting = np.flatnonzero(lengths <= row_length).tolist()
+        self.too_long = len(pieces) - len(self._fitting)  # dropped, to be reported
+        self.tokens = int(lengths[lengths <= row_length].sum())  # of one epoch
+        if not self._fitting:
             raise ValueError(f"no thread fits a row of {row_length} tokens")
         self._epoch, self._first_step, self._rows = -1, 0, []
 
@@ -156,13 +191,13 @@ class PackedBatches:
             self._open_epoch(self._epoch + 1)
         row = (step - self._first_step) * self.batch_rows
         chosen = self._rows[row : row + self.batch_rows]
-        return pack_rows([[self.pieces[i] for i in indices] for indices in chosen], self.row_length)
+        return pack_rows([[self._pieces[i] for i in indices] for indices in chosen], self.row_length)
 
     def _open_epoch(self, epoch: int) -> None:
         rng = random.Random(f"{self.seed}/{epoch}")
-        order = list(range(len(self.pieces)))
+        order = self._fitting.copy()
         rng.shuffle(order)
-        rows = first_fit([len(self.pieces[i]) for i in order], self.row_length)
+        rows = first_fit([self._lengths[i] for i in order], self.row_length)
         rows = [[order[i] for i in row] for row in rows]
         rng.shuffle(rows)  # the last rows opened are the emptiest: not all at an epoch's end
         rows += rows[: -len(rows) % self.batch_rows] if len(rows) > self.batch_rows else rows * self.batch_rows

@@ -111,7 +111,7 @@ def run_sft(
 def validate(trainer: Trainer, state, pieces: Sequence[Piece], config: SftConfig) -> dict[str, float]:
     """Loss and accuracy per token on held-out threads (at most eight batches)."""
     batches = PackedBatches(pieces, config.row_length, config.batch_rows, seed=0)
-    count = max(1, min(8, sum(map(len, batches.pieces)) // (config.batch_rows * config.row_length)))
+    count = max(1, min(8, batches.tokens // (config.batch_rows * config.row_length)))
     totals = None
     for index in range(count):
         sums = trainer.measure(state, batches[index])

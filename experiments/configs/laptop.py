@@ -19,7 +19,7 @@ def get_config():
     # Roots hold the only lines that take four numbers to three: 9 % of the operations with all five children
     # to a root. And the one child, a solver where there is one, shows what an equal result looks like.
     c.apr.children = 1
-    c.problems.train = 5000
+    c.problems.train, c.problems.repeats = 5000, True  # so small a range has about 10,000 problems in all
 
     for stage in (c.sft, c.grpo):
         stage.optimizer.name = "muon"

@@ -1,4 +1,4 @@
-"""The data stage: held-out problems stay out, a seed fixes every byte, a full disk loses nothing."""
+"""The data stage: held-out problems stay out, a seed fixes every byte, whatever the processes and the kills."""
 
 import dataclasses
 import errno
@@ -7,10 +7,11 @@ import os
 import numpy as np
 import pytest
 
-from apr_jax.countdown import split_problems
+from apr_jax.countdown import trace
 from apr_jax.countdown.problem import solvable
+from apr_jax.train.pack import lay_out_tree
 from experiments.command import PRESETS, load_config
-from experiments.dataset import load_pieces, load_problems, make_dataset
+from experiments.dataset import load_manifest, load_pieces, load_problems, load_run_tokenizer, make_data
 from experiments.settings import read_settings
 
 
@@ -24,53 +25,82 @@ SMALL = read_preset("smoke", train=40, held_out=6)
 
 
 def files(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("name", ["smoke", "laptop"])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_held_out_problems_are_never_trained_on(name, seed):
-    settings = read_preset(name)
-    train, held_out = split_problems(settings.problems, seed, settings.train, settings.held_out)
-    assert (len(train), len(held_out)) == (settings.train, settings.held_out)
+def test_held_out_problems_are_distinct_and_never_trained_on(seed, tmp_path):
+    make_data(dataclasses.replace(SMALL, seed=seed, train=300), tmp_path)
+    train, held_out = (list(load_problems(tmp_path / f"{name}.npy")) for name in ("train", "held_out"))
     held = {(tuple(sorted(problem.numbers)), problem.target) for problem in held_out}
-    assert len(held) == len(held_out)
+    assert (len(train), len(held_out), len(held)) == (300, 6, 6)
     assert not held & {(tuple(sorted(problem.numbers)), problem.target) for problem in train}
-    assert all(map(solvable, held_out))
+    assert all(map(solvable, held_out + train))
 
 
 def test_the_stage_keeps_them_apart_too(whole_run):
     data = whole_run.folder / "data"
-    train, held_out = (load_problems(data / f"{name}.jsonl") for name in ("train", "held_out"))
+    train, held_out = (load_problems(data / f"{name}.npy") for name in ("train", "held_out"))
     assert not {problem.key for problem in train} & {problem.key for problem in held_out}
     for style in ("sosp", "apr"):
-        assert all(len(piece) <= 256 for piece in load_pieces(data / f"{style}_train.npz"))
+        pieces = load_pieces(data, style, "train")
+        assert max(pieces.lengths) <= 256 and all(len(pieces[i]) == pieces.lengths[i] for i in range(0, 90, 7))
 
 
 def test_a_seed_fixes_every_byte(tmp_path):
     for name in ("one", "two"):
-        make_dataset(SMALL, tmp_path / name)
-    make_dataset(dataclasses.replace(SMALL, seed=1), tmp_path / "other")
+        make_data(SMALL, tmp_path / name)
+    make_data(dataclasses.replace(SMALL, seed=1), tmp_path / "other")
     one, two, other = (files(tmp_path / name) for name in ("one", "two", "other"))
     assert one == two
-    assert one["train.jsonl"] != other["train.jsonl"] and one["apr_train.npz"] != other["apr_train.npz"]
+    assert one["train.npy"] != other["train.npy"]
+    assert one["manifest.json"] != other["manifest.json"]
 
 
 def test_what_is_made_is_only_read(tmp_path, monkeypatch):
-    manifest = make_dataset(SMALL, tmp_path)
-    monkeypatch.setattr("experiments.dataset.split_problems", None)
-    assert make_dataset(SMALL, tmp_path) == manifest
+    manifest = make_data(SMALL, tmp_path)
+    monkeypatch.setattr("apr_jax.countdown.dataset._make_problems", None)
+    assert make_data(SMALL, tmp_path) == manifest == load_manifest(tmp_path)
     counts = manifest["apr_train"]
-    pieces = load_pieces(tmp_path / "apr_train.npz")
-    assert counts["trees"] + counts["too_long"] == 40
-    assert len(pieces) == counts["threads"]
+    pieces = load_pieces(tmp_path, "apr", "train")
+    assert counts["trees"] + counts["too_long"] == counts["problems"] == 40
+    assert len(pieces) == counts["threads"] and sum(pieces.lengths) == counts["tokens"]
     assert all(piece.tokens.dtype == np.int32 and piece.sampled.dtype == bool for piece in pieces)
 
 
-@pytest.mark.parametrize("fails", range(8))
+def test_pieces_from_the_store_are_those_of_its_trees(tmp_path):
+    make_data(SMALL, tmp_path)
+    pieces = load_pieces(tmp_path, "apr", "train")
+    expected = [piece for tree in pieces.store for piece in lay_out_tree(tree)]
+    assert len(expected) == len(pieces) > 40
+    for one, two in zip(pieces, expected):
+        for field in dataclasses.fields(one):
+            np.testing.assert_array_equal(getattr(one, field.name), getattr(two, field.name))
+
+
+def test_children_are_chosen_solvers_first(tmp_path):
+    make_data(SMALL, tmp_path)
+    words = load_run_tokenizer(tmp_path, "")
+    store = load_pieces(tmp_path, "apr", "train").store
+    chosen = load_pieces(tmp_path, "apr", "train", children=1, seed=3)
+    again = load_pieces(tmp_path, "apr", "train", children=1, seed=3)
+    assert [len(piece) for piece in chosen] == [len(piece) for piece in again]
+    texts = iter([words.decode(piece.tokens) for piece in chosen])
+    for tree in store:
+        assert next(texts).startswith("Moving to Node #0\n")
+        if children := tree.root.children:
+            ends = {words.decode([i for block in child.context for i in block.content]) for child in children}
+            child = next(texts)
+            assert child in ends
+            solvers = [text for text in ends if not text.endswith(trace.NO_SOLUTION)]
+            assert not solvers or child in solvers
+    assert next(texts, None) is None
+
+
+@pytest.mark.parametrize("fails", range(10))
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, fails):
     whole, here = tmp_path / "whole", tmp_path / "here"
-    make_dataset(SMALL, whole)
+    make_data(SMALL, whole)
     replace, done = os.replace, []
 
     def full(source, target):
@@ -81,22 +111,26 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, fails):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
-        with pytest.raises(OSError, match="No space left"):
-            make_dataset(SMALL, here)
-    kept = {path.name: path.read_bytes() for path in done}
-    assert len(kept) == fails and "manifest.json" not in kept
-    assert kept.items() <= files(whole).items() and kept.items() <= files(here).items()
-    make_dataset(SMALL, here)
+        if fails < 9:
+            with pytest.raises(OSError, match="No space left"):
+                make_data(SMALL, here)
+            assert "manifest.json" not in files(here)
+        else:
+            make_data(SMALL, here)
+    kept = {name: content for name, content in files(here).items() if ".part" not in name}
+    assert kept.items() <= files(whole).items()
+    make_data(SMALL, here)
     assert files(here) == files(whole)
 
 
 def test_a_window_that_no_tree_fits_is_refused(tmp_path):
     with pytest.raises(ValueError, match="none of 40 sosp trees fits a window of 32 tokens"):
-        make_dataset(dataclasses.replace(SMALL, window=32), tmp_path)
+        make_data(dataclasses.replace(SMALL, window=32), tmp_path)
     assert not (tmp_path / "manifest.json").exists()
 
 
 def test_missing_data_is_named(tmp_path):
-    for load in (load_pieces, load_problems):
-        with pytest.raises(FileNotFoundError, match="run --stage=data first"):
-            load(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match="run --stage=data first"):
+        load_problems(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match="run --stage=data first"):
+        load_pieces(tmp_path, "apr", "train")

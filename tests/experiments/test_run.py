@@ -73,8 +73,8 @@ def test_a_run_leaves_everything(whole_run):
     folder = whole_run.folder
     assert json.loads((folder / "config.json").read_text())["name"] == "smoke"
     assert {"python", "device", "jax", "orbax-checkpoint"} <= set(json.loads((folder / "versions.json").read_text()))
-    data = {"train.jsonl", "held_out.jsonl", "tokenizer.json", "manifest.json"}
-    data |= {f"{style}_{part}.npz" for style in ("sosp", "apr") for part in ("train", "validation")}
+    data = {"train.npy", "held_out.npy", "tokenizer.json", "config.json", "manifest.json"}
+    data |= {f"{style}_{part}" for style in ("sosp", "apr") for part in ("train", "validation")}
     assert {path.name for path in (folder / "data").iterdir()} == data
     for name, steps in STEPS.items():
         rows = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
@@ -94,7 +94,7 @@ def test_a_run_leaves_everything(whole_run):
 
 
 def test_every_held_out_problem_has_one_record_in_order(whole_run):
-    problems = load_problems(whole_run.folder / "data" / "held_out.jsonl")
+    problems = load_problems(whole_run.folder / "data" / "held_out.npy")
     assert len(problems) == 12
     for name in MODELS:
         records = read_records(whole_run.folder / "evaluate" / f"{name}.jsonl")
@@ -111,7 +111,7 @@ def test_stages_show_a_rate_and_the_time_left(whole_run, title):
 
 
 def test_the_same_command_again_makes_nothing_anew(whole_run):
-    kept = ("data/*", "evaluate/*", "*/metrics.jsonl", "*/checkpoints/**/*", "config.json", "summary.json", "report.md")
+    kept = ("data/**/*", "evaluate/*", "*/metrics.jsonl", "*/checkpoints/**/*", "*.json", "report.md")
     before = snapshot(whole_run.folder, *kept)
     again = finish(start(f"--workdir={whole_run.folder}"))
     assert again.code == 0, again.err
@@ -133,13 +133,13 @@ def test_killed_and_then_out_of_disk_it_ends_in_the_same_bits(whole_run, tmp_pat
     assert first.exists() and not (folder / "sft_apr" / "checkpoints" / "40").exists()
 
     shutil.rmtree(first.with_name("40"), ignore_errors=True)  # where the kill came late
-    before = snapshot(folder, "config.json", "data/*", "sft_sosp/checkpoints/20/**/*")
+    before = snapshot(folder, "config.json", "data/**/*", "sft_sosp/checkpoints/20/**/*")
     full = finish(start(*sft, most=20_000))  # less than a checkpoint's files, more than all others
     assert full.code == 1
     errors = [line for line in full.err.splitlines() if not re.match(r"(sft|evaluate) .* left", line)]
     assert len(errors) == 1, full.err
     assert re.fullmatch(r"error: step 40 could not be saved under \S+sft_sosp/checkpoints: .+", errors[0])
-    assert snapshot(folder, "config.json", "data/*", "sft_sosp/checkpoints/20/**/*") == before
+    assert snapshot(folder, "config.json", "data/**/*", "sft_sosp/checkpoints/20/**/*") == before
 
     done = finish(start(*sft))
     assert done.code == 0, done.err
@@ -190,10 +190,10 @@ def test_a_stage_before_what_it_needs(refused, tmp_path, stage, says):
     "file, stage, says",
     [
         ("config.json", "report", r"\S+config.json is broken: delete it"),
-        ("data/manifest.json", "data", r"\S+manifest.json is broken: delete \S+data and run --stage=data again"),
-        ("data/manifest.json", "report", r"\S+manifest.json is broken: .+ --stage=data again"),
-        ("data/sosp_train.npz", "sft", r"\S+sosp_train.npz is broken: .+ --stage=data again"),
-        ("data/held_out.jsonl", "evaluate", r"\S+held_out.jsonl is broken: .+ --stage=data again"),
+        ("data/manifest.json", "data", r"\S+manifest.json is broken: delete it, and it is made again"),
+        ("data/manifest.json", "report", r"\S+manifest.json is broken: delete it, and it is made again"),
+        ("data/sosp_train/00000/threads/c/0/0", "sft", r"\S+sosp_train/00000 is broken: .+ --stage=data again"),
+        ("data/held_out.npy", "evaluate", r"\S+held_out.npy is broken: .+ --stage=data again"),
     ],
 )
 def test_a_file_cut_short_is_named(copy, refused, file, stage, says):

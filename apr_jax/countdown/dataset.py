@@ -1,0 +1,343 @@
+"""Countdown data sets: problems, and each recipe's trees of them, made in streams by any number of processes.
+
+A data set's bytes are a function of its config alone. Candidate problem i is drawn from (seed, i), the trees of
+problem i from (seed, style, i), and work is cut into shards of fixed ranges of problems. So processes, machines
+(`shard`) and kills change nothing: what stands whole in the folder is kept, the rest is made.
+
+    manifest.json            written last: the config, what was kept, what was dropped and why, a content hash
+    tokenizer.json           where the tokenizer is ours
+    train.npy held_out.npy   int32 [problems, numbers + 1], the target last
+    STYLE_train/ STYLE_validation/   stores of trees (apr_jax.threads.store)
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from apr_jax.countdown.problem import Problem, ProblemRange
+from apr_jax.countdown.recipe import COUNTED, DROPPED, Recipe, count_tree
+from apr_jax.countdown.vocabulary import countdown_tokenizer
+from apr_jax.text.hub import load_tokenizer
+from apr_jax.text.tokenizer import Tokenizer
+from apr_jax.threads import ThreadTree
+from apr_jax.threads.store import read_counts, write_shard
+
+SHARD_PROBLEMS = 2000  # problems of one shard: some seconds of work, and a few MB
+CANDIDATES = 500  # problems drawn by one task
+MOST_REFUSED = 50  # candidates in a row of that many times the rest wanted, before the range counts as used up
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetConfig:
+    """What a data set is made of. `unseen_targets` is the share of targets that only held-out problems have, as in
+    Stream of Search (0: held-out problems differ by numbers alone, the paper's)."""
+
+    problems: ProblemRange
+    train: int
+    held_out: int
+    recipes: tuple[Recipe, ...]
+    max_number: int = 99  # of our tokenizer
+    tokenizer: str = ""  # a Hugging Face tokenizer by folder or name; "": ours
+    repeats: bool = False  # whether a training problem may come twice
+    unseen_targets: float = 0.0
+    validation: int = 64  # held-out problems whose trees measure the validation loss
+    seed: int = 0
+
+    def __post_init__(self):
+        if not 0 <= self.unseen_targets < 1:
+            raise ValueError(f"unseen_targets is from 0 to less than 1, was given {self.unseen_targets}")
+
+    def described(self) -> dict[str, Any]:
+        """As JSON gives it back."""
+        return json.loads(json.dumps({"format": FORMAT, **dataclasses.asdict(self)}))
+
+    def make_tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.tokenizer) if self.tokenizer else countdown_tokenizer(self.max_number)
+
+    def targets(self) -> tuple[list[int], list[int]]:
+        """(targets of training, targets of held-out problems)."""
+        every = list(range(self.problems.min_target, self.problems.max_target + 1))
+        if not self.unseen_targets:
+            return every, every
+        count = min(max(1, round(self.unseen_targets * len(every))), len(every) - 1)
+        unseen = set(random.Random(f"{self.seed}/targets").sample(every, count))
+        return [target for target in every if target not in unseen], sorted(unseen)
+
+
+class ProblemFile(Sequence[Problem]):
+    """The problems of a .npy file, read where they lie: memory does not grow with their number."""
+
+    def __init__(self, path: Path):
+        self._rows = np.load(path, mmap_mode="r")
+        if self._rows.ndim != 2 or self._rows.shape[1] < 2:
+            raise ValueError(f"{path} holds no problems")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int | slice):
+        if isinstance(index, slice):
+            return [self[at] for at in range(*index.indices(len(self)))]
+        *numbers, target = self._rows[index].tolist()
+        return Problem(tuple(numbers), target)
+
+
+# ---------------------------------------------------------------------- making
+
+
+def make_dataset(
+    config: DatasetConfig,
+    folder: Path,
+    *,
+    processes: int = 1,
+    shard: tuple[int, int] = (0, 1),
+    progress: Callable[[str, int, str], Any] = lambda title, total, unit: _Silent(),
+) -> dict | None:
+    """Makes what is missing under `folder` of share `shard` = (i, n); returns the manifest, None while other shares
+    are missing. Raises ValueError where the folder holds a data set of another config."""
+    if (manifest := read_manifest(folder)) is not None:
+        _check_same(manifest["config"], config.described(), folder)
+        return manifest
+    folder.mkdir(parents=True, exist_ok=True)
+    begun = folder / "config.json"
+    if begun.exists():
+        _check_same(json.loads(begun.read_text()), config.described(), folder)
+    else:
+        write_text(begun, json.dumps(config.described(), indent=1))
+    if not config.tokenizer and not (folder / "tokenizer.json").exists():
+        part = folder / f"tokenizer.{os.getpid()}.part"
+        config.make_tokenizer().save(part)
+        os.replace(part, folder / "tokenizer.json")
+    with _workers(processes, config) as run:
+        _make_problems(config, folder, run, progress)
+        jobs = [
+            _Job(str(folder), part, style, number)
+            for style, recipe in enumerate(config.recipes)
+            for part, count in (("validation", min(config.validation, config.held_out)), ("train", config.train))
+            for number in range(-(-count // SHARD_PROBLEMS))
+        ]
+        mine = [job for index, job in enumerate(jobs) if index % shard[1] == shard[0]]
+        missing = [job for job in mine if read_counts(job.shard_folder(config)) is None]
+        bar = progress("data trees", sum(job.size(config) for job in mine), "trees")
+        done = sum(job.size(config) for job in mine) - sum(job.size(config) for job in missing)
+        for size in run(_make_shard, missing, ordered=False):
+            done += size
+            bar.update(done)
+    return _finish(config, folder, jobs)
+
+
+def read_manifest(folder: Path) -> dict | None:
+    """None where the data set is not finished. Raises ValueError where the file is broken."""
+    path = folder / "manifest.json"
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        raise ValueError(f"{path} is broken: delete it, and it is made again from what lies beside it") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all: a kill or a full disk leaves what was there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+def _check_same(theirs: dict, mine: dict, folder: Path) -> None:
+    if different := [name for name in mine if mine[name] != theirs.get(name)]:
+        raise ValueError(
+            f"{folder} holds a data set of another config (another {', '.join(different)}): give another folder"
+        )
+
+
+def _make_problems(config: DatasetConfig, folder: Path, run, progress) -> None:
+    """Held-out problems are distinct; training problems are the first candidates, in their order, that are not held
+    out and, unless repeats are asked for, not there before."""
+    paths = {name: folder / f"{name}.npy" for name in ("train", "held_out")}
+    if all(path.exists() for path in paths.values()):
+        return
+    seen_targets, unseen_targets = config.targets()
+
+    def collect(name: str, count: int, targets: Sequence[int], keep: Callable[[Problem], bool]) -> set:
+        rows = np.lib.format.open_memmap(
+            part := folder / f"{name}.{os.getpid()}.part", "w+", np.int32, (count, config.problems.count + 1)
+        )
+        bar, have, tried = progress(f"data problems {name}", count, "problems"), 0, 0
+        allowed = set(targets)
+        for problems in run(_draw, ((name, start) for start in itertools.count(0, CANDIDATES)), ordered=True):
+            for problem in problems:
+                if have < count and problem.target in allowed and keep(problem):
+                    rows[have] = (*problem.numbers, problem.target)
+                    have += 1
+            bar.update(have)
+            if have == count:
+                break
+            tried += len(problems)
+            if tried > MOST_REFUSED * (have + CANDIDATES):
+                part.unlink()
+                raise ValueError(
+                    f"{count} {name.replace('_', '-')} problems were asked for, this range gives about {have}: "
+                    "widen problems, ask for fewer, or allow repeats"
+                )
+        rows.flush()
+        os.replace(part, paths[name])
+
+    held: set = set()
+    seen: set = set()
+    collect("held_out", config.held_out, unseen_targets, lambda p: p.key not in held and not held.add(p.key))
+    if config.repeats:
+        collect("train", config.train, seen_targets, lambda p: p.key not in held)
+    else:
+
+        def new(problem: Problem) -> bool:
+            key = hash(problem.key)  # of integers alone: the same in every process
+            return problem.key not in held and key not in seen and not seen.add(key)
+
+        collect("train", config.train, seen_targets, new)
+
+
+def _finish(config: DatasetConfig, folder: Path, jobs: Sequence["_Job"]) -> dict | None:
+    """The manifest, where every shard of every share is there."""
+    counts: dict[str, Counter] = {}
+    content = hashlib.sha256()
+    for job in jobs:
+        own = read_counts(job.shard_folder(config))
+        if own is None:
+            return None
+        content.update(own.pop("sha256").encode())
+        total = counts.setdefault(f"{config.recipes[job.recipe].style}_{job.part}", Counter())
+        longest = max(total["longest"], own["longest"])
+        total.update(own)
+        total["longest"] = longest
+    for name, count in counts.items():
+        if name.endswith("_train") and not count["trees"]:
+            recipe = next(recipe for recipe in config.recipes if name.startswith(recipe.style))
+            raise ValueError(
+                f"none of {config.train} {recipe.style} trees fits a window of {recipe.window} tokens"
+                + (" and is right" if recipe.correct_only else "")
+            )
+    for path in ("train.npy", "held_out.npy"):
+        content.update((folder / path).read_bytes() if (folder / path).stat().st_size < 1 << 30 else b"")
+    manifest = {
+        "config": config.described(),
+        "train_problems": config.train,
+        "held_out_problems": config.held_out,
+        "vocabulary": len(config.make_tokenizer()),
+        **{name: dict(count) for name, count in counts.items()},
+        "sha256": content.hexdigest(),
+    }
+    write_text(folder / "manifest.json", json.dumps(manifest, indent=1))
+    for left in folder.glob("**/*.part"):  # of processes that were killed
+        if left.is_file():
+            left.unlink()
+    return manifest
+
+
+# ---------------------------------------------------------------------- what workers do
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    folder: str
+    part: str  # "train" or "validation"
+    recipe: int
+    number: int  # of the shard
+
+    def range(self, config: DatasetConfig) -> range:
+        count = config.train if self.part == "train" else min(config.validation, config.held_out)
+        start = self.number * SHARD_PROBLEMS
+        return range(start, min(start + SHARD_PROBLEMS, count))
+
+    def size(self, config: DatasetConfig) -> int:
+        return len(self.range(config))
+
+    def shard_folder(self, config: DatasetConfig) -> Path:
+        return Path(self.folder) / f"{config.recipes[self.recipe].style}_{self.part}" / f"{self.number:05d}"
+
+
+_CONFIG: DatasetConfig  # a worker's own, set when it starts
+_TOKENIZER: Tokenizer
+
+
+def _start_worker(config: DatasetConfig) -> None:
+    global _CONFIG, _TOKENIZER
+    _CONFIG, _TOKENIZER = config, config.make_tokenizer()
+
+
+def _draw(task: tuple[str, int]) -> list[Problem]:
+    name, start = task
+    source, seed = _CONFIG.problems, _CONFIG.seed
+    return [source.draw(random.Random(f"{seed}/{name}/{index}")) for index in range(start, start + CANDIDATES)]
+
+
+def _make_shard(job: _Job) -> int:
+    """Makes one shard; returns how many problems it went through."""
+    recipe = _CONFIG.recipes[job.recipe]
+    problems = ProblemFile(Path(job.folder) / f"{'train' if job.part == 'train' else 'held_out'}.npy")
+    seed = f"{job.part}/{_CONFIG.seed}"
+    recipe = dataclasses.replace(recipe, seed=seed)
+    counts = Counter(dict.fromkeys(("problems", "solved_by_solver", *DROPPED, *COUNTED), 0))
+
+    def kept() -> Iterator[ThreadTree]:
+        for index in job.range(_CONFIG):
+            tree, why = recipe.make(problems[index], index, _TOKENIZER)
+            counts["problems"] += 1
+            counts["solved_by_solver"] += tree.info["solved"]
+            if why is None:
+                count_tree(counts, tree)
+                yield tree
+            else:
+                counts[why] += 1
+
+    write_shard(job.shard_folder(_CONFIG), kept(), counts)
+    return job.size(_CONFIG)
+
+
+class _Silent:
+    def update(self, done: int) -> None:
+        pass
+
+
+class _workers:
+    """``with _workers(n, config) as run``: run(function, tasks, ordered) yields results, in n processes or, where n
+    is 1, in this one. At most a few results wait, however many tasks there are."""
+
+    def __init__(self, processes: int, config: DatasetConfig):
+        self._processes, self._config, self._pool = processes, config, None
+
+    def __enter__(self):
+        if self._processes == 1:
+            _start_worker(self._config)
+        return self._run
+
+    def _run(self, function, tasks: Iterable, ordered: bool) -> Iterator:
+        if self._processes == 1:
+            yield from map(function, tasks)
+            return
+        if self._pool is None:  # not forked: the caller may have threads of JAX
+            context = multiprocessing.get_context("spawn")
+            self._pool = context.Pool(self._processes, _start_worker, (self._config,))
+        tasks = iter(tasks)
+        waiting = [self._pool.apply_async(function, (task,)) for task in itertools.islice(tasks, 2 * self._processes)]
+        while waiting:
+            at = 0 if ordered else next((i for i, result in enumerate(waiting) if result.ready()), 0)
+            yield waiting.pop(at).get()
+            waiting += [self._pool.apply_async(function, (task,)) for task in itertools.islice(tasks, 1)]
+
+    def __exit__(self, *_):
+        if self._pool is not None:
+            self._pool.terminate()
+            self._pool.join()

@@ -1,0 +1,114 @@
+"""A recipe makes one kind of supervision: the tree of ids of problem number i, or the reason why it is dropped."""
+
+import dataclasses
+import random
+from collections import Counter
+
+from apr_jax.countdown import trace
+from apr_jax.countdown.problem import Problem
+from apr_jax.countdown.protocol import CountdownProtocol
+from apr_jax.countdown.solver import SOLVERS, SolverConfig
+from apr_jax.text.tokenizer import Tokenizer
+from apr_jax.threads import ThreadTree, encode_tree
+from apr_jax.threads.metrics import longest_context, sequential_tokens, total_tokens
+from apr_jax.threads.store import CALL_FORCED, CALL_SAMPLED, block_rows
+
+_CALL = (CALL_FORCED, CALL_SAMPLED)
+TOKEN_BIN = 512  # the paper's bins of SoS+ budgets, tokens
+DROPPED = ("wrong", "too_long")  # why a tree is not kept, in the order they are looked at
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How problems become trees. `window` bounds the context of every thread; `piece` a thread with its calls
+    (0: no bound).
+
+    `conditioned` puts a budget that the trace itself keeps first on the root's prompt (the paper's conditioned
+    models, figures 4a and 4b): for SoS+ its tokens rounded up to bins of 512, for APR its children per spawn.
+    `correct_only` keeps solved problems alone (rejection sampling, table 2).
+    """
+
+    style: str
+    solver: SolverConfig
+    window: int
+    piece: int = 0
+    correct_only: bool = False
+    conditioned: bool = False
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.style not in SOLVERS:
+            raise ValueError(f"style is one of {', '.join(sorted(SOLVERS))}, was given {self.style!r}")
+
+    def make(self, problem: Problem, index: int, tokenizer: Tokenizer) -> tuple[ThreadTree, str | None]:
+        """The tree of problem number `index`, a pure function of (recipe, problem, index), and why it is dropped.
+
+        Its info is the solver's with `found`: which of its threads, depth first, found the target.
+        """
+        rng = random.Random(f"{self.seed}/{self.style}/{index}")
+        text = SOLVERS[self.style](problem, self.solver, rng)
+        found = [at for at, thread in enumerate(text.threads()) if not _gave_up(thread)]
+        text = dataclasses.replace(text, info=text.info | {"index": index, "found": found})
+        if self.correct_only and not text.info["solved"]:
+            return text, "wrong"
+        tree = encode_tree(text, tokenizer.encode, tokenizer.bos, tokenizer.eos)
+        if self.conditioned:
+            tree = _conditioned(tree, self.style, tokenizer)
+        if longest_context(tree) > self.window or (self.piece and _longest_piece(tree) > self.piece):
+            return tree, "too_long"
+        return tree, None
+
+
+def _gave_up(thread) -> bool:
+    return thread.context[-1].content.endswith(trace.NO_SOLUTION)
+
+
+def _longest_piece(tree: ThreadTree) -> int:
+    return max(sum(len(block) for block, _, _ in block_rows(thread)) for thread in tree.threads())
+
+
+def _conditioned(tree: ThreadTree, style: str, tokenizer: Tokenizer) -> ThreadTree:
+    """The tree with its own budget first on the root's prompt, after the beginning-of-text token."""
+    if style == "apr":
+        spawns = [len(spawn.children) for thread in tree.threads() for spawn in thread.spawns]
+        budget = round(sum(spawns) / len(spawns)) if spawns else 0
+    else:
+        budget = -(-total_tokens(tree) // TOKEN_BIN) * TOKEN_BIN
+    protocol = CountdownProtocol("apr" if style == "apr" else "sosp")
+    prompt, *rest = tree.root.blocks
+    bos, *ids = prompt.content
+    condition = tokenizer.encode(protocol.condition(budget))
+    prompt = dataclasses.replace(prompt, content=(bos, *condition, *ids))
+    return ThreadTree(dataclasses.replace(tree.root, blocks=(prompt, *rest)), tree.info | {"budget": budget})
+
+
+COUNTED = ("trees", "solved", "children", "tokens", "sequential_tokens", "unshared_tokens", "longest")
+
+
+def count_tree(counts: Counter, tree: ThreadTree) -> None:
+    """Adds a kept tree to what a manifest tells (`COUNTED`): sums, but for the longest context."""
+    counts["trees"] += 1
+    counts["solved"] += tree.info["solved"]
+    counts["children"] += sum(1 for _ in tree.threads()) - 1
+    counts["tokens"] += total_tokens(tree)
+    counts["sequential_tokens"] += sequential_tokens(tree)
+    counts["unshared_tokens"] += unshared_tokens(tree)
+    counts["longest"] = max(counts["longest"], longest_context(tree))
+
+
+def unshared_tokens(tree: ThreadTree) -> int:
+    """Tokens where a thread's prefix is written out again for every call, as the authors train: each call with
+    all before it is a sequence, and so is the thread's end."""
+    total = 0
+    for thread in tree.threads():
+        context = call = 0
+        for block, role, _ in block_rows(thread):
+            if role in _CALL:
+                call += len(block)
+                continue
+            if call:
+                total += context + call
+                call = 0
+            context += len(block)
+        total += context
+    return total
