@@ -104,7 +104,7 @@ def test_every_held_out_problem_has_one_record_in_order(whole_run):
         ]
 
 
-@pytest.mark.parametrize("title", ["data sosp train", "data apr train", "sft sft_apr", "grpo grpo_apr", "export check"])
+@pytest.mark.parametrize("title", ["data problems train", "data trees", "sft sft_apr", "grpo grpo_apr", "export check"])
 def test_stages_show_a_rate_and_the_time_left(whole_run, title):
     lines = [line for line in whole_run.err.splitlines() if line.startswith(f"{title}: ")]
     assert lines and all(re.search(r": \d+/\d+ \w+, \S+/s, \S+ left", line) for line in lines)
