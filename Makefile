@@ -54,7 +54,7 @@ test-long: env
 	APR_LONG=1 $(PY) -m pytest --hypothesis-profile=long $(ARGS)
 
 lint: env
-	$(PY) -m ruff check $(ARGS) apr_jax experiments tools tests
+	$(PY) -m ruff check $(ARGS) apr_jax benchmarks experiments tools tests
 
 env: $(STAMP)
 
@@ -85,10 +85,10 @@ $(STAMP): requirements.lock
 # build needs is left out: the build that an install finds brings its own, exactly pinned, or none.
 lock: env
 	set -o pipefail; trap 'rm -f .lock.in' EXIT; cp requirements.lock .lock.in; \
-	$(PY) -m uv pip compile -q --universal --python-version 3.11 --no-header --no-annotate --extra test --extra lint \
+	$(PY) -m uv pip compile -q --universal --python-version 3.11 --no-header --no-annotate --extra test --extra lint --extra bench \
 	  $(UPGRADE) -o .lock.in pyproject.toml >/dev/null && \
 	{ sed '/^[^#]/,$$d' requirements.lock; grep -vE '^(#|(nvidia|cuda)-|triton=)' .lock.in; } > .lock.out && mv .lock.out requirements.lock
 
 clean:
 	rm -rf $(VENV) .jax_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
-	find apr_jax experiments tools tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find apr_jax benchmarks experiments tools tests -name __pycache__ -type d -prune -exec rm -rf {} +
