@@ -280,7 +280,7 @@ def _start_worker(config: DatasetConfig) -> None:
 def _draw(task: tuple[str, int]) -> list[Problem]:
     name, start = task
     source, seed = _CONFIG.problems, _CONFIG.seed
-    return [source.draw(random.Random(f"{seed}/{name}/{index}")) for index in range(start, start + CANDIDATES)]
+    return source.draw_each([random.Random(f"{seed}/{name}/{index}") for index in range(start, start + CANDIDATES)])
 
 
 def _make_shard(job: _Job) -> int:
