@@ -5,8 +5,9 @@
     python -m tools.solve 3 5 7 8 --target=24 --tree
 
 Countdown: reach the target with + - * / and every number exactly once; intermediate results are whole and
-never negative. Style apr spawns threads that search side by side, sosp searches in one thread. Both keep only
-the best few states, so they may miss a solution that exists; another seed or a wider beam may find it.
+never negative. Style apr spawns threads that search side by side, sosp searches in one thread, sos does so
+by one strategy, depth or breadth first. All keep only the best few states, so they may miss a solution that
+exists; another seed or a wider beam may find it.
 """
 
 import random
@@ -29,7 +30,7 @@ SEEDS = range(20)  # tried where none is given
 
 def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("target", None, "What to reach.", flag_values=values)
-    flags.DEFINE_enum("style", "apr", sorted(SOLVERS), "Which solver: apr or sosp.", flag_values=values)
+    flags.DEFINE_enum("style", "apr", sorted(SOLVERS), "Which solver: apr, sosp or sos.", flag_values=values)
     beam = "States kept of each expansion; default: drawn by the seed from the paper's range."
     flags.DEFINE_integer("beam", None, beam, lower_bound=1, flag_values=values)
     seed = f"Of the search; default: the first of 0 to {len(SEEDS) - 1} that finds a solution."
@@ -44,12 +45,12 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
         raise ValueError(f"no solution exists: {numbers} cannot make {problem.target}")
     style, beam = values["style"].value, values["beam"].value
     changes = {} if beam is None else {"beam": (beam, beam)}
-    config = {"apr": SolverConfig.paper_apr, "sosp": SolverConfig.paper_sosp}[style](**changes)
+    config = getattr(SolverConfig, f"paper_{style}")(**changes)
     for seed in SEEDS if values["seed"].value is None else [values["seed"].value]:
         tree = SOLVERS[style](problem, config, random.Random(seed))
         if tree.info["solved"]:
             break
-    drawing = Drawing(tree, None, CountdownProtocol(style).result)
+    drawing = Drawing(tree, None, CountdownProtocol("apr" if style == "apr" else "sosp").result)
     print(drawing.terminal(lines=0) if values["tree"].value else tree.root.text)
     print(f"{style}, seed {seed}, beam {tree.info['beam']}: {drawing.costs()}")
     text = tree.root.text

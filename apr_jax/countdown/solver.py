@@ -1,95 +1,28 @@
 """The symbolic solvers whose traces are the first supervision (paper, appendix A.3).
 
-Both expand a state into all pair-and-operation results, keep the `beam` best under the multiply
-heuristic, shuffle them, and search on. They differ in what a *promising* expansion leads to:
+All expand a state into its pair-and-operation results, keep the `beam` best under a heuristic, shuffle
+them, and search on. They differ in what follows an expansion:
 
-* `solve_sosp` (SoS+, one thread): its nodes are searched at once, one after the other, in line.
-* `solve_apr` (APR): its nodes become the children of one spawn; the thread goes on after the join.
+* `solve_sos` (Stream of Search): one strategy for the whole trace, depth or breadth first.
+* `solve_sosp` (SoS+, one thread): a *promising* expansion's nodes are searched at once, one after the other, in line.
+* `solve_apr` (APR): they become the children of one spawn; the thread goes on after the join.
 
-*Promising* is a coin: the authors' generator draws true with probability 0.9 for APR (the paper's text
-says 0.1) and 0.5 for SoS+.
+*Promising* is a coin, see `search.APR_PROMISING`.
 """
 
-import dataclasses
-import functools
 import heapq
 import itertools
 import random
 
 from apr_jax.countdown import trace
-from apr_jax.countdown.problem import Problem, successors
+from apr_jax.countdown.problem import Problem
+from apr_jax.countdown.search import Goal, Node, Search, SolverConfig
 from apr_jax.threads import Block, Spawn, Thread, ThreadTree
 
 
-@functools.cache
-def _factors(target: int) -> tuple[int, ...]:
-    return tuple(factor for factor in range(2, target + 1) if target % factor == 0) or (target,)
-
-
-@functools.cache
-def _distance(number: int, target: int) -> int:
-    return min(abs(number - factor) for factor in _factors(target))
-
-
-def multiply_heuristic(numbers: tuple[int, ...], target: int) -> int:
-    """Sum over the numbers of the distance to the nearest factor of the target (2 to target)."""
-    return sum(_distance(number, target) for number in numbers)
-
-
-def multiply_heuristic_paper(numbers: tuple[int, ...], target: int) -> int:
-    """The formula printed in the paper: the minimum where the authors' code sums."""
-    return min(_distance(number, target) for number in numbers)
-
-
-HEURISTICS = {"multiply": multiply_heuristic, "multiply_paper": multiply_heuristic_paper}
-
-
-@dataclasses.dataclass(frozen=True)
-class SolverConfig:
-    """Settings of one recipe; beams are drawn per problem from closed ranges.
-
-    `max_value` keeps results above it out of the search (None: the paper's unbounded search): shorter
-    traces and fewer facts of arithmetic to learn, at a few solutions lost. `shuffle` off writes what the
-    beam kept in the order it was generated in: a small model that decodes greedily then goes through the
-    operations, where after shuffled traces it writes the likeliest one again and again.
-    """
-
-    beam: tuple[int, int]
-    sub_beam: tuple[int, int] | None = None  # of children; drawn at or above the problem's beam
-    promising: float = 0.9
-    heuristic: str = "multiply"
-    max_value: int | None = None
-    shuffle: bool = True
-
-    def __post_init__(self):
-        if self.heuristic not in HEURISTICS:
-            raise ValueError(f"heuristic is one of {sorted(HEURISTICS)}, was given {self.heuristic!r}")
-        for name in ("beam", "sub_beam"):
-            value = getattr(self, name)
-            if value is not None and not 1 <= value[0] <= value[1]:
-                raise ValueError(f"{name} needs 1 <= lowest <= highest, was given {value}")
-        if not 0 <= self.promising <= 1:
-            raise ValueError(f"promising is a probability from 0 to 1, was given {self.promising}")
-
-    @classmethod
-    def paper_sosp(cls, **changes) -> "SolverConfig":
-        return cls(**{"beam": (1, 5), "promising": 0.5, **changes})
-
-    @classmethod
-    def paper_apr(cls, **changes) -> "SolverConfig":
-        return cls(**{"beam": (1, 10), "sub_beam": (1, 15), "promising": 0.9, **changes})
-
-
-@dataclasses.dataclass(frozen=True)
-class _Node:
-    name: str  # as in the trace: "0,1,2"
-    numbers: tuple[int, ...]
-    operations: tuple[str, ...]
-    parent: "_Node | None"
-
-
-def _path(node: _Node, numbers: tuple[int, ...], operation: str, target: int, top: _Node) -> str:
-    """The solution path from `top` to the goal reached by `operation` at `node`."""
+def _path(goal: Goal, target: int, top: Node) -> str:
+    """The solution path from `top` to the goal."""
+    node, numbers, operation = goal
     nodes = [node]
     while nodes[-1] is not top:
         nodes.append(nodes[-1].parent)
@@ -109,57 +42,12 @@ def _path(node: _Node, numbers: tuple[int, ...], operation: str, target: int, to
 FOUND_BELOW = ("found below",)  # an answer whose path already stands in the trace: levels above only close
 
 
-class _Search:
-    """What one problem's searches share: the settings drawn for it and the random stream."""
+def _beam_search(search: Search, top: Node, beam: int, lines: list[str], branch):
+    """The loop that SoS+ and APR share: takes `beam` nodes at a time from the queue, best first.
 
-    def __init__(self, target: int, config: SolverConfig, rng: random.Random):
-        self.target, self.config, self.rng = target, config, rng
-        self.heuristic = HEURISTICS[config.heuristic]
-        self.beam = rng.randint(*config.beam)
-        low, high = config.sub_beam or (self.beam, self.beam)
-        self.sub_beam = rng.randint(max(low, self.beam), max(high, self.beam))
-
-    def promising(self) -> bool:
-        return self.rng.random() < self.config.promising
-
-    def expand(self, node: _Node, beam: int, lines: list[str]):
-        """Writes a node's expansion. Returns its children, best first, as (heuristic, node), and the
-        (numbers, operation) that reached the target, or None."""
-        target, cap = self.target, self.config.max_value
-        lines.append(trace.state(target, node.numbers, node.operations) + "\n")
-        kept = [
-            (self.heuristic(numbers, target), index, numbers, operation)
-            for index, (numbers, operation) in enumerate(successors(node.numbers))
-            if cap is None or numbers[-1] <= cap
-        ]
-        kept.sort(key=lambda entry: entry[0])
-        del kept[beam:]
-        if self.config.shuffle:
-            self.rng.shuffle(kept)
-        else:
-            kept.sort(key=lambda entry: entry[1])
-        children = []
-        for rank, _, numbers, operation in kept:
-            lines.append(trace.exploring(operation, numbers))
-            if len(numbers) > 1:
-                child = _Node(f"{node.name},{len(children)}", numbers, (*node.operations, operation), node)
-                lines.append(trace.generated(child.name, target, numbers, operation))
-                children.append((rank, child))
-            elif numbers[0] == target:
-                lines.append(trace.reached(target, target))
-                return [], (numbers, operation)
-            else:
-                lines.append(trace.missed(numbers[0], target))
-        children.sort(key=lambda entry: entry[0])
-        return children, None
-
-
-def _beam_search(search: _Search, top: _Node, beam: int, lines: list[str], branch):
-    """The loop both solvers share: takes `beam` nodes at a time from the queue, best first.
-
-    `branch(children, top)` decides what an expansion leads to: it returns (handled, answer) where
+    `branch(children)` decides what an expansion leads to: it returns (handled, answer) where
     `handled` keeps the children out of the queue and `answer` is a solution that ends the search.
-    Writes to `lines`; returns the answer of `branch`, or (node, numbers, operation), or None.
+    Writes to `lines`; returns the answer of `branch`, or a `Goal`, or None.
     """
     order = itertools.count()
     queue = [(0, next(order), top)]
@@ -168,13 +56,14 @@ def _beam_search(search: _Search, top: _Node, beam: int, lines: list[str], branc
         for index, node in enumerate(layer):
             children, goal = search.expand(node, beam, lines)
             if goal is not None:
-                return (node, *goal)
-            handled, answer = branch(children)
-            if answer is not None:
-                return answer
-            if not handled:
-                for rank, child in children:
-                    heapq.heappush(queue, (rank, next(order), child))
+                return goal
+            if children:
+                handled, answer = branch(children)
+                if answer is not None:
+                    return answer
+                if not handled:
+                    for rank, child in children:
+                        heapq.heappush(queue, (rank, next(order), child))
             if index < len(layer) - 1:
                 lines.append(trace.moving(layer[index + 1].name))
         if queue:
@@ -183,13 +72,50 @@ def _beam_search(search: _Search, top: _Node, beam: int, lines: list[str], branc
     return None
 
 
+def solve_sos(problem: Problem, config: SolverConfig, rng: random.Random, condition: str = "") -> ThreadTree:
+    """One SoS trace, of a strategy drawn from `config.strategies`: "bfs" takes `beam` nodes at a time, best first;
+    "dfs" goes down at once and, as Stream of Search does, leaves out what is ranked above the target, not what falls
+    out of a beam."""
+    search = Search(problem.target, config, rng)
+    root = Node("0", problem.numbers, (), None)
+    strategy = rng.choice(config.strategies)
+    lines: list[str] = []
+    if strategy == "bfs":
+        goal = _beam_search(search, root, search.beam, lines, lambda children: (False, None))
+    else:
+        goal = _depth_first(search, root, lines)
+    if goal is not None:
+        lines.append(_path(goal, problem.target, root))
+    info = _info(problem, search, goal is not None, "sos") | {"strategy": strategy}
+    return ThreadTree(_one_thread(problem, lines, condition), info)
+
+
+def _depth_first(search: Search, root: Node, lines: list[str]) -> Goal | None:
+    stack = [root]
+    while stack:
+        children, goal = search.expand(stack.pop(), None, lines, limit=search.target)
+        if goal is not None:
+            return goal
+        stack += [child for _, child in reversed(children)]
+        if stack:
+            lines.append(trace.moving(stack[-1].name))
+    lines.append(trace.NO_SOLUTION)
+    return None
+
+
+def _one_thread(problem: Problem, lines: list[str], condition: str) -> Thread:
+    prompt = trace.state(problem.target, problem.numbers, ())
+    written = "".join(lines).removeprefix(prompt)
+    return Thread((Block(condition + prompt, sampled=False), Block(written, sampled=True)))
+
+
 def solve_sosp(problem: Problem, config: SolverConfig, rng: random.Random, condition: str = "") -> ThreadTree:
     """One SoS+ trace: a tree of one thread. `condition` goes first on the prompt's line."""
-    search = _Search(problem.target, config, rng)
-    root = _Node("0", problem.numbers, (), None)
+    search = Search(problem.target, config, rng)
+    root = Node("0", problem.numbers, (), None)
     lines: list[str] = []
 
-    def descend(top: _Node, level: int):
+    def descend(top: Node, level: int):
         def branch(children):
             if not search.promising():
                 return False, None
@@ -203,25 +129,22 @@ def solve_sosp(problem: Problem, config: SolverConfig, rng: random.Random, condi
 
         answer = _beam_search(search, top, search.beam, lines, branch)
         if answer is not None and answer is not FOUND_BELOW:
-            lines.append(_path(*answer, problem.target, root))
+            lines.append(_path(answer, problem.target, root))
         return FOUND_BELOW if answer is not None else None
 
     answer = descend(root, 0)
-    prompt = trace.state(problem.target, problem.numbers, ())
-    written = "".join(lines).removeprefix(prompt)
-    thread = Thread((Block(condition + prompt, sampled=False), Block(written, sampled=True)))
-    return ThreadTree(thread, _info(problem, search, answer is not None, "sosp"))
+    return ThreadTree(_one_thread(problem, lines, condition), _info(problem, search, answer is not None, "sosp"))
 
 
 def solve_apr(problem: Problem, config: SolverConfig, rng: random.Random, condition: str = "") -> ThreadTree:
-    """One APR tree: the root's promising expansions are spawned, children search on by themselves."""
-    search = _Search(problem.target, config, rng)
-    root = _Node("0", problem.numbers, (), None)
+    """One APR tree: promising expansions are spawned, the root's and those of children above `config.depth`."""
+    search = Search(problem.target, config, rng)
+    root = Node("0", problem.numbers, (), None)
     thread, answer = _apr_thread(search, root, search.beam, 0, condition)
     return ThreadTree(thread, _info(problem, search, answer is not None, "apr"))
 
 
-def _apr_thread(search: _Search, top: _Node, beam: int, level: int, condition: str = ""):
+def _apr_thread(search: Search, top: Node, beam: int, level: int, condition: str = ""):
     """The thread that searches below `top`, and its solution as (node, numbers, operation) or None."""
     target = search.target
     prompt = trace.moving(top.name) + trace.state(target, top.numbers, top.operations)
@@ -234,7 +157,7 @@ def _apr_thread(search: _Search, top: _Node, beam: int, level: int, condition: s
         lines.clear()
 
     def branch(children):
-        if level > 0 or len(children) < 2 or not search.promising():
+        if level >= search.config.depth or len(children) < 2 or not search.promising():
             return False, None
         cut()
         runs = [_apr_thread(search, child, search.sub_beam, level + 1) for _, child in children]
@@ -244,7 +167,7 @@ def _apr_thread(search: _Search, top: _Node, beam: int, level: int, condition: s
             call.append(trace.spawn_line(index, level + 1, child.name))
             join.append(trace.join_line(index, level + 1, child.name, answer is not None))
             if answer is not None:
-                join.append(_path(*answer, target, child))
+                join.append(_path(answer, target, child))
         call.append(trace.SPAWN_CLOSE)
         join.append(trace.JOIN_CLOSE)
         blocks.append(
@@ -261,12 +184,12 @@ def _apr_thread(search: _Search, top: _Node, beam: int, level: int, condition: s
 
     answer = _beam_search(search, top, beam, lines, branch)
     if answer is not None:
-        lines.append(_path(*answer, target, top))
+        lines.append(_path(answer, target, top))
     cut()
     return Thread(tuple(blocks)), answer
 
 
-def _info(problem: Problem, search: _Search, solved: bool, style: str) -> dict:
+def _info(problem: Problem, search: Search, solved: bool, style: str) -> dict:
     return {
         "numbers": list(problem.numbers),
         "target": problem.target,
@@ -277,4 +200,4 @@ def _info(problem: Problem, search: _Search, solved: bool, style: str) -> dict:
     }
 
 
-SOLVERS = {"apr": solve_apr, "sosp": solve_sosp}
+SOLVERS = {"apr": solve_apr, "sosp": solve_sosp, "sos": solve_sos}

@@ -43,6 +43,22 @@ def missed(value: int, target: int) -> str:
     return f"{value},{target} unequal: No Solution\n"
 
 
+def explored(node: str, target: int, numbers, operation: str) -> str:
+    """`exploring` and `generated` of one operation, its numbers written once."""
+    left = str(list(numbers))
+    return (
+        f"Exploring Operation: {operation}, Resulting Numbers: {left}\n"
+        f"Generated Node #{node}: {target}:{left} Operation: {operation}\n"
+    )
+
+
+def dead_end(operation: str, value: int, target: int) -> str:
+    """`exploring` and `missed` of an operation that leaves one number."""
+    return (
+        f"Exploring Operation: {operation}, Resulting Numbers: [{value}]\n{value},{target} unequal: No Solution\n"
+    )
+
+
 def spawn_line(child: int, level: int, node: str) -> str:
     return f"<Start Sub Search {child} at level {level}> Moving to Node #{node}\n"
 

@@ -1,0 +1,157 @@
+"""The solvers: what they write is right, obeys their settings, and is what the protocol makes of it again."""
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from apr_jax.countdown import CountdownProtocol, Problem, ProblemRange, check_solution, operations, trace
+from apr_jax.countdown.problem import successors
+from apr_jax.countdown.search import HEURISTICS, Node, Search, SolverConfig, rank
+from apr_jax.countdown.solver import SOLVERS
+from apr_jax.threads import Spawn
+from apr_jax.threads.metrics import children, depth
+
+SOURCE = ProblemRange(max_number=30, max_target=60)
+
+
+@st.composite
+def solved(draw, styles=tuple(SOLVERS), **changes):
+    """A problem, a style and its tree under random settings."""
+    rng = random.Random(draw(st.integers(0, 2**32)))
+    beam = draw(st.tuples(st.integers(1, 4), st.integers(0, 3)))
+    values = {
+        "beam": (beam[0], beam[0] + beam[1]),
+        "sub_beam": draw(st.none() | st.just((2, 5))),
+        "promising": draw(st.sampled_from([0.0, 0.5, 1.0])),
+        "heuristic": draw(st.sampled_from(sorted(HEURISTICS))),
+        "max_value": draw(st.none() | st.just(60)),
+        "shuffle": draw(st.booleans()),
+        "depth": draw(st.integers(0, 3)),
+    }
+    style = draw(st.sampled_from(styles))
+    source = ProblemRange(count=draw(st.integers(3, 5)), max_number=20, max_target=60)
+    problem = source.draw(rng)
+    config = SolverConfig(**values | changes)
+    return problem, style, config, SOLVERS[style](problem, config, rng)
+
+
+@settings(max_examples=60)
+@given(solved())
+def test_every_trace_is_right_and_says_so(made):
+    problem, style, config, tree = made
+    protocol = CountdownProtocol("apr" if style == "apr" else "sosp")
+    for thread in tree.threads():
+        right, total = operations(thread.text)
+        assert right == total
+    text, solved = tree.root.text, tree.info["solved"]
+    assert bool(check_solution(problem, text)) == solved == protocol.correct(problem, text)
+    assert text.endswith(trace.NO_SOLUTION) != solved
+    assert tree.root.blocks[0].content == protocol.root_prompt(problem)
+
+
+@settings(max_examples=60)
+@given(solved(styles=("apr",)))
+def test_the_protocol_makes_the_same_children_and_joins(made):
+    """Replays every spawn: its children's prompts and the parent's text after the join, at any depth."""
+    problem, _, config, tree = made
+    protocol = CountdownProtocol("apr")
+    assert depth(tree) <= config.depth
+    for thread in tree.threads():
+        text = ""
+        for item in thread.blocks:
+            if not isinstance(item, Spawn):
+                text += item.content
+                continue
+            called = text + "".join(block.content for block in item.call)
+            spawn = protocol.parse_spawn(called)
+            assert list(spawn.children) == [child.blocks[0].content for child in item.children]
+            results = [protocol.result(child.text) for child in item.children]
+            text += item.join.content
+            assert protocol.join(called, results) == text
+
+
+def test_spawns_nest_to_the_depth_asked_for():
+    config = SolverConfig(beam=(3, 3), sub_beam=(3, 3), promising=1.0)
+    problem = Problem((3, 5, 7, 11, 13), 99)
+    trees = {
+        deep: SOLVERS["apr"](problem, SolverConfig(**vars(config) | {"depth": deep}), random.Random(0))
+        for deep in range(4)
+    }
+    assert [depth(tree) for tree in trees.values()] == [0, 1, 2, 3]
+    assert [children(tree) for tree in trees.values()] == sorted(children(tree) for tree in trees.values())
+    second = [thread for thread in trees[2].threads() if thread.spawns]
+    assert any("at level 2>" in spawn.call[0].content for thread in second for spawn in thread.spawns)
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(st.integers(0, 60), min_size=2, max_size=5).map(tuple), st.integers(2, 60),
+    st.sampled_from(sorted(HEURISTICS)), st.none() | st.just(50), st.integers(1, 9),
+)  # fmt: skip
+def test_an_expansion_keeps_the_best_of_all_successors(numbers, target, heuristic, cap, beam):
+    """Against the plain way: every successor, its rank, the best in their order."""
+    config = SolverConfig(beam=(beam, beam), heuristic=heuristic, max_value=cap, shuffle=False)
+    lines = []
+    found, goal = Search(target, config, random.Random(0)).expand(Node("0", numbers, (), None), beam, lines)
+    plain = [(state, op) for state, op in successors(numbers) if cap is None or state[-1] <= cap]
+    best = sorted(range(len(plain)), key=lambda i: rank(heuristic, plain[i][0], target))[:beam]
+    kept = [plain[i] for i in sorted(best)]
+    written = [trace.read_exploring(line) for text in lines for line in text.split("\n")]
+    written = [f"{o.left}{o.symbol}{o.right}={o.value}" for o, _ in filter(None, written)]
+    if len(numbers) > 2:
+        assert written == [operation for _, operation in kept] and goal is None
+        ranks = [rank(heuristic, child.numbers, target) for _, child in found]
+        assert [ranked for ranked, _ in found] == pytest.approx(ranks) and ranks == sorted(ranks)
+        assert {child.numbers for _, child in found} == {state for state, _ in kept}
+    else:
+        reached = next((i for i, (state, _) in enumerate(kept) if state == (target,)), len(kept))
+        assert written == [operation for _, operation in kept[: reached + 1]]
+        assert (goal is not None) == (reached < len(kept))
+
+
+def test_shuffling_gives_every_order_alike():
+    search = Search(50, SolverConfig(beam=(3, 3)), random.Random(0))
+    counts = {}
+    for _ in range(3000):
+        lines = []
+        search.expand(Node("0", (7, 9), (), None), 3, lines)
+        counts[tuple(lines)] = counts.get(tuple(lines), 0) + 1
+    assert len(counts) == 6 and all(abs(n - 500) < 5 * (3000 * 5 / 36) ** 0.5 for n in counts.values())
+
+
+def test_stream_of_search_goes_deep_or_broad():
+    problem = Problem((3, 5, 7, 11), 24)
+    texts = {}
+    for strategy in ("dfs", "bfs"):
+        config = SolverConfig.paper_sos(strategies=(strategy,), beam=(5, 5), shuffle=False)
+        tree = SOLVERS["sos"](problem, config, random.Random(0))
+        assert tree.info["strategy"] == strategy and children(tree) == 0
+        texts[strategy] = [trace.read_moving(line) for line in tree.root.text.split("\n")]
+    moves = {strategy: [node.count(",") for node in nodes if node][:4] for strategy, nodes in texts.items()}
+    assert moves["dfs"][:2] == [1, 2] and moves["bfs"][:3] == [1, 1, 1]
+    assert all("Sub Search" not in (line or "") for line in texts["dfs"])
+
+
+def test_a_seed_fixes_a_tree():
+    for style, solve in SOLVERS.items():
+        problem = SOURCE.draw(random.Random(1))
+        config = SolverConfig.paper_apr()
+        one, two, other = (solve(problem, config, random.Random(seed)) for seed in (5, 5, 6))
+        assert one == two and (one != other or one.info["beam"] == other.info["beam"])
+
+
+@pytest.mark.parametrize(
+    "values, says",
+    [
+        ({"beam": (3, 2)}, "beam needs 1 <= lowest <= highest, was given .3, 2."),
+        ({"beam": (1, 2), "heuristic": "best"}, "heuristic is one of .*'sum'., was given 'best'"),
+        ({"beam": (1, 2), "promising": 1.5}, "promising is a probability from 0 to 1, was given 1.5"),
+        ({"beam": (1, 2), "depth": -1}, "depth is 0 or more levels of children, was given -1"),
+        ({"beam": (1, 2), "strategies": ("astar",)}, "strategies are dfs, bfs or both, was given"),
+    ],
+)
+def test_wrong_settings_are_refused(values, says):
+    with pytest.raises(ValueError, match=says):
+        SolverConfig(**values)
