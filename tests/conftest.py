@@ -9,7 +9,7 @@ import pathlib
 
 _CACHE = pathlib.Path(__file__).resolve().parent.parent / ".jax_cache"
 _GPU = os.environ.get("APR_TEST_GPU", "0") not in ("", "0")
-_LONG = os.environ.get("APR_LONG", "0") not in ("", "0")
+LONG = os.environ.get("APR_LONG", "0") not in ("", "0")
 
 # In the environment too, so that processes that tests start get the same.
 if not _GPU:
@@ -30,12 +30,12 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("long", deadline=None, max_examples=1000)
-hypothesis.settings.load_profile("long" if _LONG else "default")
+hypothesis.settings.load_profile("long" if LONG else "default")
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
         if not _GPU and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU: APR_TEST_GPU=1"))
-        if not _LONG and item.get_closest_marker("slow"):
+        if not LONG and item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.skip(reason="long form: APR_LONG=1 (make test-long)"))
