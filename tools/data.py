@@ -4,10 +4,13 @@
     python -m tools.data make --config=experiments/configs/paper.py --out=data/paper --shard=3/16
     python -m tools.data stats data/paper --plot=lengths.png
     python -m tools.data stats data/paper --tokenizer=FOLDER    # counted in another tokenizer's tokens, too
+    python -m tools.data import train_apr.json train_sosp.json --held_out=val.json --out=data/authors
+    python -m tools.data export data/paper/apr_train --out=train_apr.json
 
 `make` may be stopped and started again, with any number of processes, and ends in the same bytes. With
 --shard=i/n it makes share i of n (0 to n - 1) in a folder that all shares see; whichever ends last writes the
-manifest. A run reads the data set where its folder is the run's data/ folder.
+manifest. A run reads the data set where its folder is the run's data/ folder. `import` and `export` read and
+write the authors' JSON files of traces.
 """
 
 import re
@@ -19,19 +22,22 @@ from absl import flags
 
 from tools import command
 
-COMMANDS = ("make", "stats")
+COMMANDS = ("make", "stats", "import", "export")
 
 
 def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("config", None, "make: an experiment's config file.", flag_values=values)
     flags.DEFINE_multi_string("set", [], "make: A.B=VALUE, changes one setting; repeat it.", flag_values=values)
-    flags.DEFINE_string("out", None, "make: the folder to fill.", flag_values=values)
+    flags.DEFINE_string("out", None, "make, import, export: what to write.", flag_values=values)
     flags.DEFINE_integer(
         "processes", 0, "make: how many at once; 0: one per core.", lower_bound=0, flag_values=values
     )
     flags.DEFINE_string("shard", "0/1", "make: share i of n, as 3/16.", flag_values=values)
     flags.DEFINE_string("plot", None, "stats: a PNG to draw.", flag_values=values)
-    flags.DEFINE_string("tokenizer", None, "stats: count in its tokens, too (folder or name).", flag_values=values)
+    tokenizer = "stats: count in its tokens, too; import: in place of ours (a Hugging Face folder or name)."
+    flags.DEFINE_string("tokenizer", None, tokenizer, flag_values=values)
+    flags.DEFINE_string("held_out", None, "import: problems that nothing may train on.", flag_values=values)
+    flags.DEFINE_integer("window", 4096, "import: most tokens of a thread.", lower_bound=1, flag_values=values)
     flags.DEFINE_integer(
         "sample", 2000, "stats: trees of each kind looked at (evenly spread).", lower_bound=1, flag_values=values
     )
@@ -41,7 +47,16 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     if not arguments or arguments[0] not in COMMANDS:
         given = repr(arguments[0]) if arguments else "nothing"
         raise ValueError(f"the first word is one of {', '.join(COMMANDS)}, was given {given}")
-    if arguments[0] == "make":
+    if arguments[0] in ("make", "import", "export") and not values["out"].value:
+        raise ValueError("--out is needed, see --help")
+    if arguments[0] == "import":
+        _import([Path(name) for name in arguments[1:]], values)
+    elif arguments[0] == "export":
+        if len(arguments) != 2:
+            given = len(arguments) - 1
+            raise ValueError(f"export takes one folder of trees, as data/paper/apr_train, {given} were given")
+        _export(Path(arguments[1]), Path(values["out"].value))
+    elif arguments[0] == "make":
         if len(arguments) > 1:
             raise ValueError(f"no such argument: {arguments[1]!r}; settings are given as --set=A.B=VALUE")
         _make(values)
@@ -56,9 +71,8 @@ def _make(values: flags.FlagValues) -> None:
     from experiments.dataset import make_data
     from experiments.settings import read_settings
 
-    for name in ("config", "out"):
-        if not values[name].value:
-            raise ValueError(f"--{name} is needed, see --help")
+    if not values["config"].value:
+        raise ValueError("--config is needed, see --help")
     shard = read_shard(values["shard"].value)
     config = load_config(values["config"].value)
     for change in values["set"].value:
@@ -68,13 +82,43 @@ def _make(values: flags.FlagValues) -> None:
     if manifest is None:
         print(f"share {shard[0]} of {shard[1]} is done; other shares of {folder} are missing")
         return
+    _print_counts(manifest)
+    print(f"{folder}: content {manifest['sha256']}")
+
+
+def _print_counts(manifest: dict) -> None:
     for name, counts in manifest.items():
         if isinstance(counts, dict) and "trees" in counts:
             print(
                 f"{name}: {counts['trees']} trees of {counts['problems']} problems "
                 f"({counts['wrong']} wrong and {counts['too_long']} too long were dropped), {counts['tokens']} tokens"
             )
-    print(f"{folder}: content {manifest['sha256']}")
+
+
+def _import(files: Sequence[Path], values: flags.FlagValues) -> None:
+    from apr_jax.countdown import authors
+    from apr_jax.countdown.imported import import_dataset
+
+    if not files:
+        raise ValueError("import takes one file of traces or more, none was given")
+    held_out = authors.read_problems(Path(values["held_out"].value)) if values["held_out"].value else ()
+    traces = (trace for path in files for trace in authors.read_traces(path))
+    tokenizer, window = values["tokenizer"].value or "", values["window"].value
+    _print_counts(import_dataset(traces, held_out, Path(values["out"].value), window=window, tokenizer=tokenizer))
+
+
+def _export(folder: Path, out: Path) -> None:
+    from apr_jax.countdown import Problem, authors
+    from apr_jax.text.hub import load_tokenizer
+    from apr_jax.threads import decode_tree
+    from apr_jax.threads.store import TreeStore
+
+    store = TreeStore(folder)
+    words = load_tokenizer(str(folder.parent / "tokenizer.json"))
+    texts = (decode_tree(tree, words.decode) for tree in store)
+    traces = ((Problem(tuple(text.info["numbers"]), text.info["target"]), text) for text in texts)
+    authors.write_traces(out, traces, words.encode)
+    print(f"written to {out}: {len(store)} trees")
 
 
 def read_shard(text: str) -> tuple[int, int]:

@@ -35,6 +35,7 @@ from apr_jax.threads.store import read_counts, write_shard
 SHARD_PROBLEMS = 2000  # problems of one shard: some seconds of work, and a few MB
 CANDIDATES = 500  # problems drawn by one task
 MOST_REFUSED = 50  # candidates in a row of that many times the rest wanted, before the range counts as used up
+VALIDATION = 64  # trees of a style that measure the validation loss
 FORMAT = 1
 
 
@@ -51,7 +52,7 @@ class DatasetConfig:
     tokenizer: str = ""  # a Hugging Face tokenizer by folder or name; "": ours
     repeats: bool = False  # whether a training problem may come twice
     unseen_targets: float = 0.0
-    validation: int = 64  # held-out problems whose trees measure the validation loss
+    validation: int = VALIDATION  # held-out problems whose trees measure the validation loss
     seed: int = 0
 
     def __post_init__(self):
@@ -107,6 +108,8 @@ def make_dataset(
     """Makes what is missing under `folder` of share `shard` = (i, n); returns the manifest, None while other shares
     are missing. Raises ValueError where the folder holds a data set of another config."""
     if (manifest := read_manifest(folder)) is not None:
+        if manifest["config"].get("imported"):
+            return manifest  # made elsewhere: what it was made of is not ours to compare
         _check_same(manifest["config"], config.described(), folder)
         return manifest
     folder.mkdir(parents=True, exist_ok=True)

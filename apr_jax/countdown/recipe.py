@@ -9,7 +9,7 @@ from apr_jax.countdown.problem import Problem
 from apr_jax.countdown.protocol import CountdownProtocol
 from apr_jax.countdown.solver import SOLVERS, SolverConfig
 from apr_jax.text.tokenizer import Tokenizer
-from apr_jax.threads import ThreadTree, encode_tree
+from apr_jax.threads import Thread, ThreadTree, encode_tree
 from apr_jax.threads.metrics import longest_context, sequential_tokens, total_tokens
 from apr_jax.threads.store import CALL_FORCED, CALL_SAMPLED, block_rows
 
@@ -47,7 +47,7 @@ class Recipe:
         """
         rng = random.Random(f"{self.seed}/{self.style}/{index}")
         text = SOLVERS[self.style](problem, self.solver, rng)
-        found = [at for at, thread in enumerate(text.threads()) if not _gave_up(thread)]
+        found = [at for at, thread in enumerate(text.threads()) if not gave_up(thread)]
         text = dataclasses.replace(text, info=text.info | {"index": index, "found": found})
         if self.correct_only and not text.info["solved"]:
             return text, "wrong"
@@ -59,7 +59,8 @@ class Recipe:
         return tree, None
 
 
-def _gave_up(thread) -> bool:
+def gave_up(thread: Thread) -> bool:
+    """Whether a solver's thread of text ended without the target."""
     return thread.context[-1].content.endswith(trace.NO_SOLUTION)
 
 

@@ -103,6 +103,12 @@ def map_blocks(thread: Thread, change: Callable[[Block], Block]) -> Thread:
     return dataclasses.replace(thread, blocks=tuple(item(entry) for entry in thread.blocks))
 
 
+def decode_tree(tree: ThreadTree, decode: Callable[[Sequence[int]], str]) -> ThreadTree:
+    """A tree of ids as a tree of text; `decode` leaves special tokens out. The inverse of `encode_tree`."""
+    root = map_blocks(tree.root, lambda block: Block(decode(block.content), block.sampled))
+    return ThreadTree(root, tree.info)
+
+
 def encode_tree(tree: ThreadTree, encode: Callable[[str], Sequence[int]], bos: int, eos: int) -> ThreadTree:
     """A tree of text as a tree of ids: every thread starts with `bos` and, where it ended by itself, ends
     with `eos` as its last written token. Blocks are encoded one by one: the tokenizer is prefix-stable at
