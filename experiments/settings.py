@@ -19,7 +19,7 @@ from apr_jax.train.optimizer import OptimizerConfig
 from apr_jax.train.sft import SftConfig
 
 STYLES = ("sosp", "apr")
-RECIPE = ("correct_only", "conditioned")  # settings of a style that are the recipe's, not the solver's
+RECIPE = ("search", "correct_only", "conditioned")  # settings of a style that are the recipe's, not the solver's
 STAGES = ("data", "sft", "grpo", "evaluate", "export", "report")
 
 
@@ -59,6 +59,8 @@ def default_config() -> ml_collections.ConfigDict:
 
     c.sosp = ml_collections.ConfigDict()  # the SoS+ solver (SolverConfig)
     c.sosp.beam = (1, 5)
+    c.sosp.search = "sosp"  # or "sos", Stream of Search's: one of `strategies` for a whole trace (table 1)
+    c.sosp.strategies = ("dfs", "bfs")
     c.sosp.promising = 0.5
     c.sosp.heuristic = "multiply"
     c.sosp.shuffle = True  # operations kept by the beam are written in random order, as the authors do
@@ -69,7 +71,8 @@ def default_config() -> ml_collections.ConfigDict:
     c.apr = ml_collections.ConfigDict()  # the APR solver
     c.apr.beam = (3, 5)
     c.apr.sub_beam = (4, 5)
-    c.apr.promising = 0.9
+    c.apr.depth = 1  # levels of children; the authors' have one
+    c.apr.promising = 0.9  # the authors' code; the paper's text says 0.1
     c.apr.heuristic = "multiply"
     c.apr.shuffle = True
     c.apr.max_value = 0
@@ -152,7 +155,7 @@ class Settings:
     repeats: bool
     unseen_targets: float
     solvers: dict[str, SolverConfig]
-    recipes: dict[str, dict[str, bool]]  # per style, what `Recipe` has beside the solver
+    recipes: dict[str, dict[str, Any]]  # per style, what `Recipe` has beside the solver
     children: int
     tokenizer: str
     max_number: int
@@ -198,6 +201,13 @@ def read_settings(config: ml_collections.ConfigDict) -> Settings:
     if c["grpo"]["prompts"] > c["problems"]["train"]:
         raise ValueError(
             f"grpo.prompts is at most problems.train ({c['problems']['train']}), was given {c['grpo']['prompts']}"
+        )
+    if c["sosp"]["search"] not in ("sosp", "sos"):
+        raise ValueError(f"sosp.search is sosp or sos, was given {c['sosp']['search']!r}")
+    if c["apr"]["depth"] > c["budget"]["depth"]:
+        raise ValueError(
+            f"apr.depth is at most budget.depth ({c['budget']['depth']}), what a model may open, was given "
+            f"{c['apr']['depth']}"
         )
     for style, names in (("sosp", ("beam",)), ("apr", ("beam", "sub_beam"))):
         for name in names:
@@ -247,7 +257,7 @@ def read_settings(config: ml_collections.ConfigDict) -> Settings:
         problems=build("problems", ProblemRange, **problems),
         train=c["problems"]["train"], held_out=c["problems"]["held_out"],
         repeats=c["problems"]["repeats"], unseen_targets=c["problems"]["unseen_targets"],
-        solvers=solvers, recipes={style: {key: c[style][key] for key in RECIPE} for style in STYLES},
+        solvers=solvers, recipes={style: {key: c[style][key] for key in RECIPE if key in c[style]} for style in STYLES},
         children=at_least("apr.children", c["apr"]["children"], 0),
         max_number=c["tokenizer"]["max_number"], tokenizer=c["tokenizer"]["name"], model=model,
         sft=section("sft", SftConfig), grpo=section("grpo", GrpoConfig, ("styles", "slots")),

@@ -28,17 +28,19 @@ class Recipe:
     `correct_only` keeps solved problems alone (rejection sampling, table 2).
     """
 
-    style: str
+    style: str  # "apr" or "sosp": how a root begins, and the store's name
     solver: SolverConfig
     window: int
     piece: int = 0
+    search: str = ""  # which of SOLVERS; "": the style's own
     correct_only: bool = False
     conditioned: bool = False
     seed: int = 0
 
     def __post_init__(self):
-        if self.style not in SOLVERS:
-            raise ValueError(f"style is one of {', '.join(sorted(SOLVERS))}, was given {self.style!r}")
+        CountdownProtocol(self.style)  # raises for an unknown one
+        if self.search and self.search not in SOLVERS:
+            raise ValueError(f"search is one of {', '.join(sorted(SOLVERS))}, was given {self.search!r}")
 
     def make(self, problem: Problem, index: int, tokenizer: Tokenizer) -> tuple[ThreadTree, str | None]:
         """The tree of problem number `index`, a pure function of (recipe, problem, index), and why it is dropped.
@@ -46,7 +48,7 @@ class Recipe:
         Its info is the solver's with `found`: which of its threads, depth first, found the target.
         """
         rng = random.Random(f"{self.seed}/{self.style}/{index}")
-        text = SOLVERS[self.style](problem, self.solver, rng)
+        text = SOLVERS[self.search or self.style](problem, self.solver, rng)
         found = [at for at, thread in enumerate(text.threads()) if not gave_up(thread)]
         text = dataclasses.replace(text, info=text.info | {"index": index, "found": found})
         if self.correct_only and not text.info["solved"]:
@@ -75,10 +77,9 @@ def _conditioned(tree: ThreadTree, style: str, tokenizer: Tokenizer) -> ThreadTr
         budget = round(sum(spawns) / len(spawns)) if spawns else 0
     else:
         budget = -(-total_tokens(tree) // TOKEN_BIN) * TOKEN_BIN
-    protocol = CountdownProtocol("apr" if style == "apr" else "sosp")
     prompt, *rest = tree.root.blocks
     bos, *ids = prompt.content
-    condition = tokenizer.encode(protocol.condition(budget))
+    condition = tokenizer.encode(CountdownProtocol(style).condition(budget))
     prompt = dataclasses.replace(prompt, content=(bos, *condition, *ids))
     return ThreadTree(dataclasses.replace(tree.root, blocks=(prompt, *rest)), tree.info | {"budget": budget})
 

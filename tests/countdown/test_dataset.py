@@ -226,3 +226,12 @@ def test_a_tokenizer_that_is_not_there_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ValueError, match="no tokenizer '.*/nowhere'"):
         make_dataset(dataclasses.replace(CONFIG, tokenizer=f"{tmp_path}/nowhere"), tmp_path / "data")
+
+
+def test_stream_of_search_is_a_search_of_the_one_thread_style():
+    recipe = Recipe("sosp", SolverConfig.paper_sos(strategies=("bfs",)), window=9999, search="sos")
+    tree, why = recipe.make(Problem((3, 5, 7, 9), 24), 0, WORDS)
+    assert why is None and tree.info["strategy"] == "bfs" and not tree.root.children
+    for wrong, says in (("sso", "search is one of apr, sos, sosp, was given 'sso'"), ("apr2", "search is one of")):
+        with pytest.raises(ValueError, match=says):
+            dataclasses.replace(recipe, search=wrong)
