@@ -8,34 +8,50 @@ the children's own dictionaries.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from apr_jax.countdown import trace
 from apr_jax.countdown.problem import Problem, successors
+from apr_jax.countdown.verify import check_solution
 from apr_jax.threads import Block, Spawn, Thread, ThreadTree
 
 _CHUNK = 1 << 20  # characters read at once
+_CUT = 16  # what the end of a chunk can spoil without a string left open (a literal, an escape) is no longer
+_BLANKS = re.compile(r"[ \t\r\n]*")
+_DEEPEST = 64  # levels of children; the authors' traces have one. Bounded, since trees are walked recursively
 
 
 # ---------------------------------------------------------------------- texts and trees
 
 
 def tree_from_trace(trace_dict: dict[str, Any]) -> ThreadTree:
-    """The tree of text of one `trace_dict`, with the blocks that our solvers give it. Its info has `solved`.
+    """The tree of text of one `trace_dict`, with the blocks that our solvers give it. Its info has what the texts tell:
+    numbers, target, and whether it is solved.
 
-    Raises ValueError where the texts are not those of one thread that spawned and joined.
+    Raises ValueError where the texts are not those of threads that spawned, joined and ended. A child is known by its
+    node alone: after a spawn without a solution the authors' generator may name a wrong node before a state, and a
+    later spawn (about 1 in 800 with beams of 9 and 10) then has children whose operations the parent's text tells
+    otherwise.
     """
-    root = _thread(trace_dict)
-    return ThreadTree(root, {"solved": not root.text.endswith(trace.NO_SOLUTION)})
+    prompt, root = _thread(trace_dict, 0)
+    problem = Problem(prompt.state.numbers, prompt.state.target)
+    solved = bool(check_solution(problem, trace.read_path(root.text)))
+    return ThreadTree(root, {"numbers": list(problem.numbers), "target": problem.target, "solved": solved})
 
 
-def _thread(trace_dict: Any) -> Thread:
+def _thread(trace_dict: Any, depth: int) -> tuple[trace.Prompt, Thread]:
+    if depth > _DEEPEST:
+        raise ValueError(f"its children are more than {_DEEPEST} levels deep")
     texts, calls = _texts(trace_dict)
-    blocks: list[Block | Spawn] = []
-    at = _prompt_end(texts[0])
-    blocks.append(Block(texts[0][:at], sampled=False))
+    if (prompt := trace.read_prompt(texts[0])) is None:
+        raise ValueError(f"a thread begins with the state it searches from, this one with {texts[0][:60]!r}")
+    at = len(prompt.text)
+    blocks: list[Block | Spawn] = [Block(prompt.text, sampled=False)]
     for index, (text, after, children) in enumerate(zip(texts, texts[1:], calls)):
         call_at = text.rfind(trace.SPAWN_OPEN)
         if call_at < at or not text.endswith(trace.SPAWN_CLOSE):
@@ -48,17 +64,35 @@ def _thread(trace_dict: Any) -> Thread:
         if call_at > at:
             blocks.append(Block(text[at:call_at], sampled=True))
         call, join = Block(text[call_at:], sampled=True), Block(after[call_at:join_end], sampled=False)
-        blocks.append(Spawn((call,), tuple(map(_thread, children)), join))
+        blocks.append(Spawn((call,), _children(children, call.content, index, depth), join))
         at = join_end
-    if at < len(texts[-1]):
-        blocks.append(Block(texts[-1][at:], sampled=True))
-    return Thread(tuple(blocks))
+    if texts[-1].endswith(trace.SPAWN_CLOSE):
+        raise ValueError("the last call of a thread ends in a spawn, its children are not there")
+    return prompt, Thread((*blocks, Block(texts[-1][at:], sampled=True)))
+
+
+def _children(children: Sequence[Any], call: str, index: int, depth: int) -> tuple[Thread, ...]:
+    """The children of call `index`, whose nodes are those that the call names, in its order."""
+    lines = call.removeprefix(trace.SPAWN_OPEN).removesuffix(trace.SPAWN_CLOSE).splitlines()
+    named = [line and line[1] for line in map(trace.read_spawn_line, lines)]
+    if len(children) != len(named):
+        raise ValueError(f"call {index} of a thread names {len(named)} children, {len(children)} are there")
+    threads = []
+    for number, (child, node) in enumerate(zip(children, named)):
+        try:
+            prompt, thread = _thread(child, depth + 1)
+            if node is None or prompt.node != node:
+                raise ValueError(f"it is of {prompt.text.splitlines()[0]!r}, its parent called {lines[number][:80]!r}")
+        except ValueError as error:
+            raise ValueError(f"child {number} of call {index}: {error}") from None
+        threads.append(thread)
+    return tuple(threads)
 
 
 def _texts(trace_dict: Any) -> tuple[list[str], list[list]]:
     try:
         texts, calls = trace_dict["main_calls"], trace_dict["sub_calls"]
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, IndexError):
         raise ValueError("a trace has main_calls and sub_calls") from None
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError("main_calls is a list of one text or more")
@@ -67,15 +101,6 @@ def _texts(trace_dict: Any) -> tuple[list[str], list[list]]:
     if len(calls) != len(texts) - 1:
         raise ValueError(f"{len(texts)} main_calls go with {len(texts) - 1} sub_calls, there are {len(calls)}")
     return texts, calls
-
-
-def _prompt_end(text: str) -> int:
-    """Where a thread's prompt ends: after the first state, before its line end."""
-    start = text.find("Current State: ")
-    end = text.find("\n", start)
-    if start < 0 or end < 0 or trace.read_state(text[start:end]) is None:
-        raise ValueError(f"a thread begins with the state it searches from, this one with {text[:60]!r}")
-    return end
 
 
 def trace_from_tree(tree: ThreadTree) -> dict[str, Any]:
@@ -112,9 +137,14 @@ def read_traces(path: Path) -> Iterator[tuple[Problem, ThreadTree]]:
         if not apr and not isinstance(row.get("search_path"), str):
             raise ValueError("it has neither trace_dict nor search_path")
         tree = tree_from_trace(row["trace_dict"] if apr else {"main_calls": [row["search_path"]], "sub_calls": []})
-        info = {"numbers": list(problem.numbers), "target": problem.target, "style": "apr" if apr else "sosp"}
+        if (tree.info["numbers"], tree.info["target"]) != (list(problem.numbers), problem.target):
+            raise ValueError(f"its trace is of another problem: {tree.info['numbers']} to {tree.info['target']}")
+        kind, _, size = str(row.get("search_type", "")).partition("_")
+        style = "apr" if apr else "sos" if kind == "sos" else "sosp"
         beams = {ours: row[theirs] for ours, theirs in _BEAMS.items() if theirs in row}
-        return problem, ThreadTree(tree.root, {**info, **tree.info, **beams})
+        if not apr and re.fullmatch("[0-9]{1,9}", size):  # only its name tells
+            beams = dict.fromkeys(_BEAMS, int(size))
+        return problem, ThreadTree(tree.root, {**tree.info, "style": style, **beams})
 
     yield from _read(path, entry)
 
@@ -157,39 +187,65 @@ def _read(path: Path, entry: Callable[[Any], Any]) -> Iterator[Any]:
 
 def _entries(file: TextIO, path: Path) -> Iterator[Any]:
     """The entries of one JSON array, each parsed when the text up to its end has been read."""
-    decode, blanks = json.JSONDecoder().raw_decode, " \t\r\n"
-    text, opened, number = "", False, 0
-    while True:
-        try:
-            chunk = file.read(_CHUNK)
-        except UnicodeDecodeError:
-            raise ValueError(f"{path} is no JSON text") from None
-        text += chunk
-        at = 0
-        while True:
-            before = blanks + ("," if opened else "")
-            while at < len(text) and text[at] in before:
-                at += 1
-            if at == len(text):
-                break
-            if not opened:
-                if text[at] != "[":
-                    raise ValueError(f"{path} is no JSON array: it begins with {text[at : at + 20]!r}")
-                opened, at = True, at + 1
-                continue
-            if text[at] == "]":
-                return
-            try:
-                row, at = decode(text, at)
-            except (ValueError, RecursionError):
-                if not chunk:
-                    raise ValueError(f"{path}, entry {number}: it is cut short or no JSON") from None
-                break
-            yield row
-            number += 1
-        text = text[at:]
-        if not chunk:
+    text, number = _Chunks(file, path), 0
+    if text.next() not in ("[", ""):
+        raise ValueError(f"{path} is no JSON array: it begins with {text.read[:20]!r}")
+    text.at += 1
+    while (character := text.next()) != "]":
+        if not character:
             raise ValueError(f"{path} ends after {number} entries without the end of its array")
+        if number:
+            if character != ",":
+                raise ValueError(f"{path}, after entry {number - 1}: a comma is missing before {character!r}")
+            text.at += 1
+        yield text.value(f"{path}, entry {number}")
+        number += 1
+    text.at += 1
+    if character := text.next():
+        raise ValueError(f"{path}: {character!r} follows its array")
+
+
+class _Chunks:
+    """A text read chunk by chunk; `read` from `at` on is not used yet."""
+
+    def __init__(self, file: TextIO, path: Path):
+        self.file, self.path = file, path
+        self.read, self.at, self.ended = "", 0, False
+        self.decode = json.JSONDecoder().raw_decode
+
+    def more(self) -> None:
+        """At least as much again as waits, so that a long entry is not parsed at every chunk of it."""
+        waiting = self.read[self.at :]
+        try:
+            chunk = self.file.read(max(_CHUNK, len(waiting)))
+        except UnicodeDecodeError:
+            raise ValueError(f"{self.path} is no JSON text") from None
+        self.read, self.at, self.ended = waiting + chunk, 0, not chunk
+
+    def next(self) -> str:
+        """The next character that is not blank, "" at the end of the file."""
+        while True:
+            self.at = _BLANKS.match(self.read, self.at).end()
+            if self.at < len(self.read) or self.ended:
+                return self.read[self.at : self.at + 1]
+            self.more()
+
+    def value(self, where: str) -> Any:
+        self.next()
+        while True:
+            try:
+                value, end = self.decode(self.read, self.at)
+                if end < len(self.read) or self.ended:  # a number may go on in the next chunk
+                    self.at = end
+                    return value
+            except (ValueError, RecursionError) as error:
+                # Only what the next chunk can mend is read on for: a broken file is not read to its end.
+                unfinished = isinstance(error, json.JSONDecodeError) and (
+                    error.msg.startswith("Unterminated string") or error.pos >= len(self.read) - _CUT
+                )
+                if self.ended or not unfinished:
+                    raise ValueError(f"{where}: it is cut short or no JSON") from None
+            self.more()
 
 
 def write_problems(path: Path, problems: Iterable[Problem]) -> None:
@@ -200,28 +256,27 @@ def write_problems(path: Path, problems: Iterable[Problem]) -> None:
 def write_traces(
     path: Path, traces: Iterable[tuple[Problem, ThreadTree]], encode: Callable[[str], list[int]] | None = None
 ) -> None:
-    """Trees of text as the authors' files for supervision. `encode` adds their token counts, without begin and end."""
+    """Trees of text as the authors' files for supervision. `encode` (without begin and end) adds their token counts.
+    Left out is what a tree does not know of its solver: `heuristic` and `promising_threshold`."""
 
     def row(problem: Problem, tree: ThreadTree) -> dict[str, Any]:
-        texts = trace_from_tree(tree)
+        texts, style, beam = trace_from_tree(tree), tree.info["style"], tree.info.get("beam", "")
         end = texts["main_calls"][-1]
-        values = {**_problem_row(problem), "search_path": end, "heuristic": "mult_heuristic"}
-        if tree.info["style"] != "apr":
-            return {**values, "search_type": f"{tree.info['style']}_{tree.info.get('beam', '')}"}
-        values |= {"search_type": f"apr_{tree.info.get('beam', '')}"}
+        values = {**_problem_row(problem), "search_path": end, "rating": _rating(problem, end)}
+        values |= {"search_type": f"{style}_{beam}"}
+        counts = {} if encode is None else _token_counts(texts, encode)
+        if style != "apr":
+            return values | {key: counts[key] for key in counts if key == "token_count"}
         values |= {theirs: tree.info[ours] for ours, theirs in _BEAMS.items() if ours in tree.info}
-        values |= {"trace_dict": texts}
-        if encode is not None:
-            lengths = [len(encode(text)) for text in _all_texts(texts)]
-            spawns = [len(spawn.children) for thread in tree.threads() for spawn in thread.spawns]
-            values |= {
-                "longest_seq_token_count": max(lengths),
-                "avg_seq_token_count": sum(lengths) / len(lengths),
-                "sub_call_count": sum(spawns) / len(spawns) if spawns else 0,
-            }
-        return values
+        return {**values, "trace_dict": texts, **counts}
 
     _write(path, (row(problem, tree) for problem, tree in traces))
+
+
+def write_sequences(path: Path, trees: Iterable[ThreadTree]) -> None:
+    """What the authors' supervised trainer takes: every text of every tree, a thread's at its spawns and its end, then
+    its children's."""
+    _write(path, (text for tree in trees for text in _all_texts(trace_from_tree(tree))))
 
 
 def write_prompts(path: Path, prompts: Iterable[str]) -> None:
@@ -234,15 +289,42 @@ def _all_texts(texts: dict[str, Any]) -> list[str]:
     return texts["main_calls"] + below
 
 
+def _rating(problem: Problem, text: str) -> float:
+    """1 less the share of a full search's operations that the trace has, 0 where it reached nothing."""
+    if trace.GOAL_REACHED not in text:
+        return 0.0
+    most = math.prod(math.comb(left, 2) * 4 for left in range(2, len(problem.numbers) + 1))
+    return max(0.0, 1 - (text.count("Exploring Operation") + 1) / most)
+
+
+def _token_counts(texts: dict[str, Any], encode: Callable[[str], list[int]]) -> dict[str, float]:
+    """As the authors count, a begin and an end with each text: `token_count` counts what the root's texts repeat once,
+    a "sub" text is any but the root's."""
+    root = texts["main_calls"]
+    lengths = [len(encode(text)) + 2 for text in _all_texts(texts)]
+    below = lengths[len(root) :]
+    total = sum(lengths) - sum(len(encode(os.path.commonprefix(pair))) for pair in zip(root, root[1:]))
+    return {
+        "token_count": total,
+        "longest_seq_token_count": max(lengths),
+        "avg_seq_token_count": total / len(lengths),
+        "avg_sub_seq_token_count": sum(below) / len(below) if below else 0,
+        "sub_call_count": len(below) / (len(root) - 1) if below else 0,
+    }
+
+
 def _write(path: Path, rows: Iterable[Any]) -> None:
     """One array, an entry a line; whole or not at all."""
     path = Path(path)
-    part = path.with_name(path.name + ".part")
-    with open(part, "w", encoding="utf-8") as file:
-        for number, row in enumerate(rows):
-            file.write(("[\n" if number == 0 else ",\n") + json.dumps(row))
-        file.write("[]\n" if file.tell() == 0 else "\n]\n")
-    part.replace(path)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "w", encoding="utf-8") as file:
+            for number, row in enumerate(rows):
+                file.write(("[\n" if number == 0 else ",\n") + json.dumps(row))
+            file.write("[]\n" if file.tell() == 0 else "\n]\n")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _problem_row(problem: Problem) -> dict[str, Any]:

@@ -93,6 +93,8 @@ _MOVING = re.compile(rf"Moving to Node #({_NODE})\Z")
 _GENERATED_NODE = re.compile(rf"Generated Node #({_NODE}):")
 _GENERATED = re.compile(rf"Generated Node #{_NODE}: *({_NUMBER}): *{_NUMBERS} *Operation: *({_OPERATION})")
 _SPAWN_LINE = re.compile(rf"<Start Sub Search {_NUMBER} at level ({_NUMBER})> Moving to Node #({_NODE})")
+_CONDITION = re.compile(rf"(?:(?:Token|Sub Call) Budget: {_NUMBER} )?")
+_PROMPT_MOVE = re.compile(rf"Moving to Node #({_NODE})\n")
 
 
 class Operation(NamedTuple):
@@ -110,6 +112,14 @@ class State(NamedTuple):
     target: int
     numbers: tuple[int, ...]
     operations: tuple[str, ...]
+
+
+class Prompt(NamedTuple):
+    """What a thread's text begins with."""
+
+    text: str  # to the letter, without the line end behind it
+    node: str | None  # None where nothing is moved to: the root of SoS and SoS+
+    state: State
 
 
 def _read_list(items: str) -> list[str]:
@@ -155,6 +165,14 @@ def read_spawn_line(line: str) -> tuple[int, str] | None:
     """The level and the node of one child's line in a spawn block."""
     match = _SPAWN_LINE.fullmatch(line.strip())
     return match and (int(match[1]), match[2])
+
+
+def read_prompt(text: str) -> Prompt | None:
+    """The prompt that a thread's whole text begins with, its budget included."""
+    begin = _CONDITION.match(text).end()
+    move = _PROMPT_MOVE.match(text, begin)
+    line = _STATE.match(text, move.end() if move else begin)
+    return line and Prompt(text[: line.end()], move and move[1], read_state(line[0]))
 
 
 def read_path(text: str) -> str | None:

@@ -29,6 +29,13 @@ class HubTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return self.backend.decode([int(index) for index in ids], skip_special_tokens=True)
 
+    def token(self, text: str) -> int:
+        """The id of a text that must be one token; raises ValueError where it is not."""
+        ids = self.encode(text)
+        if len(ids) != 1:
+            raise ValueError(f"{text!r} is {len(ids)} tokens of {self.backend.name_or_path}, rollouts need one: add it")
+        return ids[0]
+
 
 def load_tokenizer(name: str) -> Tokenizer | HubTokenizer:
     """Our tokenizer from its tokenizer.json, or any other by folder or hub name. Raises ValueError."""
