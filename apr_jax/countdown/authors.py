@@ -23,7 +23,7 @@ from apr_jax.threads import Block, Spawn, Thread, ThreadTree
 _CHUNK = 1 << 20  # characters read at once
 _CUT = 16  # what the end of a chunk can spoil without a string left open (a literal, an escape) is no longer
 _BLANKS = re.compile(r"[ \t\r\n]*")
-_DEEPEST = 64  # levels of children; the authors' traces have one. Bounded, since trees are walked recursively
+_DEEPEST = 32  # levels of children; the authors' traces have one. Bounded, since trees are walked recursively
 
 
 # ---------------------------------------------------------------------- texts and trees
@@ -73,7 +73,7 @@ def _thread(trace_dict: Any, depth: int) -> tuple[trace.Prompt, Thread]:
 
 def _children(children: Sequence[Any], call: str, index: int, depth: int) -> tuple[Thread, ...]:
     """The children of call `index`, whose nodes are those that the call names, in its order."""
-    lines = call.removeprefix(trace.SPAWN_OPEN).removesuffix(trace.SPAWN_CLOSE).splitlines()
+    lines = call[len(trace.SPAWN_OPEN) : -len(trace.SPAWN_CLOSE)].removesuffix("\n").split("\n")
     named = [line and line[1] for line in map(trace.read_spawn_line, lines)]
     if len(children) != len(named):
         raise ValueError(f"call {index} of a thread names {len(named)} children, {len(children)} are there")

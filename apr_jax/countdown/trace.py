@@ -54,9 +54,7 @@ def explored(node: str, target: int, numbers, operation: str) -> str:
 
 def dead_end(operation: str, value: int, target: int) -> str:
     """`exploring` and `missed` of an operation that leaves one number."""
-    return (
-        f"Exploring Operation: {operation}, Resulting Numbers: [{value}]\n{value},{target} unequal: No Solution\n"
-    )
+    return f"Exploring Operation: {operation}, Resulting Numbers: [{value}]\n{value},{target} unequal: No Solution\n"
 
 
 def spawn_line(child: int, level: int, node: str) -> str:
