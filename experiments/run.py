@@ -22,6 +22,8 @@ import jax
 from experiments.command import FLAGS_HELP, Command, parse, reason
 from experiments.sweep import expand, run_each
 
+# XLA ends a process whose devices have waited 40 s for each other, which virtual ones on busy cores may.
+COLLECTIVES_WAIT = "--xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_cpu_collective_timeout_seconds=600"
 CACHE = Path(__file__).resolve().parent.parent / ".jax_cache"
 
 
@@ -32,6 +34,8 @@ def start(command: Command) -> None:
     accelerator = find_spec("jax_cuda12_plugin") or find_spec("jax_cuda13_plugin")
     if jax.config.jax_platforms == "cpu" or not accelerator:
         jax.config.update("jax_num_cpu_devices", settings.devices)
+        if jax.__version_info__ < (0, 11):  # an unknown flag would end the process, and others were not tried
+            os.environ["XLA_FLAGS"] = f"{COLLECTIVES_WAIT} {os.environ.get('XLA_FLAGS', '')}"
     jax.config.update("jax_compilation_cache_dir", str(CACHE))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     from experiments.stages import Run  # after the devices are set: it brings in everything else
