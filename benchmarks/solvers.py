@@ -27,6 +27,7 @@ from apr_jax.threads import Spawn, ThreadTree
 from tools import command
 
 ROUNDS = 8
+MOST_APART = 3  # standard errors
 
 
 def _define(values: flags.FlagValues) -> None:
@@ -109,10 +110,7 @@ def compare(ours: list[ThreadTree], theirs: list[dict]) -> dict:
     names = ("solved", "sequences", "characters", "longest sequence", "characters per sequence")
     one = np.array([quantities(tree.info["solved"], sequences(tree)) for tree in ours], float)
     two = np.array(
-        [
-            quantities(not trace["main_calls"][-1].endswith(NO_SOLUTION), authors_sequences(trace))
-            for trace in theirs
-        ],
+        [quantities(not trace["main_calls"][-1].endswith(NO_SOLUTION), authors_sequences(trace)) for trace in theirs],
         float,
     )
     found = {}
@@ -121,7 +119,8 @@ def compare(ours: list[ThreadTree], theirs: list[dict]) -> dict:
         found[name] = {
             "ours": round(float(a.mean()), 3),
             "authors": round(float(b.mean()), 3),
-            "standard_errors": round(float(abs(a.mean() - b.mean()) / max(error, 1e-12)), 2),
+            "standard_errors": (apart := round(float(abs(a.mean() - b.mean()) / max(error, 1e-12)), 2)),
+            "within_sampling_error": apart < MOST_APART,
         }
     return found
 
@@ -172,7 +171,7 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
         for name, row in rows.items():
             print(
                 f"{style:<5} {name:<24} ours {row['ours']:>10}   authors {row['authors']:>10}   "
-                f"{row['standard_errors']:>5} standard errors apart"
+                f"{row['standard_errors']:>5} standard errors apart: {'within' if row['within_sampling_error'] else 'BEYOND'}"
             )
     if values["out"].value:
         out = Path(values["out"].value)

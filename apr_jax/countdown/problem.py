@@ -5,7 +5,6 @@ where it is exact.
 """
 
 import dataclasses
-import functools
 import itertools
 import random
 from collections.abc import Iterator, Sequence
@@ -34,13 +33,12 @@ class Problem:
         return tuple(sorted(self.numbers)), self.target
 
 
-@functools.lru_cache(maxsize=1 << 16)  # half of all calls, and some 50 MB at most
-def combine(a: int, b: int) -> tuple[tuple[int, str], ...]:
+def combine(a: int, b: int) -> list[tuple[int, str]]:
     """All results of two numbers with the operation that gives each, as ``(7, "3+4=7")``."""
     high, low = (b, a) if a <= b else (a, b)
-    results = ((a + b, f"{a}+{b}={a + b}"), (a * b, f"{a}*{b}={a * b}"), (high - low, f"{high}-{low}={high - low}"))
+    results = [(a + b, f"{a}+{b}={a + b}"), (a * b, f"{a}*{b}={a * b}"), (high - low, f"{high}-{low}={high - low}")]
     if low and high % low == 0:
-        return *results, (high // low, f"{high}/{low}={high // low}")
+        results.append((high // low, f"{high}/{low}={high // low}"))
     return results
 
 
@@ -97,7 +95,7 @@ def _partners(value: int, target: int) -> set[int]:
 
 
 def reach_targets(numbers_PxN: np.ndarray, targets_P: np.ndarray) -> np.ndarray:
-    """Which of P problems are solvable, bool [P], all at once: 2 to 5 numbers of at most 9999 each."""
+    """Which of P problems are solvable, bool [P], all at once. For 2 to 5 numbers that `fits_int64` says yes to."""
     N = numbers_PxN.shape[1]
     parts = {1 << i: numbers_PxN[:, i : i + 1].astype(np.int64) for i in range(N)}  # by bit set, values [P, k]
     target = targets_P.astype(np.int64)[:, None, None]
@@ -113,6 +111,11 @@ def reach_targets(numbers_PxN: np.ndarray, targets_P: np.ndarray) -> np.ndarray:
         elif halves:
             parts[chosen] = np.concatenate([_combine_all(parts[one], parts[two]) for one, two in halves], axis=1)
     return solved
+
+
+def fits_int64(count: int, largest: int) -> bool:
+    """Whether no product of `count` numbers or targets up to `largest` overflows in `reach_targets`."""
+    return largest**count < 2**63
 
 
 def _combine_all(a_PxI: np.ndarray, b_PxJ: np.ndarray) -> np.ndarray:
@@ -157,7 +160,8 @@ class ProblemRange:
 
     def draw_each(self, rngs: Sequence[random.Random]) -> list[Problem]:
         """What `draw` gives for each of `rngs`, tested together: ten times as fast for up to 5 numbers."""
-        if self.count > 5:  # most draws are solvable, and one has millions of values
+        # Of 6 numbers most draws are solvable, and one has millions of values.
+        if self.count > 5 or not fits_int64(self.count, max(self.max_number, self.max_target)):
             return [self.draw(rng) for rng in rngs]
         targets = np.array([rng.randint(self.min_target, self.max_target) for rng in rngs])
         found: list[Problem | None] = [None] * len(rngs)

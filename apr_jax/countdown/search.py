@@ -1,7 +1,7 @@
 """What all solvers share: settings, heuristics, and the expansion of one state.
 
-An expansion is where solvers spend their time, so it ranks successors as numbers and writes out only the few that
-the beam keeps.
+An expansion is where solvers spend their time, so it ranks successors as numbers and makes nodes and lines only of
+those that the beam keeps. Caches of results or of their lines do not pay: new problems miss them too often.
 """
 
 import dataclasses
@@ -9,6 +9,7 @@ import functools
 import itertools
 import operator
 import random
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from apr_jax.countdown import trace
@@ -73,13 +74,20 @@ class SolverConfig:
         return cls(**{"beam": (1, 10), "sub_beam": (1, 15), "promising": APR_PROMISING, **changes})
 
 
-class Node(NamedTuple):
-    """A state of the search."""
+@dataclasses.dataclass(slots=True, eq=False)
+class Node:
+    """A state of the search, with what its lines need, written once."""
 
     name: str  # as in the trace: "0,1,2"
     numbers: tuple[int, ...]
-    operations: tuple[str, ...]
     parent: "Node | None"
+    operation: str  # that led from the parent here; "" of the root
+    done: str  # all operations from the root on, as the trace lists them
+    state: str  # its "Current State" line
+
+    @classmethod
+    def root(cls, numbers: tuple[int, ...], target: int) -> "Node":
+        return cls("0", numbers, None, "", "", trace.state(target, numbers, ()) + "\n")
 
 
 class Goal(NamedTuple):
@@ -112,7 +120,7 @@ def _pairs(count: int) -> tuple[tuple[int, int], ...]:
     return tuple(itertools.combinations(range(count), 2))
 
 
-_RANK, _PLACE = operator.itemgetter(0), operator.itemgetter(1)
+_RANK = operator.itemgetter(0)
 _FAR = float("inf")
 
 
@@ -124,7 +132,7 @@ class Search:
         distance, self._fold = HEURISTICS[config.heuristic]
         self._near = _near(distance, target)
         self._cap = _FAR if config.max_value is None else config.max_value
-        self._unlimited = config.max_value is None and config.shuffle
+        self._shuffles, self._bits = config.shuffle, rng.getrandbits
         self.beam = rng.randint(*config.beam)
         low, high = config.sub_beam or (self.beam, self.beam)
         self.sub_beam = rng.randint(max(low, self.beam), max(high, self.beam))
@@ -137,71 +145,79 @@ class Search:
 
         Of all successors those ranked at most `limit` are kept, of these the `beam` best (None: all).
         """
-        target, numbers = self.target, node.numbers
-        lines.append(trace.state(target, numbers, node.operations) + "\n")
-        if len(numbers) == 2:
+        if len(node.numbers) == 2:
             return [], self._finish(node, beam, lines, limit)
+        target, cap = self.target, self._cap
+        ranks, successors = self._ranked(node.numbers)
+        places = range(len(ranks))
+        if cap < _FAR or limit < _FAR:
+            places = [place for place in places if ranks[place] <= limit and successors[place][1][0] <= cap]
+        lines.append(node.state)
+        before = f"{node.done}, " if node.done else ""
         children = []
-        for ranked, _, rest, (value, operation) in self._kept(numbers, beam, limit):
-            state = (*rest, value)
-            child = Node(f"{node.name},{len(children)}", state, (*node.operations, operation), node)
-            lines.append(trace.explored(child.name, target, state, operation))
-            children.append((ranked, child))
+        for step, place in enumerate(self._keep(places, ranks, beam)):
+            rest, (value, operation) = successors[place]
+            numbers, below, done = (*rest, value), f"{node.name},{step}", f"{before}'{operation}'"
+            written, state = trace.explored(below, target, numbers, operation, done)
+            lines.append(written)
+            children.append((ranks[place], Node(below, numbers, node, operation, done, state)))
         children.sort(key=_RANK)
         return children, None
 
     def _finish(self, node: Node, beam: int | None, lines: list[str], limit: float) -> Goal | None:
         """Writes the expansion of a state of two numbers, four of five in a search: each result ends there."""
-        target, numbers = self.target, node.numbers
-        results = combine(*numbers)
-        if self._unlimited and limit == _FAR and (beam is None or beam >= len(results)):
-            draw = self.rng.random
-            results = sorted(results, key=lambda _: draw())  # nothing to rank
-        else:
-            results = [result for _, _, _, result in self._kept(numbers, beam, limit)]
-        for value, operation in results:
+        target, near, cap = self.target, self._near, self._cap
+        results = combine(*node.numbers)
+        ranks = [near[value] if value < target else value - target for value, _ in results]
+        places = range(len(ranks))
+        if cap < _FAR or limit < _FAR:
+            places = [place for place in places if ranks[place] <= limit and results[place][0] <= cap]
+        kept = [results[place] for place in self._keep(places, ranks, beam)]
+        for step, (value, operation) in enumerate(kept):
             if value == target:
+                lines.append(node.state + trace.dead_ends(kept[:step], target))
                 lines.append(trace.exploring(operation, (value,)) + trace.reached(value, target))
                 return Goal(node, (value,), operation)
-            lines.append(trace.dead_end(operation, value, target))
+        lines.append(node.state + trace.dead_ends(kept, target))
         return None
 
-    def _kept(self, numbers: tuple[int, ...], beam: int | None, limit: float) -> list[tuple]:
-        """The entries of `_ranked` that the beam keeps, in the order they are written in."""
-        kept = self._ranked(numbers, limit)
-        if beam is not None and beam < len(kept):
-            kept.sort(key=_RANK)
-            del kept[beam:]
-        if self.config.shuffle:
-            draw = self.rng.random
-            kept.sort(key=lambda _: draw())  # several times faster than `shuffle` for a few entries
-        else:
-            kept.sort(key=_PLACE)
+    def _keep(self, places: Sequence[int], ranks: Sequence[float], beam: int | None) -> list[int]:
+        """The places of the `beam` best, in the order that they are written in."""
+        kept = sorted(places, key=ranks.__getitem__)[:beam]  # stable: of equal ranks the first
+        if not self._shuffles:
+            kept.sort()
+            return kept
+        # What `random.shuffle` does, draw by draw, without its calls: most lists here have two to four items.
+        bits = self._bits
+        for last in range(len(kept) - 1, 0, -1):
+            width = (last + 1).bit_length()
+            at = bits(width)
+            while at > last:
+                at = bits(width)
+            kept[last], kept[at] = kept[at], kept[last]
         return kept
 
-    def _ranked(self, numbers: tuple[int, ...], limit: float) -> list[tuple]:
-        """All successors as (rank, place, other numbers, (value, operation)); places are those of
-        `problem.successors`, whose order breaks ties."""
-        target, near, fold, cap = self.target, self._near, self._fold, self._cap
+    def _ranked(self, numbers: tuple[int, ...]) -> tuple[list, list[tuple]]:
+        """All successors' ranks, and (other numbers, (value, operation)) of each, in the order of
+        `problem.successors`."""
+        target, near, fold = self.target, self._near, self._fold
         distances = [near[number] if number < target else number - target for number in numbers]
         total, left = sum(distances), len(numbers) - 1
-        found, place = [], 0
+        ranks, found = [], []
         for i, j in _pairs(len(numbers)):
-            rest = (*numbers[:i], *numbers[i + 1 : j], *numbers[j + 1 :]) if left > 1 else ()
+            rest = numbers[:i] + numbers[i + 1 : j] + numbers[j + 1 :]
             if fold == "min":
-                others = min((distance for k, distance in enumerate(distances) if k != i and k != j), default=_FAR)
+                others = min(distance for k, distance in enumerate(distances) if k != i and k != j)
             else:
                 others = total - distances[i] - distances[j]
             for result in combine(numbers[i], numbers[j]):
                 value = result[0]
                 distance = near[value] if value < target else value - target
                 if fold == "sum":
-                    ranked = others + distance
+                    ranks.append(others + distance)
                 elif fold == "min":
-                    ranked = min(others, distance)
+                    ranks.append(min(others, distance))
                 else:
-                    ranked = (others + distance) / left
-                if ranked <= limit and value <= cap:
-                    found.append((ranked, place, rest, result))
-                place += 1
-        return found
+                    ranks.append((others + distance) / left)
+                found.append((rest, result))
+        return ranks, found

@@ -10,8 +10,7 @@ them, and search on. They differ in what follows an expansion:
 *Promising* is a coin, see `search.APR_PROMISING`.
 """
 
-import heapq
-import itertools
+import operator
 import random
 
 from apr_jax.countdown import trace
@@ -29,16 +28,16 @@ def _path(goal: Goal, target: int, top: Node) -> str:
     nodes.reverse()
     lines = [trace.moving(top.name)]
     for here, below in zip(nodes, nodes[1:]):
-        lines.append(trace.state(target, here.numbers, here.operations) + "\n")
-        lines.append(trace.exploring(below.operations[-1], below.numbers))
-        lines.append(trace.generated(below.name, target, below.numbers, below.operations[-1]))
+        lines.append(here.state)
+        lines.append(trace.explored(below.name, target, below.numbers, below.operation, below.done)[0])
         lines.append(trace.moving(below.name))
-    lines.append(trace.state(target, node.numbers, node.operations) + "\n")
+    lines.append(node.state)
     lines.append(trace.exploring(operation, numbers))
     lines.append(trace.reached(target, target))
     return "".join(lines)
 
 
+_RANK = operator.itemgetter(0)
 FOUND_BELOW = ("found below",)  # an answer whose path already stands in the trace: levels above only close
 
 
@@ -49,25 +48,24 @@ def _beam_search(search: Search, top: Node, beam: int, lines: list[str], branch)
     `handled` keeps the children out of the queue and `answer` is a solution that ends the search.
     Writes to `lines`; returns the answer of `branch`, or a `Goal`, or None.
     """
-    order = itertools.count()
-    queue = [(0, next(order), top)]
+    queue: list[tuple[float, Node]] = [(0, top)]
     while queue:
-        layer = [heapq.heappop(queue)[2] for _ in range(min(beam, len(queue)))]
-        for index, node in enumerate(layer):
+        queue.sort(key=_RANK)  # stable: of equal ranks the older first
+        layer = queue[:beam]
+        del queue[:beam]
+        for index, (_, node) in enumerate(layer, 1):
             children, goal = search.expand(node, beam, lines)
             if goal is not None:
                 return goal
-            if children:
-                handled, answer = branch(children)
-                if answer is not None:
-                    return answer
-                if not handled:
-                    for rank, child in children:
-                        heapq.heappush(queue, (rank, next(order), child))
-            if index < len(layer) - 1:
-                lines.append(trace.moving(layer[index + 1].name))
+            handled, answer = branch(children)
+            if answer is not None:
+                return answer
+            if not handled:
+                queue += children
+            if index < len(layer):
+                lines.append(trace.moving(layer[index][1].name))
         if queue:
-            lines.append(trace.moving(queue[0][2].name))
+            lines.append(trace.moving(min(queue, key=_RANK)[1].name))
     lines.append(trace.NO_SOLUTION)
     return None
 
@@ -77,7 +75,7 @@ def solve_sos(problem: Problem, config: SolverConfig, rng: random.Random, condit
     "dfs" goes down at once and, as Stream of Search does, leaves out what is ranked above the target, not what falls
     out of a beam."""
     search = Search(problem.target, config, rng)
-    root = Node("0", problem.numbers, (), None)
+    root = Node.root(problem.numbers, problem.target)
     strategy = rng.choice(config.strategies)
     lines: list[str] = []
     if strategy == "bfs":
@@ -112,7 +110,7 @@ def _one_thread(problem: Problem, lines: list[str], condition: str) -> Thread:
 def solve_sosp(problem: Problem, config: SolverConfig, rng: random.Random, condition: str = "") -> ThreadTree:
     """One SoS+ trace: a tree of one thread. `condition` goes first on the prompt's line."""
     search = Search(problem.target, config, rng)
-    root = Node("0", problem.numbers, (), None)
+    root = Node.root(problem.numbers, problem.target)
     lines: list[str] = []
 
     def descend(top: Node, level: int):
@@ -139,7 +137,7 @@ def solve_sosp(problem: Problem, config: SolverConfig, rng: random.Random, condi
 def solve_apr(problem: Problem, config: SolverConfig, rng: random.Random, condition: str = "") -> ThreadTree:
     """One APR tree: promising expansions are spawned, the root's and those of children above `config.depth`."""
     search = Search(problem.target, config, rng)
-    root = Node("0", problem.numbers, (), None)
+    root = Node.root(problem.numbers, problem.target)
     thread, answer = _apr_thread(search, root, search.beam, 0, condition)
     return ThreadTree(thread, _info(problem, search, answer is not None, "apr"))
 
@@ -147,7 +145,7 @@ def solve_apr(problem: Problem, config: SolverConfig, rng: random.Random, condit
 def _apr_thread(search: Search, top: Node, beam: int, level: int, condition: str = ""):
     """The thread that searches below `top`, and its solution as (node, numbers, operation) or None."""
     target = search.target
-    prompt = trace.moving(top.name) + trace.state(target, top.numbers, top.operations)
+    prompt = trace.moving(top.name) + top.state.removesuffix("\n")
     lines = [trace.moving(top.name)]
     blocks: list[Block | Spawn] = [Block(condition + prompt, sampled=False)]
 

@@ -8,6 +8,7 @@ not that line; they raise nothing and take time linear in the line, whatever a m
 """
 
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 SPAWN_OPEN = "<Calling Sub Searches>\n"
@@ -43,18 +44,25 @@ def missed(value: int, target: int) -> str:
     return f"{value},{target} unequal: No Solution\n"
 
 
-def explored(node: str, target: int, numbers, operation: str) -> str:
-    """`exploring` and `generated` of one operation, its numbers written once."""
-    left = str(list(numbers))
+def explored(node: str, target: int, numbers: tuple[int, ...], operation: str, done: str) -> tuple[str, str]:
+    """What solvers write most, in one go: `exploring` and `generated` of an operation that leaves two numbers or more,
+    and the `state` of the node, with its line end. `done` lists its operations, quoted, without the brackets."""
+    left = str(numbers)[1:-1]
     return (
-        f"Exploring Operation: {operation}, Resulting Numbers: {left}\n"
-        f"Generated Node #{node}: {target}:{left} Operation: {operation}\n"
+        f"Exploring Operation: {operation}, Resulting Numbers: [{left}]\n"
+        f"Generated Node #{node}: {target}:[{left}] Operation: {operation}\n",
+        f"Current State: {target}:[{left}], Operations: [{done}]\n",
     )
 
 
-def dead_end(operation: str, value: int, target: int) -> str:
-    """`exploring` and `missed` of an operation that leaves one number."""
-    return f"Exploring Operation: {operation}, Resulting Numbers: [{value}]\n{value},{target} unequal: No Solution\n"
+def dead_ends(results: Iterable[tuple[int, str]], target: int) -> str:
+    """`exploring` and `missed` of operations that leave one number each, as (value, operation)."""
+    return "".join(
+        [
+            f"Exploring Operation: {operation}, Resulting Numbers: [{value}]\n{value},{target} unequal: No Solution\n"
+            for value, operation in results
+        ]
+    )
 
 
 def spawn_line(child: int, level: int, node: str) -> str:

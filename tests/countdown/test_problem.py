@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from apr_jax.countdown import Problem, ProblemRange
 from apr_jax.countdown import problem as module
-from apr_jax.countdown.problem import reach_targets, reachable, solvable, successors
+from apr_jax.countdown.problem import fits_int64, reach_targets, reachable, solvable, successors
 
 
 @settings(max_examples=150)
@@ -30,6 +30,14 @@ def test_many_at_once_are_what_each_is_alone(count, largest):
     assert together == [target in reachable(each) for each, target in zip(numbers, targets)]
     assert together == [solvable(Problem(*pair)) for pair in zip(numbers, targets)]
     assert False in together or count == 5
+
+
+def test_products_that_could_overflow_are_not_tested_together(monkeypatch):
+    assert fits_int64(5, 6208) and not fits_int64(5, 6209) and fits_int64(4, 55_000) and not fits_int64(4, 56_000)
+    monkeypatch.setattr(ProblemRange, "draw", lambda source, rng: "alone")
+    for large in ({"max_number": 6209}, {"max_target": 6209}):
+        assert ProblemRange(count=5, **large).draw_each([random.Random(0)]) == ["alone"]
+    assert ProblemRange(count=5).draw_each([random.Random(0)]) != ["alone"]
 
 
 @pytest.mark.parametrize("count", [3, 4, 5, 6])

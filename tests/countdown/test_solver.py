@@ -1,5 +1,6 @@
 """The solvers: what they write is right, obeys their settings, and is what the protocol makes of it again."""
 
+import hashlib
 import random
 
 import pytest
@@ -94,7 +95,7 @@ def test_an_expansion_keeps_the_best_of_all_successors(numbers, target, heuristi
     """Against the plain way: every successor, its rank, the best in their order."""
     config = SolverConfig(beam=(beam, beam), heuristic=heuristic, max_value=cap, shuffle=False)
     lines = []
-    found, goal = Search(target, config, random.Random(0)).expand(Node("0", numbers, (), None), beam, lines)
+    found, goal = Search(target, config, random.Random(0)).expand(Node.root(numbers, target), beam, lines)
     plain = [(state, op) for state, op in successors(numbers) if cap is None or state[-1] <= cap]
     best = sorted(range(len(plain)), key=lambda i: rank(heuristic, plain[i][0], target))[:beam]
     kept = [plain[i] for i in sorted(best)]
@@ -116,7 +117,7 @@ def test_shuffling_gives_every_order_alike():
     counts = {}
     for _ in range(3000):
         lines = []
-        search.expand(Node("0", (7, 9), (), None), 3, lines)
+        search.expand(Node.root((7, 9), 50), 3, lines)
         counts[tuple(lines)] = counts.get(tuple(lines), 0) + 1
     assert len(counts) == 6 and all(abs(n - 500) < 5 * (3000 * 5 / 36) ** 0.5 for n in counts.values())
 
@@ -132,6 +133,51 @@ def test_stream_of_search_goes_deep_or_broad():
     moves = {strategy: [node.count(",") for node in nodes if node][:4] for strategy, nodes in texts.items()}
     assert moves["dfs"][:2] == [1, 2] and moves["bfs"][:3] == [1, 1, 1]
     assert all("Sub Search" not in (line or "") for line in texts["dfs"])
+
+
+def pieces(thread):
+    """All text of a thread and those below it, calls included, in the order that it was written in."""
+    for item in thread.blocks:
+        if isinstance(item, Spawn):
+            yield from (block.content for block in item.call)
+            for child in item.children:
+                yield from pieces(child)
+            item = item.join
+        yield item.content
+
+
+@pytest.mark.parametrize(
+    "style, values, digest",
+    [
+        ("sosp", {"beam": (1, 5), "promising": 0.5}, "f3da0dcf1272267d"),
+        ("sosp", {"beam": (1, 5), "promising": 0.5, "shuffle": False}, "44fd7079bdf4d36c"),
+        ("sosp", {"beam": (2, 4), "promising": 0.9, "max_value": 30, "shuffle": False}, "eb1e4a070f213a01"),
+        ("sosp", {"beam": (1, 5), "promising": 0.5, "max_value": 30}, "8733b5a38d84b778"),
+        ("apr", {"beam": (1, 10), "sub_beam": (1, 15), "promising": 0.9}, "c2b015005085dbf8"),
+        ("apr", {"beam": (1, 5), "promising": 0.1, "heuristic": "multiply_paper"}, "6cc870717418095b"),
+        ("apr", {"beam": (4, 5), "sub_beam": (4, 5), "promising": 1.0, "max_value": 30, "shuffle": False},
+         "7eddbef6b3359598"),
+        ("apr", {"beam": (1, 5), "sub_beam": (2, 7), "promising": 0.5, "max_value": 30}, "4f189c860ccc85fa"),
+    ],
+)  # fmt: skip
+def test_traces_are_those_of_the_plain_solvers(style, values, digest):
+    """Digests made by the solvers of commit efd4fda, which kept every successor as a node and shuffled with
+    `random.shuffle`: a faster search must not change what a seed gives."""
+    content, draw = hashlib.sha256(), random.Random(5)
+    for seed in range(300):
+        numbers = [draw.randint(1, 20) for _ in range(draw.choice([3, 4, 4, 5]))]
+        problem = Problem(numbers, draw.randint(10, 60))
+        for piece in pieces(SOLVERS[style](problem, SolverConfig(**values), random.Random(seed)).root):
+            content.update(piece.encode() + b"|")
+    assert content.hexdigest()[:16] == digest
+
+
+def test_problems_of_one_and_two_numbers():
+    for style, solve in SOLVERS.items():
+        two = solve(Problem((6, 4), 24), SolverConfig(beam=(4, 4)), random.Random(0))
+        one = solve(Problem((7,), 7), SolverConfig(beam=(4, 4)), random.Random(0))
+        assert two.info["solved"] and check_solution(Problem((6, 4), 24), two.root.text), style
+        assert not one.info["solved"] and one.root.text.endswith(trace.NO_SOLUTION)  # no operation reaches anything
 
 
 def test_a_seed_fixes_a_tree():
