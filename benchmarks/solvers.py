@@ -169,9 +169,10 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
         print(f"{name:<9} ours {ours_rate:>9}/s   authors {authors_rate:>8}/s   x {ratio}")
     for style, rows in found["statistics"].items():
         for name, row in rows.items():
+            sampling = "within" if row["within_sampling_error"] else "BEYOND"
             print(
                 f"{style:<5} {name:<24} ours {row['ours']:>10}   authors {row['authors']:>10}   "
-                f"{row['standard_errors']:>5} standard errors apart: {'within' if row['within_sampling_error'] else 'BEYOND'}"
+                f"{row['standard_errors']:>5} standard errors apart: {sampling} sampling error"
             )
     if values["out"].value:
         out = Path(values["out"].value)
