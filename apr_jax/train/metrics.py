@@ -66,6 +66,7 @@ class Progress:
         rate = (done - self._first) / max(now - self._began, 1e-9)
         left = (self.total - done) / rate if rate > 0 else float("inf")
         clock = f"{int(left // 60)}:{int(left % 60):02d}" if left < 1e6 else "?"
-        line = f"{self.title}: {done}/{self.total} {self.unit}, {rate:.3g}/s, {clock} left{', ' + note if note else ''}"
+        speed = f"{rate:.0f}" if rate >= 1000 else f"{rate:.3g}"
+        line = f"{self.title}: {done}/{self.total} {self.unit}, {speed}/s, {clock} left{', ' + note if note else ''}"
         end = "\n" if not self._live or done >= self.total else ""
         print(f"\r\x1b[K{line}" if self._live else line, end=end, file=sys.stderr, flush=True)
