@@ -36,7 +36,8 @@ def test_the_solvers_line_agrees_with_the_manifest(whole_run):
     for style in ("sosp", "apr"):
         counts = manifest[f"{style}_train"]
         assert counts["trees"] + counts["too_long"] == 200 == manifest["train_problems"]
-        assert f"kept {counts['trees']} trees ({counts['too_long']} too long)" in text
+        dropped = f"{counts['too_long']} too long, {counts['wrong']} wrong"
+        assert f"kept {counts['trees']} trees ({dropped})" in text
 
 
 def test_a_run_that_is_half_done(whole_run, tmp_path):
