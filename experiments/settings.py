@@ -58,7 +58,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.problems.unseen_targets = 0.0  # share of targets that only held-out problems have (Stream of Search's split)
 
     c.sosp = ml_collections.ConfigDict()  # the SoS+ solver (SolverConfig)
-    c.sosp.beam = (1, 5)
+    c.sosp.beam = (1, 5)  # table 2 has (5, 5) and (15, 15), too
     c.sosp.search = "sosp"  # or "sos", Stream of Search's: one of `strategies` for a whole trace (table 1)
     c.sosp.strategies = ("dfs", "bfs")
     c.sosp.promising = 0.5
