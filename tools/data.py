@@ -29,9 +29,7 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("config", None, "make: an experiment's config file.", flag_values=values)
     flags.DEFINE_multi_string("set", [], "make: A.B=VALUE, changes one setting; repeat it.", flag_values=values)
     flags.DEFINE_string("out", None, "make, import, export: what to write.", flag_values=values)
-    flags.DEFINE_integer(
-        "processes", 0, "make: how many at once; 0: one per core.", lower_bound=0, flag_values=values
-    )
+    flags.DEFINE_integer("processes", 0, "make: how many at once; 0: one per core.", lower_bound=0, flag_values=values)
     flags.DEFINE_string("shard", "0/1", "make: share i of n, as 3/16.", flag_values=values)
     flags.DEFINE_string("plot", None, "stats: a PNG to draw.", flag_values=values)
     tokenizer = "stats: count in its tokens, too; import: in place of ours (a Hugging Face folder or name)."

@@ -17,8 +17,11 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -232,8 +235,10 @@ def _finish(config: DatasetConfig, folder: Path, jobs: Sequence["_Job"]) -> dict
                 f"none of {config.train} {recipe.style} trees fits a window of {recipe.window} tokens"
                 + (" and is right" if recipe.correct_only else "")
             )
-    for path in ("train.npy", "held_out.npy"):
-        content.update((folder / path).read_bytes() if (folder / path).stat().st_size < 1 << 30 else b"")
+    for name in ("train.npy", "held_out.npy"):
+        with open(folder / name, "rb") as file:
+            while chunk := file.read(1 << 20):
+                content.update(chunk)
     manifest = {
         "config": config.described(),
         "train_problems": config.train,
@@ -273,6 +278,11 @@ class _Job:
 
 _CONFIG: DatasetConfig  # a worker's own, set when it starts
 _TOKENIZER: Tokenizer
+
+
+def _start_process(config: DatasetConfig) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's to tell of
+    _start_worker(config)
 
 
 def _start_worker(config: DatasetConfig) -> None:
@@ -332,15 +342,19 @@ class _workers:
             return
         if self._pool is None:  # not forked: the caller may have threads of JAX
             context = multiprocessing.get_context("spawn")
-            self._pool = context.Pool(self._processes, _start_worker, (self._config,))
+            self._pool = ProcessPoolExecutor(self._processes, context, _start_process, (self._config,))
         tasks = iter(tasks)
-        waiting = [self._pool.apply_async(function, (task,)) for task in itertools.islice(tasks, 2 * self._processes)]
-        while waiting:
-            at = 0 if ordered else next((i for i, result in enumerate(waiting) if result.ready()), 0)
-            yield waiting.pop(at).get()
-            waiting += [self._pool.apply_async(function, (task,)) for task in itertools.islice(tasks, 1)]
+        waiting = [self._pool.submit(function, task) for task in itertools.islice(tasks, 2 * self._processes)]
+        try:
+            while waiting:
+                if not ordered:
+                    wait(waiting, return_when=FIRST_COMPLETED)
+                at = 0 if ordered else next(i for i, future in enumerate(waiting) if future.done())
+                yield waiting.pop(at).result()
+                waiting += [self._pool.submit(function, task) for task in itertools.islice(tasks, 1)]
+        except BrokenProcessPool:
+            raise OSError("a worker process was ended, perhaps for want of memory; start again to go on") from None
 
     def __exit__(self, *_):
         if self._pool is not None:
-            self._pool.terminate()
-            self._pool.join()
+            self._pool.shutdown(cancel_futures=True)

@@ -235,3 +235,20 @@ def test_stream_of_search_is_a_search_of_the_one_thread_style():
     for wrong, says in (("sso", "search is one of apr, sos, sosp, was given 'sso'"), ("apr2", "search is one of")):
         with pytest.raises(ValueError, match=says):
             dataclasses.replace(recipe, search=wrong)
+
+
+def test_a_worker_that_is_ended_is_told_in_one_line(tmp_path):
+    """As the system does where memory runs out; what was made is kept."""
+    seen = []
+
+    class Bar:
+        def update(self, done):
+            seen.append(done)
+            children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+            workers = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+            os.kill(int(workers[0]), signal.SIGKILL)
+
+    with pytest.raises(OSError, match="a worker process was ended, perhaps for want of memory; start again to go on"):
+        make_dataset(CONFIG, tmp_path, processes=2, progress=lambda *_: Bar())
+    assert seen and not (tmp_path / "manifest.json").exists()
+    assert make_dataset(CONFIG, tmp_path) is not None
