@@ -55,6 +55,8 @@ def _publish_model(checkpoints: Path, tokenizer: Path, out: Path) -> None:
         target = Checkpoints(out / "checkpoints")
         target.save(meta["step"], {"weights": nnx.to_pure_dict(nnx.state(model))}, meta)
         target.close()
+        for mark in (out / "checkpoints").rglob("commit_success.txt"):
+            mark.write_text("Checkpoint commit was successful\n")  # Orbax names the folder of this machine there
     except CheckpointError as error:
         raise ValueError(error) from None
     shutil.copyfile(tokenizer, out / "tokenizer.json")
