@@ -344,8 +344,8 @@ class _workers:
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(self._processes, context, _start_process, (self._config,))
         tasks = iter(tasks)
-        waiting = [self._pool.submit(function, task) for task in itertools.islice(tasks, 2 * self._processes)]
         try:
+            waiting = [self._pool.submit(function, task) for task in itertools.islice(tasks, 2 * self._processes)]
             while waiting:
                 if not ordered:
                     wait(waiting, return_when=FIRST_COMPLETED)

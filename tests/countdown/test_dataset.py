@@ -244,6 +244,8 @@ def test_a_worker_that_is_ended_is_told_in_one_line(tmp_path):
     class Bar:
         def update(self, done):
             seen.append(done)
+            if len(seen) > 1:
+                return
             children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
             workers = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
             os.kill(int(workers[0]), signal.SIGKILL)
