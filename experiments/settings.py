@@ -11,7 +11,7 @@ import ml_collections
 
 from apr_jax.countdown.problem import ProblemRange
 from apr_jax.countdown.solver import SolverConfig
-from apr_jax.model.llama import LlamaConfig
+from apr_jax.model.llama import PRESETS, LlamaConfig
 from apr_jax.threads.engine import Sampling
 from apr_jax.threads.run import Budget
 from apr_jax.train.grpo import GrpoConfig
@@ -25,10 +25,11 @@ STAGES = ("data", "sft", "grpo", "evaluate", "export", "report")
 
 # The least value of what nothing else checks.
 LEAST = {
-    "seed": 0, "devices": 1, "window": 32, "problems.train": 1, "problems.held_out": 1, "tokenizer.max_number": 9,
-    "sosp.max_value": 0, "apr.max_value": 0,
-    "model.width": 1, "model.layers": 1, "model.heads": 1, "model.kv_heads": 0, "model.feed_forward": 0,
-    "sft.steps": 0, "sft.batch_rows": 1, "sft.save_every": 1, "sft.log_every": 1,
+    "seed": 0, "devices": 1, "fsdp": 1, "window": 32, "problems.train": 1, "problems.held_out": 1,
+    "tokenizer.max_number": 9, "sosp.max_value": 0, "apr.max_value": 0,
+    "model.width": 0, "model.layers": 0, "model.heads": 0, "model.kv_heads": 0, "model.feed_forward": 0,
+    "sft.steps": 0, "sft.batch_rows": 1, "sft.microbatches": 1, "sft.save_every": 1, "sft.log_every": 1,
+    "sft.validate_every": 0, "sft.most_skipped": 0,
     "grpo.steps": 0, "grpo.prompts": 1, "grpo.inner_steps": 1, "grpo.batch_rows": 1, "grpo.slots": 1,
     "grpo.clip_low": 0, "grpo.clip_high": 0, "grpo.kl": 0, "grpo.save_every": 1,
     "budget.threads": 1, "budget.depth": 0, "evaluate.slots": 1, "export.check_trees": 0,
@@ -44,7 +45,8 @@ def default_config() -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
     c.name = "experiment"  # default workdir: runs/NAME
     c.seed = 0  # of everything: problems, traces, weights, order, rollouts
-    c.devices = 2  # data-parallel devices; on a CPU as many virtual ones are made
+    c.devices = 2  # rows split over all of them; on a CPU as many virtual ones are made
+    c.fsdp = 1  # devices that share one copy of weights and optimizer state in training, a divisor of devices
     c.window = 768  # tokens of one thread's context, training and evaluation alike
 
     c.problems = ml_collections.ConfigDict()
@@ -85,22 +87,28 @@ def default_config() -> ml_collections.ConfigDict:
     c.tokenizer.name = ""  # a Hugging Face tokenizer by folder or name in the place of ours
 
     c.model = ml_collections.ConfigDict()  # LlamaConfig; the vocabulary is the tokenizer's
-    c.model.width = 128
-    c.model.layers = 4
-    c.model.heads = 4
+    c.model.preset = "tiny"  # tiny (1 M), small (25 M) or base (the paper's 228 M): sizes that are 0 below
+    c.model.width = 0
+    c.model.layers = 0
+    c.model.heads = 0
     c.model.kv_heads = 0  # 0: as many as heads
-    c.model.feed_forward = 0  # 0: 8/3 of the width
+    c.model.feed_forward = 0  # 0: the preset's with the preset's width, else 8/3 of the width
     c.model.tie_embeddings = False
-    c.model.dtype = "float32"
-    c.model.remat = False
+    c.model.dtype = "float32"  # of the computation, or bfloat16; weights are float32
+    c.model.attention = "auto"  # in training: blocked, dense, cudnn; auto: by device and dtype
+    c.model.remat = "none"  # what the backward pass computes again: none, dots (all but products), full
+    c.model.scan = False  # layers under a scan in training: one to compile, for deep models
 
     c.sft = ml_collections.ConfigDict()  # the same for both styles: same steps, same rows
     c.sft.steps = 1000
-    c.sft.batch_rows = 4  # multiple of devices
+    c.sft.batch_rows = 4  # multiple of devices times microbatches
+    c.sft.microbatches = 1  # parts of a batch whose gradients are added up, to need the memory of one
     c.sft.row_length = 768  # tokens, at least the window
     c.sft.loss_tokens = "sampled"  # or "all", the paper's
     c.sft.save_every = 200
     c.sft.log_every = 10
+    c.sft.validate_every = 0  # steps; 0: at the end alone
+    c.sft.most_skipped = 10  # steps whose gradient is not finite, which change nothing, before the run stops
     c.sft.optimizer = _optimizer()
 
     c.grpo = ml_collections.ConfigDict()
@@ -148,6 +156,7 @@ class Settings:
     name: str
     seed: int
     devices: int
+    fsdp: int
     window: int
     problems: ProblemRange
     train: int
@@ -196,6 +205,13 @@ def read_settings(config: ml_collections.ConfigDict) -> Settings:
         section, key = name.split(".")
         if (value := c[section][key]) % devices:
             raise ValueError(f"{name} is a multiple of devices ({devices}), was given {value}")
+    if devices % c["fsdp"]:
+        raise ValueError(f"fsdp divides devices ({devices}), was given {c['fsdp']}")
+    if c["sft"]["batch_rows"] % (devices * c["sft"]["microbatches"]):
+        raise ValueError(
+            f"sft.batch_rows is a multiple of devices times sft.microbatches ({devices} x {c['sft']['microbatches']}), "
+            f"was given {c['sft']['batch_rows']}"
+        )
     for section in ("sft", "grpo"):
         at_least(f"{section}.row_length", c[section]["row_length"], window)
     if c["grpo"]["prompts"] > c["problems"]["train"]:
@@ -238,7 +254,7 @@ def read_settings(config: ml_collections.ConfigDict) -> Settings:
         return build(style, SolverConfig, **values)
 
     solvers = {style: solver(style) for style in STYLES}
-    model = {**c["model"], **{name: c["model"][name] or None for name in ("kv_heads", "feed_forward")}}
+    model = _model_sizes(c["model"])
     model["context"] = -(-max(window, c["grpo"]["row_length"]) // 128) * 128
     build("model", LlamaConfig, vocab_size=8, **model)
 
@@ -253,7 +269,7 @@ def read_settings(config: ml_collections.ConfigDict) -> Settings:
             f"problems.unseen_targets is from 0 to less than 1, was given {c['problems']['unseen_targets']}"
         )
     return Settings(
-        config=c, name=c["name"], seed=c["seed"], devices=devices, window=window,
+        config=c, name=c["name"], seed=c["seed"], devices=devices, fsdp=c["fsdp"], window=window,
         problems=build("problems", ProblemRange, **problems),
         train=c["problems"]["train"], held_out=c["problems"]["held_out"],
         repeats=c["problems"]["repeats"], unseen_targets=c["problems"]["unseen_targets"],
@@ -267,3 +283,16 @@ def read_settings(config: ml_collections.ConfigDict) -> Settings:
         evaluate_slots=c["evaluate"]["slots"], export_dtype=c["export"]["dtype"],
         export_check_trees=c["export"]["check_trees"],
     )  # fmt: skip
+
+
+def _model_sizes(section: dict[str, Any]) -> dict[str, Any]:
+    """A section "model" as the values of `LlamaConfig`: what is 0 is the preset's, or left to the config."""
+    section = dict(section)
+    name = section.pop("preset")
+    if name not in PRESETS:
+        raise ValueError(f"model.preset is one of {', '.join(PRESETS)}, was given {name!r}")
+    preset = PRESETS[name]
+    if section["width"] not in (0, preset["width"]):
+        preset = {**preset, "feed_forward": None}
+    sizes = {key: section[key] or preset[key] for key in preset}
+    return {**section, **sizes, "kv_heads": section["kv_heads"] or None}

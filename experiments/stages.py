@@ -45,7 +45,8 @@ class Run:
 
     def __init__(self, settings: Settings, workdir: Path):
         self.settings, self.workdir = settings, workdir
-        self.mesh = data_mesh(settings.devices)  # first: a refusal must not leave its config in the folder
+        # First: a refusal must not leave its config in the folder.
+        self.mesh = data_mesh(settings.devices, settings.fsdp)
         self._claim()
 
     def run(self, stages: Sequence[str]) -> None:

@@ -31,10 +31,33 @@ def attend_masked(q_BxTxNxH: Array, k_BxSxKxH: Array, v_BxSxKxH: Array, mask_BxT
     return jnp.einsum("bkgts,bskh->btkgh", weights.astype(v_BxSxKxH.dtype), v_BxSxKxH).reshape(B, T, N, H)
 
 
-def packed_attention(enter_BxT: Array, exit_BxT: Array):
-    """An `Attend` for packed rows whose cost follows the blocks that are seen, not T squared.
+def packed_attention(enter_BxT: Array, exit_BxT: Array, kind: str = "auto", dtype: str = "float32"):
+    """An `Attend` for packed rows (`Attend` of apr_jax.model.llama).
 
-    Queries go block by block, row by row, each over the blocks from the first that it sees to its own:
+    kind: "dense", the oracle; "blocked", whose cost follows the blocks that are seen, for CPUs; "cudnn", the fused
+    kernel of NVIDIA's library, which takes the mask as a bias [B, 1, T, T] and bfloat16 only; "auto": blocked where
+    JAX's default backend is the CPU, else cudnn for bfloat16 on CUDA, else dense.
+    """
+    if kind == "auto":
+        cpu, cuda = jax.default_backend() == "cpu", jax.default_backend() == "gpu"
+        kind = "blocked" if cpu else "cudnn" if cuda and dtype == "bfloat16" else "dense"
+    if kind == "blocked":
+        return _blocked_attention(enter_BxT, exit_BxT)
+    mask_BxTxT = visible(enter_BxT, exit_BxT)
+    if kind == "dense":
+        return lambda q, k, v, carry: (attend_masked(q, k, v, mask_BxTxT), carry)
+
+    def attend(q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, carry):
+        out = jax.nn.dot_product_attention(
+            q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, mask=mask_BxTxT[:, None], implementation="cudnn"
+        )
+        return out, carry
+
+    return attend
+
+
+def _blocked_attention(enter_BxT: Array, exit_BxT: Array):
+    """Queries go block by block, row by row, each over the blocks from the first that it sees to its own:
     pieces lie one behind the other in a row, so a thread never looks back past its own beginning. How many
     blocks those are picks one of a few compiled branches. `attend_masked` under `visible` is the oracle.
     """
@@ -58,8 +81,8 @@ def packed_attention(enter_BxT: Array, exit_BxT: Array):
 
 
 def _block_size(T: int) -> int:
-    """At least 128 and at most sixteen blocks a row: every count of blocks is a branch to compile."""
-    return min(T, max(128, -(-T // 16 // 128) * 128))
+    """At least 64 and at most sixteen blocks a row: every count of blocks is a branch to compile."""
+    return min(T, max(64, -(-T // 16 // 64) * 64))
 
 
 def _blocks_back(enter_BxT: Array, exit_BxT: Array, block: int) -> Array:

@@ -14,6 +14,16 @@ from flax import nnx
 Array = jax.Array
 # (q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, layer's carry or None) -> (out_BxTxNxH, what the layer leaves behind)
 Attend = Callable[[Array, Array, Array, object], tuple[Array, object]]
+# (name of a parameter, the share of it that this device holds, for one layer where it is stacked) -> the whole
+Gather = Callable[[str, Array], Array]
+
+ATTENTIONS = ("auto", "blocked", "dense", "cudnn")
+# What the backward pass finds of a layer's activations; the rest it computes again.
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # products with weights, not attention's
+    "full": jax.checkpoint_policies.nothing_saveable,  # the layer's input alone
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +41,14 @@ class LlamaConfig:
     norm_epsilon: float = 1e-5
     tie_embeddings: bool = False
     dtype: str = "float32"  # of the computation; parameters are float32
-    remat: bool = False  # recompute a layer's activations in the backward pass
+    attention: str = "auto"  # how packed rows attend, see `attention.packed_attention`
+    remat: str = "none"  # see REMAT
+    scan: bool = False  # one compiled layer for all, where no cache is carried; see `Llama.hidden`
 
     def __post_init__(self):
+        for name, allowed in (("attention", ATTENTIONS), ("remat", tuple(REMAT))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is one of {', '.join(allowed)}, was given {getattr(self, name)!r}")
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise ValueError(f"width {self.width} over {self.heads} heads must give an even head size")
         if self.heads % self.kv:
@@ -54,8 +69,22 @@ class LlamaConfig:
         return self.feed_forward or -(-self.width * 8 // 3 // 32) * 32
 
 
+# Sizes by name: about 1 M, 25 M and the paper's 228 M parameters outside the tables.
+PRESETS = {
+    "tiny": {"width": 128, "layers": 4, "heads": 4, "feed_forward": 352},
+    "small": {"width": 512, "layers": 8, "heads": 8, "feed_forward": 1376},
+    "base": {"width": 1024, "layers": 18, "heads": 16, "feed_forward": 2752},
+}
+
+
 class Llama(nnx.Module):
-    """The parameters and one way through them; what attention sees is the caller's (`Attend`)."""
+    """The parameters and one way through them; what attention sees is the caller's (`Attend`).
+
+    `gather` makes a whole parameter of the share that a device holds, where weights are sharded (`Trainer` sets it):
+    a layer's just before the layer uses them, in the dtype of the computation.
+    """
+
+    gather: Gather | None = None
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -85,9 +114,10 @@ class Llama(nnx.Module):
     def hidden(self, tokens_BxT: Array, positions_BxT: Array, attend: Attend, cache: list | None = None):
         """Last hidden states [B, T, D], normed, and the cache as `attend` left it.
 
-        `cache` has an entry per layer, handed to `attend` as its carry. Layers run unrolled, not under a scan,
-        which in JAX 0.10 would copy every layer's cache out of a stack and back at every token, and would
-        differentiate the branches of `packed_attention` a second time in spite of its own gradient.
+        `cache` has an entry per layer, handed to `attend` as its carry. With a cache, layers run unrolled: a scan would
+        in JAX 0.10 copy every layer's cache out of a stack and back at every token. Without one they run as
+        `config.scan` says. A scan compiles one layer for all, which pays from some ten layers on; but it makes JAX
+        differentiate the branches of blocked attention a second time in spite of their own gradient.
         """
         config = self.config
         dtype = jnp.dtype(config.dtype)
@@ -95,14 +125,14 @@ class Llama(nnx.Module):
         # Rows and time are one axis M outside attention, and every product is one of two matrices: on the CPU
         # the gradients of products over more axes fall off the fast path (measured: half the step).
         M = B * T
-        x_MxD = self.embed_VxD[...][tokens_BxT.reshape(M)].astype(dtype)
+        x_MxD = self._whole("embed_VxD", self.embed_VxD[...])[tokens_BxT.reshape(M)].astype(dtype)
         rotation = _rotation(positions_BxT, config.head_size, config.rope_theta)
 
         def project(h_MxD, w_DxNxH):
             return (h_MxD @ w_DxNxH.reshape(config.width, -1)).reshape(B, T, -1, config.head_size)
 
         def layer(x_MxD, w, carry):
-            w = jax.tree.map(lambda value: value.astype(dtype), w)
+            w = {name: self._whole(f"layers/{name}", value.astype(dtype)) for name, value in w.items()}
             h_MxD = rms_norm(x_MxD, w["attention_norm_LxD"], config.norm_epsilon)
             q_BxTxNxH = rotate(project(h_MxD, w["q_LxDxNxH"]), rotation)
             k_BxTxKxH = rotate(project(h_MxD, w["k_LxDxKxH"]), rotation)
@@ -114,19 +144,31 @@ class Llama(nnx.Module):
             return x_MxD + out_MxD, left
 
         weights = {name: parameter[...] for name, parameter in self.layers.items()}
-        body = jax.checkpoint(layer) if config.remat else layer
+        policy = REMAT[config.remat]
+        body = layer if policy is None else jax.checkpoint(layer, policy=policy)
         left = []
+        if config.scan and cache is None:
+            x_MxD, _ = jax.lax.scan(lambda x_MxD, w: (body(x_MxD, w, None)[0], None), x_MxD, weights)
+            return self._normed(x_MxD).reshape(B, T, -1), left
         for l in range(config.layers):
             x_MxD, after = body(
                 x_MxD, jax.tree.map(lambda value: value[l], weights), None if cache is None else cache[l]
             )
             left.append(after)
-        return rms_norm(x_MxD, self.norm_D[...].astype(dtype), config.norm_epsilon).reshape(B, T, -1), left
+        return self._normed(x_MxD).reshape(B, T, -1), left
 
     def logits(self, hidden: Array) -> Array:
         """float32 logits over V of hidden states with any leading axes."""
-        head_DxV = self.embed_VxD[...].T if self.head_DxV is None else self.head_DxV[...]
-        return jnp.einsum("...d,dv->...v", hidden, head_DxV.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        name, table = ("embed_VxD", self.embed_VxD) if self.head_DxV is None else ("head_DxV", self.head_DxV)
+        head = self._whole(name, table[...].astype(hidden.dtype))
+        head_DxV = head.T if self.head_DxV is None else head
+        return jnp.einsum("...d,dv->...v", hidden, head_DxV, preferred_element_type=jnp.float32)
+
+    def _normed(self, x_MxD: Array) -> Array:
+        return rms_norm(x_MxD, self._whole("norm_D", self.norm_D[...]), self.config.norm_epsilon)
+
+    def _whole(self, name: str, share: Array) -> Array:
+        return share if self.gather is None else self.gather(name, share)
 
 
 def rms_norm(x: Array, scale_D: Array, epsilon: float) -> Array:

@@ -57,7 +57,7 @@ class _Request:
 
 
 class JaxEngine:
-    """An `Engine` on the devices of a mesh with one axis, "data". One stop set and one `Sampling` at a time.
+    """An `Engine` on the devices of a mesh, each with slots and a copy of the weights. One stop set and one `Sampling` at a time.
 
     `weights` may be replaced between rollouts (`load`); sequences must be freed before.
     """
@@ -69,7 +69,8 @@ class JaxEngine:
         if context > model.config.context:
             raise ValueError(f"the model holds {model.config.context} tokens, an engine of {context} was asked for")
         self.context, self.seed, self.steps = context, seed, steps
-        self._mesh, self._slots, self._config = mesh, slots, model.config
+        self._mesh = mesh = Mesh(mesh.devices.reshape(-1), ("data",))
+        self._slots, self._config = slots, model.config
         self._by_slot = NamedSharding(mesh, P("data"))
         self._graphdef, weights = nnx.split(model)
         self.load(weights)

@@ -28,6 +28,7 @@ from apr_jax.threads.tree import Block, Spawn, Thread, ThreadTree
 
 # What a block is to its thread. A call leaves the thread's context where its join comes in.
 FORCED, SAMPLED, CALL_FORCED, CALL_SAMPLED, JOIN = range(5)
+SAMPLED_ROLES = (SAMPLED, CALL_SAMPLED)
 ARRAYS = ("tokens", "blocks", "threads", "trees", "info")
 _CHUNK = 1 << 16  # elements read and decompressed together
 _CACHE_BYTES = 64 << 20  # of decompressed chunks kept while reading

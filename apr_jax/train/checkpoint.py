@@ -1,4 +1,8 @@
-"""Orbax checkpoints: what a stage saves along the way and finds again when it is started again."""
+"""Orbax checkpoints: what a stage saves along the way and finds again when it is started again.
+
+A save returns when the state is copied; the files are written beside the training that goes on, and a finished step is
+renamed into place. An error of that writing is told at the next call.
+"""
 
 import errno
 from pathlib import Path
@@ -20,9 +24,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int = 2):
         self.folder = Path(folder).absolute()
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=ocp.checkpoint_managers.LatestN(keep), enable_async_checkpointing=False
-        )
+        options = ocp.CheckpointManagerOptions(preservation_policy=ocp.checkpoint_managers.LatestN(keep))
+        self._saving: int | None = None  # the step whose files may still be on their way
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=options,
@@ -34,14 +37,26 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, meta: dict) -> None:
-        """Raises CheckpointError where the disk is full or the folder cannot be written; what was saved
-        before stays whole, since Orbax renames a finished step into place."""
+        """Begins to save, after the save before has ended. Raises CheckpointError where the disk is full or the folder
+        cannot be written, this time or the last; what was saved before stays whole."""
+        self.wait()
+        self._saving = step
+        self._told(
+            self._manager.save,
+            step,
+            args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)),
+        )
+
+    def wait(self) -> None:
+        """Returns when everything is on disk. Raises CheckpointError as `save` does."""
+        self._told(self._manager.wait_until_finished)
+        self._saving = None
+
+    def _told(self, call, *args, **kwargs) -> None:
         try:
-            self._manager.save(
-                step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
-            )
-            self._manager.wait_until_finished()
+            call(*args, **kwargs)
         except Exception as error:  # Orbax wraps the operating system's errors in its own
+            step, self._saving = self._saving, None
             full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
             why = "the disk is full" if full else f"{type(error).__name__}: {_first_line(error)}"
             raise CheckpointError(f"step {step} could not be saved under {self.folder}: {why}") from None
@@ -59,7 +74,11 @@ class Checkpoints:
         return step, found["state"]
 
     def close(self) -> None:
-        self._manager.close()
+        """Waits for what is being written. Raises CheckpointError as `save` does."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
 
 
 def load_model(folder: Path | str) -> tuple[Llama, dict]:
@@ -76,7 +95,10 @@ def load_model(folder: Path | str) -> tuple[Llama, dict]:
     try:
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
             meta = reader.restore(folder / "meta")
-        config = LlamaConfig(**meta["model"])
+        sizes = dict(meta["model"])
+        if isinstance(sizes.get("remat"), bool):  # checkpoints made before remat had choices
+            del sizes["remat"]
+        config = LlamaConfig(**sizes)
         model = Llama(config, rngs=nnx.Rngs(0))
         graphdef, weights = nnx.split(model)
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:

@@ -42,6 +42,7 @@ from apr_jax.train.metrics import MetricsLog, Progress
 from apr_jax.train.optimizer import OptimizerConfig, make_optimizer
 from apr_jax.train.pack import Piece, first_fit, lay_out, pack_rows
 from apr_jax.train.step import Trainer
+from apr_jax.train.termination import Notice, Terminated
 
 AGGREGATES = ("tree", "sequence", "token")
 
@@ -152,7 +153,10 @@ class GrpoTrainer:
         self.engine = JaxEngine(model, mesh, slots=slots, context=budget.context, seed=config.seed)
         self.runner = TreeRunner(self.engine, protocol, tokenizer, budget, Sampling(config.temperature))
         optimizer = make_optimizer(config.optimizer, config.steps * config.inner_steps)
-        self.trainer = Trainer(model, lambda model, rows: grpo_loss(model, rows, config), optimizer, mesh)
+        self.trainer = Trainer(
+            model, lambda model, rows: grpo_loss(model, rows, config), optimizer, mesh,
+            whole_layers=config.optimizer.name == "muon",
+        )  # fmt: skip
         self.reference = nnx.to_pure_dict(nnx.state(model)) if config.kl else None
         self._score = jax.jit(
             lambda weights, rows: token_logprobs(
@@ -201,16 +205,17 @@ class GrpoTrainer:
                 batch["reference"] = np.asarray(self._score(self.reference, batch))
         divisor = sum(map(len, groups)) if config.aggregate != "token" else None
         for inner in range(config.inner_steps):
-            state, sums, norm = self.trainer.step(state, batches, divisor)
+            state, sums = self.trainer.step(state, batches, divisor)
             if inner == 0:
                 # Before any update the trainer must find the engine's own log-probabilities again.
                 metrics["train/engine_difference"] = float(sums["difference"] / sums["trained"])
         sums = {name: float(value) for name, value in sums.items()}
-        if sums["loss"] != sums["loss"]:
-            raise FloatingPointError(f"the GRPO loss of update {int(state.step)} is no number")
+        if sums["skipped"]:
+            raise FloatingPointError(f"the gradient of GRPO update {int(state.step)} is not finite")
         for name in ("clipped", "kl", "entropy"):
             metrics[f"train/{name}"] = sums[name] / sums["trained"]
-        metrics |= {"train/gradient_norm": float(norm), "train/tokens": sums["trained"], "train/rows": len(rows)}
+        metrics |= {"train/gradient_norm": sums["gradient_norm"], "train/tokens": sums["trained"]}
+        metrics["train/rows"] = len(rows)
         return state, metrics
 
 
@@ -246,18 +251,23 @@ def run_grpo(
     log = MetricsLog(folder, start)
     progress = Progress(f"grpo {folder.name}", config.steps, "steps", start)
     try:
-        for step in range(start + 1, config.steps + 1):
-            began = time.monotonic()
-            chosen = random.Random(f"{config.seed}/{step}").sample(range(len(problems)), config.prompts)
-            groups = trainer.sample(state, step, [problems[i] for i in chosen])
-            sampled = time.monotonic()
-            state, metrics = trainer.update(state, groups)
-            metrics = rollout_metrics(groups) | metrics
-            metrics |= {"seconds/sample": sampled - began, "seconds/update": time.monotonic() - sampled}
-            log.write(step, metrics)
-            progress.update(step, f"reward {metrics['rollout/reward']:.3f}")
-            if step % config.save_every == 0 or step == config.steps:
-                checkpoints.save(step, state, {**meta, "step": step})
+        with Notice() as notice:
+            for step in range(start + 1, config.steps + 1):
+                began = time.monotonic()
+                chosen = random.Random(f"{config.seed}/{step}").sample(range(len(problems)), config.prompts)
+                groups = trainer.sample(state, step, [problems[i] for i in chosen])
+                sampled = time.monotonic()
+                state, metrics = trainer.update(state, groups)
+                metrics = rollout_metrics(groups) | metrics
+                metrics |= {"seconds/sample": sampled - began, "seconds/update": time.monotonic() - sampled}
+                log.write(step, metrics)
+                progress.update(step, f"reward {metrics['rollout/reward']:.3f}")
+                last, told = step == config.steps, notice.given(step)
+                if last or told or step % config.save_every == 0:
+                    checkpoints.save(step, state, {**meta, "step": step})
+                if told and not last:
+                    checkpoints.wait()
+                    raise Terminated(f"grpo {folder.name} is saved at step {step} of {config.steps}")
         return trainer.trainer.model(state)
     finally:
         log.close()

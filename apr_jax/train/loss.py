@@ -5,14 +5,17 @@ import jax.numpy as jnp
 
 from apr_jax.model.attention import packed_attention
 from apr_jax.model.llama import Llama
+from apr_jax.threads.store import CALL_SAMPLED, FORCED, JOIN, SAMPLED, SAMPLED_ROLES
 
 Array = jax.Array
+# What a token is to whoever wrote it, by the name under which its validation loss is told.
+KINDS = {"written": SAMPLED, "call": CALL_SAMPLED, "prompt": FORCED, "join": JOIN}
 
 
 def row_logits(model: Llama, rows: dict[str, Array]) -> Array:
     """float32 logits [B, T, V] that predict each token of packed rows: those of its predecessor.
     A token without one gets those of token 0; its weight must be 0."""
-    attend = packed_attention(rows["enter"], rows["exit"])
+    attend = packed_attention(rows["enter"], rows["exit"], model.config.attention, model.config.dtype)
     hidden_BxTxD, _ = model.hidden(rows["tokens"], rows["positions"], attend)
     before_BxTx1 = jnp.maximum(rows["predecessors"], 0)[:, :, None]
     return model.logits(jnp.take_along_axis(hidden_BxTxD, before_BxTx1, axis=1))
@@ -31,7 +34,8 @@ def trained_tokens(rows: dict[str, Array], mode: str) -> Array:
     if mode == "all":
         return predicted.astype(jnp.float32)
     if mode == "sampled":
-        return (predicted & rows["sampled"]).astype(jnp.float32)
+        written = [rows["role"] == role for role in SAMPLED_ROLES]
+        return (predicted & (written[0] | written[1])).astype(jnp.float32)
     raise ValueError(f"loss mode is 'sampled' or 'all', was given {mode!r}")
 
 
@@ -42,4 +46,22 @@ def supervised_loss(model: Llama, rows: dict[str, Array], mode: str) -> tuple[Ar
     weight = trained_tokens(rows, mode)
     loss = -jnp.sum(weight * token_logprobs(logits, rows["tokens"]))
     right = jnp.sum(weight * (jnp.argmax(logits, axis=-1) == rows["tokens"]))
-    return loss, {"weight": jnp.sum(weight), "right": right, "tokens": jnp.sum(rows["exit"] > rows["enter"])}
+    return loss, {"weight": jnp.sum(weight), "right": right, **row_sums(rows)}
+
+
+def row_sums(rows: dict[str, Array]) -> dict[str, Array]:
+    """`tokens` that are no padding, and `seen`, what all of them see together: each its own path up to itself."""
+    real = rows["exit"] > rows["enter"]
+    return {"tokens": jnp.sum(real), "seen": jnp.sum(jnp.where(real, rows["positions"] + 1, 0))}
+
+
+def loss_by_kind(model: Llama, rows: dict[str, Array]) -> dict[str, Array]:
+    """Sums of cross-entropies, of right guesses and of tokens for each of `KINDS`, whatever the loss trains on."""
+    logits = row_logits(model, rows)
+    loss, right = -token_logprobs(logits, rows["tokens"]), jnp.argmax(logits, axis=-1) == rows["tokens"]
+    sums = {}
+    for name, role in KINDS.items():
+        of_kind = (rows["predecessors"] >= 0) & (rows["role"] == role)
+        for what, values in (("loss", loss), ("right", right), ("count", 1.0)):
+            sums[f"{what}/{name}"] = jnp.sum(jnp.where(of_kind, values, 0.0))
+    return sums

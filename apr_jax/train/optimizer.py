@@ -1,24 +1,36 @@
-"""Optimisers and schedules. One table of regular expressions on parameter names says what Muon takes.
+"""Optimisers and schedules. One table of regular expressions on parameter names says how each is trained.
 
 First match wins; a parameter that no line matches raises, so that a new one is never trained by accident.
 """
 
 import dataclasses
 import re
+from typing import NamedTuple
 
 import jax
 import optax
 from optax.contrib import MuonDimensionNumbers
 
-# name -> (axes summed over, axes produced) of a matrix that Muon makes orthogonal, layer by layer;
-# None: trained by Adam, as Muon's authors do with tables, heads and gains.
-MUON_AXES = (
-    (r"layers/[qkv]_", ((1,), (2, 3))),
-    (r"layers/o_", ((1, 2), (3,))),
-    (r"layers/(gate|up|down)_", ((1,), (2,))),
-    (r".*norm_|embed_|head_", None),
+
+class Rule(NamedTuple):
+    """How the parameters that `pattern` matches from their beginning are trained.
+
+    `muon`: (axes summed over, axes produced) of a matrix that Muon makes orthogonal, layer by layer; None: trained by
+    Adam, as Muon's authors do with tables, heads and gains. `decay`: whether weight decay applies.
+    """
+
+    pattern: str
+    muon: tuple[tuple[int, ...], tuple[int, ...]] | None
+    decay: bool
+
+
+RULES = (
+    Rule(r"layers/[qkv]_", ((1,), (2, 3)), True),
+    Rule(r"layers/o_", ((1, 2), (3,)), True),
+    Rule(r"layers/(gate|up|down)_", ((1,), (2,)), True),
+    Rule(r".*norm_", None, False),
+    Rule(r"embed_|head_", None, True),
 )
-NO_DECAY = r"norm_"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +47,13 @@ class OptimizerConfig:
     weight_decay: float = 0.01
     clip: float = 1.0  # global norm of the gradient; 0: none
     beta2: float = 0.999
+    frozen: str = ""  # a regular expression: parameters whose names it finds keep their values; "": none
 
     def __post_init__(self):
+        try:
+            re.compile(self.frozen)
+        except re.error as error:
+            raise ValueError(f"frozen is a regular expression, was given {self.frozen!r}: {error}") from None
         if self.name not in ("adamw", "muon"):
             raise ValueError(f"optimizer name is adamw or muon, was given {self.name!r}")
         if self.schedule not in ("cosine", "linear", "constant"):
@@ -49,22 +66,28 @@ def path_name(path) -> str:
     return "/".join(key for key in keys if key != "value")
 
 
+def rule_of(path) -> Rule:
+    """The line of `RULES` for a parameter's path. Raises ValueError where there is none."""
+    name = path_name(path)
+    for rule in RULES:
+        if re.match(rule.pattern, name):
+            return rule
+    raise ValueError(f"no line of RULES matches the parameter {name!r}")
+
+
 def muon_dimensions(params):
     """For each parameter Muon's axes, or None for Adam."""
 
     def axes(path, _):
-        name = path_name(path)
-        for pattern, found in MUON_AXES:
-            if re.match(pattern, name):
-                return None if found is None else MuonDimensionNumbers(*found)
-        raise ValueError(f"no line of MUON_AXES matches the parameter {name!r}")
+        muon = rule_of(path).muon
+        return None if muon is None else MuonDimensionNumbers(*muon)
 
     return jax.tree_util.tree_map_with_path(axes, params)
 
 
 def decayed(params):
-    """True where weight decay applies: everything but the gains of norms."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: not re.search(NO_DECAY, path_name(path)), params)
+    """True where weight decay applies."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: rule_of(path).decay, params)
 
 
 def rate_schedule(config: OptimizerConfig, peak: float, steps: int) -> optax.Schedule:
@@ -94,4 +117,15 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             weight_decay_mask=decayed,
             muon_weight_dimension_numbers=muon_dimensions,
         )
-    return optax.chain(optax.clip_by_global_norm(config.clip), inner) if config.clip else inner
+    chain = optax.chain(optax.clip_by_global_norm(config.clip), inner) if config.clip else inner
+    if not config.frozen:
+        return chain
+
+    def labels(params):
+        label = lambda path, _: "frozen" if re.search(config.frozen, path_name(path)) else "trained"  # noqa: E731
+        found = jax.tree_util.tree_map_with_path(label, params)
+        if "trained" not in jax.tree.leaves(found):
+            raise ValueError(f"optimizer.frozen ({config.frozen!r}) leaves no parameter to train")
+        return found
+
+    return optax.partition({"trained": chain, "frozen": optax.set_to_zero()}, labels)

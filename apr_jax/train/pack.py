@@ -23,9 +23,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from apr_jax.threads import Thread, ThreadTree
-from apr_jax.threads.store import CALL_FORCED, CALL_SAMPLED, SAMPLED, TreeStore, block_rows
+from apr_jax.threads.store import CALL_FORCED, CALL_SAMPLED, SAMPLED_ROLES, TreeStore, block_rows
 
-ROW_FIELDS = ("tokens", "positions", "predecessors", "enter", "exit", "sampled", "logprobs", "share", "advantage")
+ROW_FIELDS = ("tokens", "positions", "predecessors", "enter", "exit", "role", "logprobs", "share", "advantage")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Piece:
     predecessors: np.ndarray  # int32, index within the piece, -1 for the first
     enter: np.ndarray  # int32
     exit: np.ndarray  # int32
-    sampled: np.ndarray  # bool: the model wrote it (or would have: a solver's thread)
+    role: np.ndarray  # int32: who wrote it and where, a role of threads.store
     logprobs: np.ndarray  # float32: under the distribution it was drawn from; 0 where forced or unknown
     share: np.ndarray  # float32: weight of each of its trained tokens (1 in SFT, GRPO's aggregation)
     advantage: np.ndarray  # float32: GRPO's, 0 in SFT
@@ -45,6 +45,11 @@ class Piece:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def sampled(self) -> np.ndarray:
+        """bool: the model wrote it (or would have: a solver's thread)."""
+        return np.isin(self.role, SAMPLED_ROLES)
 
 
 def lay_out(thread: Thread, share: float = 1.0, advantage: float = 0.0) -> Piece:
@@ -89,7 +94,7 @@ def lay_out_blocks(
         predecessors=predecessors,
         enter=np.repeat(np.arange(nodes, dtype=np.int32), lengths),
         exit=np.repeat(closes, lengths),
-        sampled=np.repeat((roles == SAMPLED) | (roles == CALL_SAMPLED), lengths),
+        role=np.repeat(roles, lengths),
         logprobs=np.zeros(n, np.float32) if logprobs is None else logprobs,
         share=np.full(n, share, np.float32),
         advantage=np.full(n, advantage, np.float32),
@@ -146,12 +151,11 @@ def first_fit(lengths: Sequence[int], row_length: int, open_rows: int = 32) -> l
 
 def pack_rows(rows: Iterable[Sequence[Piece]], row_length: int, row_count: int | None = None) -> dict[str, np.ndarray]:
     """Rows of pieces as arrays [B, T] by the names of `ROW_FIELDS`. Padding has an interval that sees
-    nothing, no predecessor and no weight; `row_count` adds empty rows."""
+    nothing, no predecessor, no role and no weight; `row_count` adds empty rows."""
     rows = list(rows)
     B, T = row_count or len(rows), row_length
     packed = {name: np.zeros((B, T), np.int32) for name in ("tokens", "positions")}
-    packed |= {name: np.full((B, T), -1, np.int32) for name in ("predecessors", "enter", "exit")}
-    packed["sampled"] = np.zeros((B, T), bool)
+    packed |= {name: np.full((B, T), -1, np.int32) for name in ("predecessors", "enter", "exit", "role")}
     packed["logprobs"] = np.zeros((B, T), np.float32)
     packed["share"] = np.zeros((B, T), np.float32)
     packed["advantage"] = np.zeros((B, T), np.float32)
@@ -184,14 +188,21 @@ class PackedBatches:
         self._epoch, self._first_step, self._rows = -1, 0, []
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        return self.pack(self.rows(step))
+
+    def rows(self, step: int) -> list[list[int]]:
+        """The rows of a batch, as numbers of pieces."""
         if step < self._first_step:
             self._epoch, self._first_step, self._rows = -1, 0, []
         while step >= self._first_step + len(self._rows) // self.batch_rows:
             self._first_step += len(self._rows) // self.batch_rows
             self._open_epoch(self._epoch + 1)
         row = (step - self._first_step) * self.batch_rows
-        chosen = self._rows[row : row + self.batch_rows]
-        return pack_rows([[self._pieces[i] for i in indices] for indices in chosen], self.row_length)
+        return self._rows[row : row + self.batch_rows]
+
+    def pack(self, rows: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+        """Some rows, as arrays."""
+        return pack_rows([[self._pieces[i] for i in indices] for indices in rows], self.row_length)
 
     def _open_epoch(self, epoch: int) -> None:
         rng = random.Random(f"{self.seed}/{epoch}")

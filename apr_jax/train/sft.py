@@ -2,18 +2,22 @@
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
 
+from apr_jax.model.flops import peak_flops, training_flops
 from apr_jax.model.llama import Llama
 from apr_jax.train.checkpoint import Checkpoints
-from apr_jax.train.loss import supervised_loss
+from apr_jax.train.loss import KINDS, loss_by_kind, supervised_loss
 from apr_jax.train.metrics import MetricsLog, Progress
 from apr_jax.train.optimizer import OptimizerConfig, make_optimizer
 from apr_jax.train.pack import PackedBatches, Piece
-from apr_jax.train.step import Trainer
+from apr_jax.train.step import Rows, Trainer
+from apr_jax.train.termination import Notice, Terminated
+
+VALIDATION_BATCHES = 8  # at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,13 +25,77 @@ class SftConfig:
     """The paper: 19,000 steps of 256 rows of 4,096 tokens, loss on all tokens."""
 
     steps: int
-    batch_rows: int  # rows of one update, over all devices
+    batch_rows: int  # rows of one update, over all devices and microbatches
     row_length: int  # tokens
     optimizer: OptimizerConfig
     loss_tokens: str = "sampled"  # or "all", the paper's
+    microbatches: int = 1  # parts of a batch whose gradients are added up, to need the memory of one
     seed: int = 0
     save_every: int = 200  # steps
     log_every: int = 10  # steps
+    validate_every: int = 0  # steps; 0: at the end alone
+    most_skipped: int = 10  # steps without an update, their gradient not being finite, after which the run stops
+
+
+class SftRun:
+    """What one run's loop and its reports share."""
+
+    def __init__(self, model: Llama, config: SftConfig, mesh, batches: PackedBatches, folder: Path, start: int):
+        self.config, self.mesh, self.batches = config, mesh, batches
+        self._model = model.config
+        self._main = jax.process_index() == 0  # one process writes and tells
+        self.log = MetricsLog(folder, start) if self._main else None
+        self._progress = Progress(f"sft {folder.name}", config.steps, "steps", start)
+        peak = peak_flops(mesh.devices.flat[0], model.config.dtype)
+        self._peak = None if peak is None else peak * mesh.size
+        self._seen: dict[str, float] = {"tokens": 0.0, "seen": 0.0}
+        self._began = time.monotonic()
+
+    def microbatches(self, step: int) -> Iterator[Rows]:
+        """This process' rows of a step (counted from 1), microbatch by microbatch."""
+        rows = self.batches.rows(step - 1)
+        size = len(rows) // self.config.microbatches
+        own = size // jax.process_count()
+        for first in range(0, len(rows), size):
+            at = first + jax.process_index() * own
+            yield self.batches.pack(rows[at : at + own])
+
+    def report(self, step: int, sums: dict) -> None:
+        """Reads what a step left on the device, and writes it where it is the step's turn. Raises FloatingPointError
+        where too many steps were skipped."""
+        config = self.config
+        values = {name: float(value) for name, value in jax.device_get(sums).items()}
+        if values["skipped"] > config.most_skipped:
+            raise FloatingPointError(
+                f"the gradients of {values['skipped']:.0f} steps up to step {step} were not finite (most_skipped is "
+                f"{config.most_skipped}): lower the rates, or go back to an earlier checkpoint"
+            )
+        for name in self._seen:
+            self._seen[name] += values[name]
+        if not self._main:
+            return
+        loss = values["loss"] / values["weight"]
+        if step % config.log_every == 0 or step == config.steps:
+            seconds = time.monotonic() - self._began
+            flops = training_flops(self._model, self._seen["tokens"], self._seen["seen"]) / seconds
+            line = {
+                "loss": loss,
+                "accuracy": values["right"] / values["weight"],
+                "gradient_norm": values["gradient_norm"],
+                "tokens": values["tokens"],
+                "packing": values["tokens"] / (config.batch_rows * config.row_length),
+                "tokens_per_second": self._seen["tokens"] / seconds,
+                "model_flops_per_second": flops,
+                "skipped": values["skipped"],
+            }
+            if self._peak is not None:
+                line["model_flops_utilisation"] = flops / self._peak
+            self.log.write(step, line)
+        self._progress.update(step, f"loss {loss:.3f}")
+
+    def close(self) -> None:
+        if self.log is not None:
+            self.log.close()
 
 
 def run_sft(
@@ -41,17 +109,24 @@ def run_sft(
 ) -> Llama:
     """Trains to the last step, from the newest checkpoint under `folder` where there is one.
 
-    `meta` is saved beside the weights. Metrics are written one step late, so that the device never waits
-    for the host. Raises FloatingPointError at the first loss that is no number.
+    `meta` is saved beside the weights. A step is read when the next one is on its way, so that the device never waits
+    for the host. A step whose gradient is not finite is counted and changes nothing. Raises FloatingPointError after
+    too many of those, and `Terminated`, after a save, where the process got a SIGTERM.
     """
-    if config.batch_rows % mesh.devices.size:
-        raise ValueError(f"batch_rows ({config.batch_rows}) must be a multiple of the {mesh.devices.size} devices")
+    parts = mesh.size * config.microbatches
+    if config.batch_rows % parts:
+        raise ValueError(
+            f"batch_rows ({config.batch_rows}) must be a multiple of the {mesh.size} devices"
+            + (f" times {config.microbatches} microbatches" if config.microbatches > 1 else "")
+        )
     batches = PackedBatches(pieces, config.row_length, config.batch_rows, config.seed)
     trainer = Trainer(
         model,
         lambda model, rows: supervised_loss(model, rows, config.loss_tokens),
         make_optimizer(config.optimizer, config.steps),
         mesh,
+        loss_by_kind,
+        whole_layers=config.optimizer.name == "muon",
     )
     state = trainer.init(model)
     checkpoints = Checkpoints(folder / "checkpoints")
@@ -62,62 +137,61 @@ def run_sft(
     if start >= config.steps:
         checkpoints.close()
         return trainer.model(state)
-    log = MetricsLog(folder, start)
-    progress = Progress(f"sft {folder.name}", config.steps, "steps", start)
+    run = SftRun(model, config, mesh, batches, folder, start)
     late = None  # the step before, dispatched but not yet read
-    seen, began = 0.0, time.monotonic()
-
-    def report(step, sums, norm):
-        nonlocal seen
-        values = {name: float(value) for name, value in jax.device_get(sums).items()}
-        loss = values["loss"] / values["weight"]
-        if loss != loss:
-            raise FloatingPointError(f"the loss of step {step} is no number; the last checkpoint is before it")
-        seen += values["tokens"]
-        if step % config.log_every == 0 or step == config.steps:
-            slots = config.batch_rows * config.row_length
-            log.write(
-                step,
-                {
-                    "loss": loss,
-                    "accuracy": values["right"] / values["weight"],
-                    "gradient_norm": float(norm),
-                    "tokens": values["tokens"],
-                    "packing": values["tokens"] / slots,
-                    "tokens_per_second": seen / (time.monotonic() - began),
-                },
-            )
-        progress.update(step, f"loss {loss:.3f}")
-
     try:
-        for step in range(start + 1, config.steps + 1):
-            state, sums, norm = trainer.step(state, [batches[step - 1]])
-            if late is not None:
-                report(*late)
-            late = (step, sums, norm)
-            if step % config.save_every == 0 or step == config.steps:
-                report(*late)
+        with Notice() as notice:
+            for step in range(start + 1, config.steps + 1):
+                state, sums = trainer.step(state, run.microbatches(step))
+                if late is not None:
+                    run.report(*late)
+                late = (step, sums)
+                last, told = step == config.steps, notice.given(step)
+                validates = last or (config.validate_every and step % config.validate_every == 0)
+                if not (validates or told or step % config.save_every == 0):
+                    continue
+                run.report(*late)
                 late = None
-                if step == config.steps and validation:  # before the save: a finished stage has its line
-                    log.write(step, validate(trainer, state, validation, config))
-                checkpoints.save(step, state, {**meta, "step": step})
-        model = trainer.model(state)
+                if validates and validation:  # before the save: a finished stage has its line
+                    found = validate(trainer, state, validation, config)
+                    if run.log is not None:
+                        run.log.write(step, found)
+                if last or told or step % config.save_every == 0:
+                    checkpoints.save(step, state, {**meta, "step": step})
+                if told and not last:
+                    checkpoints.wait()
+                    raise Terminated(f"sft {folder.name} is saved at step {step} of {config.steps}")
+            model = trainer.model(state)
     finally:
-        log.close()
+        run.close()
         checkpoints.close()
     return model
 
 
 def validate(trainer: Trainer, state, pieces: Sequence[Piece], config: SftConfig) -> dict[str, float]:
-    """Loss and accuracy per token on held-out threads (at most eight batches)."""
-    batches = PackedBatches(pieces, config.row_length, config.batch_rows, seed=0)
-    count = max(1, min(8, batches.tokens // (config.batch_rows * config.row_length)))
-    totals = None
+    """Loss and accuracy per token on held-out threads: of the tokens that the loss trains on, and of each of `KINDS`
+    that occurs."""
+    own = config.batch_rows // config.microbatches
+    batches = PackedBatches(pieces, config.row_length, own, seed=0)
+    count = max(1, min(VALIDATION_BATCHES, batches.tokens // (own * config.row_length)))
+    share = own // jax.process_count()
+    mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+    totals: dict[str, float] = {}
     for index in range(count):
-        sums = trainer.measure(state, batches[index])
-        totals = sums if totals is None else jax.tree.map(lambda a, b: a + b, totals, sums)
-    totals = {name: float(value) for name, value in totals.items()}
-    return {
-        "validation_loss": totals["loss"] / totals["weight"],
-        "validation_accuracy": totals["right"] / totals["weight"],
-    }
+        sums = trainer.measure(state, batches.pack(batches.rows(index)[mine]))
+        for name, value in jax.device_get(sums).items():
+            totals[name] = totals.get(name, 0.0) + float(value)
+    return validation_metrics(totals, config.loss_tokens)
+
+
+def validation_metrics(totals: dict[str, float], loss_tokens: str) -> dict[str, float]:
+    """Means from the sums of `loss_by_kind`, by the names under which they are logged."""
+    trained = tuple(KINDS) if loss_tokens == "all" else ("written", "call")
+    of = lambda what, kinds: sum(totals[f"{what}/{kind}"] for kind in kinds)  # noqa: E731
+    groups = {"": trained} | {f"/{kind}": (kind,) for kind in KINDS if totals[f"count/{kind}"]}
+    found = {}
+    for name, kinds in groups.items():
+        count = max(of("count", kinds), 1.0)
+        found[f"validation_loss{name}"] = of("loss", kinds) / count
+        found[f"validation_accuracy{name}"] = of("right", kinds) / count
+    return found

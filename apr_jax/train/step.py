@@ -1,13 +1,18 @@
-"""One training step on a mesh: gradients of sums, added up, then one update.
+"""One training step on a mesh: every device's own gradient, then one reduction and one update.
 
-Losses are sums over tokens and are divided by the whole step's weight at the update. Inside `shard_map`
-with ``check_vma=True`` the gradient with respect to replicated weights comes out summed over the devices,
-which is what a sum wants; a mean of per-device means would weigh devices, not tokens.
+Losses are sums over tokens and are divided by the whole step's weight at the update; a mean of per-device means
+would weigh devices, not tokens. Inside `shard_map` weights are cast to varying before the gradient is taken, so that
+it stays each device's own (facts: under check_vma a gradient with respect to replicated weights comes out summed, once
+per microbatch). Microbatches add up on each device, and the sum over devices is taken once, at the update, which is
+left to the partitioner: it is elementwise, but for Muon's matrices, of which each device does its own layers.
+
+The mesh has two axes, and rows split over both. Over "fsdp" weights and optimiser state are split too: a layer's are
+gathered just before it runs, and what their gradient is scattered into are sums over that axis.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -19,78 +24,191 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from apr_jax.model.llama import Llama
+from apr_jax.train.optimizer import path_name
 
 Array = jax.Array
 Rows = dict[str, np.ndarray]
 # (model, rows) -> (loss as a sum, sums that make metrics; "weight" divides the loss)
 Loss = Callable[[Llama, dict[str, Array]], tuple[Array, dict[str, Array]]]
+AXES = ("data", "fsdp")
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["weights", "optimizer", "step"], meta_fields=[])
-@dataclasses.dataclass
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["weights", "optimizer", "step", "skipped"], meta_fields=[]
+)
+@dataclass
 class TrainState:
     """Everything that training carries from step to step, as pure pytrees."""
 
     weights: Any  # pure dictionary of an nnx.State
     optimizer: Any
-    step: Array  # int32, updates done
+    step: Array  # int32, steps done, those that were skipped among them
+    skipped: Array  # int32, steps whose gradient was not finite and was not applied
 
 
-def data_mesh(devices: int) -> Mesh:
-    """A mesh with the one axis "data". Raises ValueError where there are fewer devices."""
+def data_mesh(devices: int, fsdp: int = 1) -> Mesh:
+    """A mesh of `devices`, `fsdp` of which share one copy of the weights. Raises ValueError where there are fewer
+    devices, or `fsdp` does not divide them."""
     if not 1 <= devices <= jax.device_count():
         raise ValueError(f"{devices} devices were asked for, {jax.device_count()} are there")
-    return jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
+    if not 1 <= fsdp <= devices or devices % fsdp:
+        raise ValueError(f"fsdp divides devices ({devices}), was given {fsdp}")
+    shape, chosen = (devices // fsdp, fsdp), jax.devices()[:devices]
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2, devices=chosen)
+
+
+def split_axis(name: str, shape: tuple[int, ...], parts: int) -> int | None:
+    """Which axis of a parameter is split over "fsdp", counted from the end: the longest that divides, of matrices
+    only. Never the layers' axis: a layer is gathered when it runs. None: every device holds it whole."""
+    own = shape[1:] if name.startswith("layers/") else shape
+    axes = [axis for axis in range(-len(own), 0) if own[axis] % parts == 0]
+    return max(axes, key=lambda axis: own[axis]) if parts > 1 and len(own) > 1 and axes else None
 
 
 class Trainer:
-    """Compiled gradient and update of one model, loss and optimiser on one mesh."""
+    """Compiled gradient and update of one model, loss and optimiser on one mesh.
 
-    def __init__(self, model: Llama, loss: Loss, optimizer: optax.GradientTransformation, mesh: Mesh):
+    `measures`, of the same kind as the loss, is what `measure` sums up; by default the loss itself. `whole_layers`
+    is for an optimiser that works on matrices (Muon): each device updates whole layers of the stacked ones.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        loss: Loss,
+        optimizer: optax.GradientTransformation,
+        mesh: Mesh,
+        measures: Callable[[Llama, dict[str, Array]], dict[str, Array]] | None = None,
+        whole_layers: bool = True,
+    ):
         self._graphdef, self._template = nnx.split(model)
         self.mesh, self.optimizer = mesh, optimizer
-        self._replicated, self._by_row = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+        self._whole_layers = whole_layers
+        self._shapes = jax.eval_shape(lambda: nnx.to_pure_dict(nnx.state(model)))
+        self._axes = {path_name(path): split_axis(path_name(path), leaf.shape, mesh.shape["fsdp"])
+                      for path, leaf in jax.tree.leaves_with_path(self._shapes)}  # fmt: skip
+        specs = self._by_parameter(lambda name, leaf: self._spec(name, leaf.ndim))
+        own_specs = self._by_parameter(lambda name, leaf: self._own_spec(name, leaf.ndim))
+        self._weights_at = jax.tree.map(self._at, specs)
+        own_at = jax.tree.map(self._at, own_specs)
+        replicated = self._at(P())
+
+        def varying(weights):
+            """Of each device its own, so that gradients are, too."""
+            axes = self._by_parameter(lambda name, _: AXES if self._axes[name] is None else AXES[:1])
+            cast = lambda x, axes: jax.lax.pcast(x, axes, to="varying")  # noqa: E731
+            return jax.tree.map(cast, weights, axes, is_leaf=lambda x: x is None)
 
         def summed(weights, rows):
-            total, metrics = loss(self.rebuild(weights), rows)
+            total, metrics = loss(self._sharded(weights), rows)
             return total, dict(metrics, loss=total)
 
+        def own(tree):
+            return jax.tree.map(lambda x: x.astype(jnp.float32)[None], tree)
+
         @functools.partial(jax.jit, donate_argnums=1)
-        @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P(), P(), P("data")), out_specs=(P(), P()))
+        @functools.partial(
+            jax.shard_map, mesh=mesh, in_specs=(specs, own_specs, P(AXES)), out_specs=(own_specs, P(AXES))
+        )
         def accumulate(weights, sums, rows):
-            gradient, metrics = jax.grad(summed, has_aux=True)(weights, rows)
-            metrics = jax.tree.map(lambda x: jax.lax.psum(x.astype(jnp.float32), "data"), metrics)
-            return jax.tree.map(jnp.add, sums, gradient), metrics
+            gradient, metrics = jax.grad(summed, has_aux=True)(varying(weights), rows)
+            return jax.tree.map(jnp.add, sums, own(gradient)), own(metrics)
 
         @jax.jit
-        @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
+        @functools.partial(jax.shard_map, mesh=mesh, in_specs=(specs, P(AXES)), out_specs=P(AXES))
         def measure(weights, rows):
-            _, metrics = summed(weights, rows)
-            return jax.tree.map(lambda x: jax.lax.psum(x.astype(jnp.float32), "data"), metrics)
+            model = self._sharded(varying(weights))
+            return own(summed(varying(weights), rows)[1] if measures is None else measures(model, rows))
 
         @functools.partial(jax.jit, donate_argnums=(0, 1))
-        def update(state: TrainState, sums, weight):
-            gradient = jax.tree.map(lambda x: x / weight, sums)
-            # Muon's iterations are a fifth of a small model's step: each device does its own layers.
-            shared = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, self._by_layer(x)), gradient)
-            change, optimizer_state = optimizer.update(shared, state.optimizer, state.weights)
-            change, optimizer_state = jax.lax.with_sharding_constraint((change, optimizer_state), self._replicated)
-            weights = optax.apply_updates(state.weights, change)
-            return TrainState(weights, optimizer_state, state.step + 1), optax.tree.norm(gradient)
+        def update(state: TrainState, sums, metrics, divisor):
+            totals = jax.tree.map(lambda x: x.sum(axis=0), metrics)
+            weight = totals["weight"] if divisor is None else divisor
+            gradient = jax.tree.map(lambda x: x.sum(axis=0) / weight, sums)
+            gradient = jax.lax.with_sharding_constraint(gradient, self._by_parameter(self._updated_at))
+            norm = optax.tree.norm(gradient)
+            change, optimizer_state = optimizer.update(gradient, state.optimizer, state.weights)
+            finite = jnp.isfinite(norm)
+            kept = lambda new, old: jax.tree.map(functools.partial(jnp.where, finite), new, old)  # noqa: E731
+            state = TrainState(
+                kept(optax.apply_updates(state.weights, change), state.weights),
+                kept(optimizer_state, state.optimizer),
+                state.step + 1,
+                state.skipped + ~finite,
+            )
+            state = jax.lax.with_sharding_constraint(state, self._state_at)
+            totals = dict(totals, gradient_norm=norm, skipped=state.skipped)
+            return state, jax.lax.with_sharding_constraint(totals, jax.tree.map(lambda _: replicated, totals))
 
         self._accumulate, self._update, self._measure = accumulate, update, measure
-        self._zeros = jax.jit(lambda weights: jax.tree.map(jnp.zeros_like, weights))
+        self._zeros = jax.jit(
+            lambda: self._by_parameter(
+                lambda name, leaf: jnp.zeros((self._copies(name), *leaf.shape), jnp.float32)
+            ),
+            out_shardings=own_at,
+        )
+        self._total = jax.jit(lambda x: jax.tree.map(lambda x: x.sum(axis=0), x), out_shardings=replicated)
+        state = jax.eval_shape(self._fresh, self._shapes)
+        self._state_at = jax.tree.map_with_path(self._state_leaf_at, state)
 
-    def _by_layer(self, x: Array) -> NamedSharding:
-        """Stacked matrices split over their layers where that comes out even, all else whole."""
-        even = x.ndim > 2 and x.shape[0] % self.mesh.devices.size == 0
-        return self._by_row if even else self._replicated
+    # ------------------------------------------------------------------ what lies where
+
+    def _at(self, spec: P) -> NamedSharding:
+        return NamedSharding(self.mesh, spec)
+
+    def _by_parameter(self, function):
+        """A dictionary like the weights', of what `function(name, shape)` says."""
+        return jax.tree.map_with_path(lambda path, leaf: function(path_name(path), leaf), self._shapes)
+
+    def _spec(self, name: str, ndim: int) -> P:
+        axis = self._axes[name]
+        return P() if axis is None else P(*(None,) * (ndim + axis), "fsdp")
+
+    def _own_spec(self, name: str, ndim: int) -> P:
+        """Of a parameter's gradients before they are added up: an axis in front, of which each device, or each group
+        that shares one copy of the weights, has its own."""
+        return P(AXES) if self._axes[name] is None else P("data", *self._spec(name, ndim))
+
+    def _copies(self, name: str) -> int:
+        return self.mesh.size if self._axes[name] is None else self.mesh.shape["data"]
+
+    def _updated_at(self, name: str, leaf) -> NamedSharding:
+        """Where a parameter is updated: stacked matrices by layers where that is wanted and comes out even."""
+        even = leaf.ndim > 2 and leaf.shape[0] % self.mesh.size == 0
+        return self._at(P(AXES)) if self._whole_layers and even else self._at(self._spec(name, leaf.ndim))
+
+    def _state_leaf_at(self, path, leaf) -> NamedSharding:
+        """An optimiser's moments lie as their parameter does: their paths end alike."""
+        name = path_name(path)
+        for known, shape in ((path_name(path), leaf.shape) for path, leaf in jax.tree.leaves_with_path(self._shapes)):
+            if leaf.shape == shape and (name == known or name.endswith(f"/{known}")):
+                return self._at(self._spec(known, len(shape)))
+        return self._at(P())
+
+    def _fresh(self, weights) -> TrainState:
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(jax.tree.map(jnp.copy, weights), self.optimizer.init(weights), zero, zero)
+
+    def _sharded(self, weights) -> Llama:
+        """The model whose weights are this device's shares, inside `shard_map`."""
+        model = self.rebuild(weights)
+
+        def gather(name: str, share: Array) -> Array:
+            axis = self._axes[name]
+            if axis is None:
+                return share
+            return jax.lax.all_gather(share, "fsdp", axis=share.ndim + axis, tiled=True)
+
+        if self.mesh.shape["fsdp"] > 1:
+            model.gather = gather
+        return model
+
+    # ------------------------------------------------------------------ what a training loop calls
 
     def init(self, model: Llama) -> TrainState:
-        weights = jax.device_put(nnx.to_pure_dict(nnx.state(model)), self._replicated)
-        weights = jax.tree.map(jnp.copy, weights)  # the updates donate their buffers, the model keeps its own
-        state = TrainState(weights, jax.jit(self.optimizer.init)(weights), jnp.zeros((), jnp.int32))
-        return jax.device_put(state, self._replicated)
+        """A state of copies: the updates donate their buffers, the model keeps its own."""
+        weights = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model)))
+        return jax.jit(self._fresh, out_shardings=self._state_at)(weights)
 
     def rebuild(self, weights) -> Llama:
         """The model with these weights (a pure dictionary), also inside a traced function."""
@@ -99,21 +217,32 @@ class Trainer:
         return nnx.merge(self._graphdef, state)
 
     def model(self, state: TrainState) -> Llama:
-        """The model as trained so far, with buffers of its own: the next update donates the state's."""
-        return self.rebuild(jax.tree.map(jnp.copy, state.weights))
+        """The model as trained so far, whole on every device, with buffers of its own: the next update donates the
+        state's."""
+        whole = jax.jit(lambda weights: jax.tree.map(jnp.copy, weights), out_shardings=self._at(P()))
+        return self.rebuild(whole(state.weights))
+
+    def put(self, rows: Rows) -> dict[str, Array]:
+        """This process' rows, split over its devices: with one process the whole batch."""
+        at = self._at(P(AXES))
+        return {name: jax.make_array_from_process_local_data(at, values) for name, values in rows.items()}
 
     def step(self, state: TrainState, batches: Iterable[Rows], divisor: float | None = None):
-        """One update from one or more batches of packed rows, whose rows split over the devices. The loss is
-        divided by `divisor`, by default the sum of its weights. Returns (state, sums, gradient norm), the
-        last two still on their way: reading them waits for the device."""
-        sums, totals = self._zeros(state.weights), None
+        """One update from one or more batches of packed rows, whose rows split over the devices. The loss is divided
+        by `divisor`, by default the sum of its weights. Returns (state, sums), the sums still on their way: reading
+        them waits for the device. Among them are `gradient_norm`, and `skipped`: how many steps so far had a
+        gradient that was not finite and was not applied."""
+        sums, metrics = self._zeros(), None
         for rows in batches:
-            rows = jax.device_put(rows, self._by_row)
-            sums, metrics = self._accumulate(state.weights, sums, rows)
-            totals = metrics if totals is None else jax.tree.map(jnp.add, totals, metrics)
-        state, norm = self._update(state, sums, totals["weight"] if divisor is None else jnp.float32(divisor))
-        return state, totals, norm
+            sums, more = self._accumulate(state.weights, sums, self.put(rows))
+            metrics = more if metrics is None else _add(metrics, more)
+        return self._update(state, sums, metrics, None if divisor is None else jnp.float32(divisor))
 
     def measure(self, state: TrainState, rows: Rows) -> dict[str, Array]:
         """The sums of one batch without an update."""
-        return self._measure(state.weights, jax.device_put(rows, self._by_row))
+        return self._total(self._measure(state.weights, self.put(rows)))
+
+
+@jax.jit
+def _add(a, b):
+    return jax.tree.map(jnp.add, a, b)

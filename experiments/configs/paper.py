@@ -21,9 +21,7 @@ def get_config():
     c.sosp.beam, c.sosp.promising = (1, 5), 0.5
     c.apr.beam, c.apr.sub_beam, c.apr.promising = (1, 10), (1, 15), 0.9  # 0.9: the code; the paper's text says 0.1
 
-    c.model.width, c.model.layers, c.model.heads = 1024, 18, 16
-    c.model.feed_forward = 2752
-    c.model.remat = True
+    c.model.preset, c.model.remat, c.model.scan = "base", "dots", True
 
     c.sft.steps, c.sft.batch_rows, c.sft.row_length = 19_000, 256, 4096
     c.sft.loss_tokens = "all"

@@ -13,7 +13,8 @@ def get_config():
     c = laptop.get_config()
     c.name = "workstation"
     c.problems.train, c.problems.held_out = 20_000, 500
-    c.apr.beam, c.apr.sub_beam = (5, 5), (6, 6)
+    c.apr.beam, c.apr.sub_beam = (5, 5), (7, 7)
+    c.sosp.beam, c.sosp.promising = (3, 3), 1.0
     c.sft.steps, c.sft.save_every = 10_000, 500
     c.grpo.steps, c.grpo.prompts, c.grpo.group, c.grpo.inner_steps = 20, 16, 8, 2
     c.export.check_trees = 20

@@ -19,11 +19,11 @@ def test_presets_are_right(name):
 
 def test_changes_are_read_as_the_type_of_what_they_replace(config):
     for change in (
-        "sft.steps=7", "sft.optimizer.peak_rate=1", "model.remat=true", "grpo.styles=apr,sosp", "apr.beam=(2, 3)",
+        "sft.steps=7", "sft.optimizer.peak_rate=1", "model.scan=true", "grpo.styles=apr,sosp", "apr.beam=(2, 3)",
         "name=a=b",
     ):  # fmt: skip
         change_setting(config, change)
-    assert config.sft.steps == 7 and config.model.remat is True and config.name == "a=b"
+    assert config.sft.steps == 7 and config.model.scan is True and config.name == "a=b"
     assert config.sft.optimizer.peak_rate == 1.0 and isinstance(config.sft.optimizer.peak_rate, float)
     settings = read_settings(config)
     assert settings.grpo_styles == ("apr", "sosp") and settings.solvers["apr"].beam == (2, 3)
@@ -40,7 +40,7 @@ def test_changes_are_read_as_the_type_of_what_they_replace(config):
         ("sft.steps", "--config.sft.steps needs a value"),
         ("sft.steps=abc", "sft.steps is an integer, was given 'abc'"),
         ("sft.steps=1.5", "sft.steps is an integer, was given '1.5'"),
-        ("model.remat=maybe", "model.remat is true or false, was given 'maybe'"),
+        ("model.scan=maybe", "model.scan is true or false, was given 'maybe'"),
         ("apr.promising=nan", "apr.promising is a number, was given 'nan'"),
         ("apr.beam=4,x", "apr.beam is a list like 4,5, was given '4,x'"),
     ],
@@ -58,13 +58,19 @@ def test_wrong_changes_are_refused(config, change, says):
         ("sft.optimizer.beta2=1", "sft.optimizer.beta2 is from 0 to less than 1, was given 1.0"),
         ("devices=3", "sft.batch_rows is a multiple of devices (3), was given 4"),
         ("devices=0", "devices is at least 1, was given 0"),
+        ("fsdp=3", "fsdp divides devices (2), was given 3"),
+        ("sft.microbatches=3", "sft.batch_rows is a multiple of devices times sft.microbatches (2 x 3), was given 4"),
+        ("sft.optimizer.frozen=(a", "sft.optimizer: frozen is a regular expression, was given '(a'"),
+        ("model.preset=huge", "model.preset is one of tiny, small, base, was given 'huge'"),
+        ("model.remat=all", "model: remat is one of none, dots, full, was given 'all'"),
+        ("model.attention=flash", "model: attention is one of auto, blocked, dense, cudnn, was given 'flash'"),
         ("window=8", "window is at least 32, was given 8"),
         ("sft.row_length=100", "sft.row_length is at least 256, was given 100"),
         ("problems.max_target=5", "problems: targets need 2 <= lowest <= highest, was given 10 to 5"),
         ("problems.max_target=1001", "problems.max_target is at most 1000, no more can be made of 3 numbers up to 10"),
         ("problems.count=7", "problems: numbers per problem are 2 to 6, was given 7"),
         ("model.heads=3", "model: width 32 over 3 heads must give an even head size"),
-        ("model.heads=0", "model.heads is at least 1, was given 0"),
+        ("model.heads=-1", "model.heads is at least 0, was given -1"),
         ("grpo.group=1", "grpo: a group needs at least 2 rollouts to compare, was given 1"),
         ("grpo.prompts=201", "grpo.prompts is at most problems.train (200), was given 201"),
         ("grpo.styles=apr,foo", "grpo.styles is a choice of sosp, apr, was given foo"),

@@ -8,7 +8,8 @@ from flax import nnx
 
 from apr_jax.model.attention import attend_masked
 from apr_jax.model.cache import cached_attention, make_cache, put, take
-from apr_jax.model.llama import Llama, LlamaConfig, parameter_count
+from apr_jax.model.flops import product_parameters, training_flops
+from apr_jax.model.llama import PRESETS, REMAT, Llama, LlamaConfig, parameter_count
 from experiments.configs import paper
 from experiments.settings import read_settings
 from tests.tiny import TOKENIZER, causal_logits, log_softmax, make_model, plain_logits
@@ -16,14 +17,34 @@ from tests.tiny import TOKENIZER, causal_logits, log_softmax, make_model, plain_
 TOKENS = np.random.default_rng(0).integers(4, len(TOKENIZER), (3, 40)).astype(np.int32)
 
 
-def test_the_paper_model_has_the_paper_number_of_parameters():
-    sizes = read_settings(paper.get_config()).model
-    shapes = nnx.eval_shape(lambda: Llama(LlamaConfig(vocab_size=32_000, **sizes), rngs=nnx.Rngs(0)))
-    leaves = {path[0]: leaf for path, leaf in nnx.to_flat_state(nnx.state(shapes, nnx.Param)) if len(path) == 1}
+@pytest.mark.parametrize("name, millions", [("tiny", 0.8), ("small", 25.3), ("base", 227.7)])
+def test_presets_have_their_number_of_parameters(name, millions):
+    """Outside the tables; `base` has the paper's 228 M, and 293 M with Llama 2's vocabulary."""
+    config = LlamaConfig(vocab_size=32_000, **PRESETS[name])
+    shapes = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
     total = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(shapes, nnx.Param)))
-    tables = sum(jax.tree.leaves(leaves[name])[0].size for name in ("embed_VxD", "head_DxV"))
-    assert round((total - tables) / 1e6) == 228
-    assert round(total / 1e6) == 293
+    tables = 2 * config.width * config.vocab_size
+    assert round((total - tables) / 1e6, 1) == millions
+    gains = (2 * config.layers + 1) * config.width
+    assert product_parameters(config) == total - config.width * config.vocab_size - gains
+    if name == "base":
+        assert round(total / 1e6) == 293
+        sizes = read_settings(paper.get_config()).model
+        assert LlamaConfig(vocab_size=32_000, **sizes | {"context": 1024, "remat": "none", "scan": False}) == config
+
+
+def test_training_flops_are_those_that_xla_counts():
+    """Forward and backward of a dense model; XLA also counts what is not a product."""
+    model = make_model(0)
+    graphdef, weights = nnx.split(model)
+
+    def loss(weights):
+        return jnp.sum(causal_logits(nnx.merge(graphdef, weights), TOKENS))
+
+    B, T = TOKENS.shape
+    counted = jax.jit(jax.grad(loss)).lower(weights).compile().cost_analysis()["flops"]
+    ours = training_flops(model.config, B * T, B * T * T)  # dense: every token costs what sees all
+    assert 0.7 < ours / counted < 1.1
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -93,19 +114,22 @@ def test_what_a_slot_held_before_leaves_no_trace():
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_remat_changes_neither_loss_nor_gradient():
-    def value_and_gradient(remat):
-        graphdef, weights = nnx.split(make_model(3, remat=remat))
+def value_and_gradient(**sizes):
+    graphdef, weights = nnx.split(make_model(3, **sizes))
 
-        def loss(weights):
-            logits = causal_logits(nnx.merge(graphdef, weights), TOKENS)
-            return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), TOKENS[:, 1:, None], axis=-1))
+    def loss(weights):
+        logits = causal_logits(nnx.merge(graphdef, weights), TOKENS)
+        return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), TOKENS[:, 1:, None], axis=-1))
 
-        return jax.jit(jax.value_and_grad(loss))(weights)
+    return jax.jit(jax.value_and_grad(loss))(weights)
 
-    (plain, plain_gradient), (remat, remat_gradient) = value_and_gradient(False), value_and_gradient(True)
-    np.testing.assert_allclose(plain, remat, rtol=1e-6)
-    for a, b in zip(jax.tree.leaves(plain_gradient), jax.tree.leaves(remat_gradient), strict=True):
+
+@pytest.mark.parametrize("remat", list(REMAT))
+@pytest.mark.parametrize("scan", [False, True])
+def test_remat_and_scan_change_neither_loss_nor_gradient(remat, scan):
+    (right, right_gradient), (loss, gradient) = value_and_gradient(), value_and_gradient(remat=remat, scan=scan)
+    np.testing.assert_allclose(right, loss, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(right_gradient), jax.tree.leaves(gradient), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
 
 

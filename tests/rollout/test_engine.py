@@ -18,6 +18,7 @@ from apr_jax.threads import Block, Spawn
 from apr_jax.threads.engine import Sampling
 from apr_jax.threads.metrics import children, depth
 from apr_jax.threads.run import Budget, TreeRunner, run_all
+from apr_jax.threads.store import SAMPLED_ROLES
 from apr_jax.train.loss import row_logits, token_logprobs
 from apr_jax.train.pack import first_fit, lay_out, pack_rows
 from apr_jax.train.step import data_mesh
@@ -162,7 +163,7 @@ def test_the_training_forward_finds_the_log_probabilities_of_the_engine_again(tr
     rows = first_fit([len(piece) for piece in pieces], 256)
     packed = pack_rows([[pieces[i] for i in row] for row in rows], 256)
     logprobs = jax.jit(lambda rows: token_logprobs(row_logits(spawning, rows), rows["tokens"]))(packed)
-    sampled = packed["sampled"]
+    sampled = np.isin(packed["role"], SAMPLED_ROLES)
     assert sampled.sum() > 500
     assert np.abs(np.asarray(logprobs) - packed["logprobs"])[sampled].max() < 1e-4
     assert (packed["logprobs"][sampled] < 0).all()

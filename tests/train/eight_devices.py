@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import json
 import random
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -28,10 +29,12 @@ from apr_jax.rollout.engine import JaxEngine  # noqa: E402
 from apr_jax.threads import encode_tree  # noqa: E402
 from apr_jax.threads.engine import Sampling  # noqa: E402
 from apr_jax.threads.run import Budget, TreeRunner, run_all  # noqa: E402
+from apr_jax.threads.store import SAMPLED_ROLES  # noqa: E402
 from apr_jax.train.grpo import GrpoTrainer  # noqa: E402
 from apr_jax.train.loss import supervised_loss  # noqa: E402
+from apr_jax.train.optimizer import OptimizerConfig, make_optimizer  # noqa: E402
 from apr_jax.train.pack import lay_out, lay_out_tree, pack_rows  # noqa: E402
-from apr_jax.train.sft import run_sft  # noqa: E402
+from apr_jax.train.sft import SftConfig, run_sft  # noqa: E402
 from apr_jax.train.step import Trainer, data_mesh  # noqa: E402
 from experiments.configs import paper  # noqa: E402
 from experiments.settings import read_settings  # noqa: E402
@@ -57,12 +60,12 @@ def step():
     weights, norms = [], []
     for devices in (8, 1):
         trainer = Trainer(model, loss, optax.sgd(0.5), data_mesh(devices))
-        state, sums, norm = trainer.step(trainer.init(model), [rows])
+        state, sums = trainer.step(trainer.init(model), [rows])
         weights.append(jax.device_get(state.weights))
-        norms.append(float(norm))
+        norms.append(float(sums["gradient_norm"]))
     halves = [{name: value[at] for name, value in rows.items()} for at in (np.arange(0, 8), np.arange(8) * 0)]
     trainer = Trainer(model, loss, optax.sgd(0.5), data_mesh(8))
-    twice, sums_twice, _ = trainer.step(trainer.init(model), halves)  # the second batch is the empty row eight times
+    twice, sums_twice = trainer.step(trainer.init(model), halves)  # the second batch is the empty row eight times
     graphdef, before = nnx.split(model)
 
     def mean(weights):
@@ -72,11 +75,56 @@ def step():
     plain = jax.tree.map(lambda w, g: w - 0.5 * g, before, jax.jit(jax.grad(mean))(before))
     plain = nnx.to_pure_dict(plain)
     return {
-        "per_row": rows["sampled"].sum(axis=1).tolist(), "moved": apart(weights[0], nnx.to_pure_dict(before)),
+        "per_row": np.isin(rows["role"], SAMPLED_ROLES).sum(axis=1).tolist(),
+        "moved": apart(weights[0], nnx.to_pure_dict(before)),
         "one_device": apart(weights[0], weights[1]), "plain": apart(weights[0], plain),
         "microbatches": apart(jax.device_get(twice.weights), weights[1]), "norm": abs(norms[0] - norms[1]) / norms[1],
         "weight": [float(sums["weight"]), float(sums_twice["weight"])],
     }  # fmt: skip
+
+
+def sharded():
+    """Three steps of Muon, or of AdamW with a part frozen, in two microbatches: on one device, and on eight of which
+    one, two or all share a copy of the weights. How far weights and moments are apart, and how much a device holds."""
+    rng = random.Random(1)
+    batches = [pack_rows([[lay_out(random_thread(rng, depth=1, longest=4))] for _ in range(16)], 192) for _ in range(3)]
+    model = make_model(2, width=64, layers=8, heads=8, kv_heads=8, feed_forward=96, remat="full")
+    found = {}
+    for name, frozen in (("muon", ""), ("adamw", "embed_|q_")):
+        config = OptimizerConfig(name=name, peak_rate=1e-2, muon_rate=0.02, warmup_steps=1, frozen=frozen)
+        states = {}
+        for devices, fsdp, scan in ((1, 1, False), (8, 1, False), (8, 2, False), (8, 8, True)):
+            trainer = Trainer(
+                Llama(dataclasses.replace(model.config, scan=scan), rngs=nnx.Rngs(2)),
+                functools.partial(supervised_loss, mode="all"), make_optimizer(config, 3), data_mesh(devices, fsdp),
+                whole_layers=name == "muon",
+            )  # fmt: skip
+            state = trainer.init(model)
+            for rows in batches:
+                halves = [{key: value[at::2] for key, value in rows.items()} for at in range(2)]
+                state, sums = trainer.step(state, halves)
+            q = state.weights["layers"]["q_LxDxNxH"]
+            states[f"{devices}/{fsdp}"] = jax.device_get((state.weights, state.optimizer, sums["gradient_norm"]))
+            found[f"{name} {devices}/{fsdp} share"] = q.addressable_shards[0].data.size / q.size
+        right = states.pop("1/1")
+        found |= {f"{name} {key}": apart(right, other) for key, other in states.items()}
+        found[f"{name} moved"] = apart(right[0], nnx.to_pure_dict(nnx.state(model)))
+        found[f"{name} q moved"] = apart(right[0]["layers"]["q_LxDxNxH"], model.layers["q_LxDxNxH"][...])
+    return found
+
+
+def elsewhere():
+    """A run of four steps: on eight devices, and begun there and ended on two, whose weights then are apart by what
+    order of addition makes."""
+    pieces = [lay_out(random_thread(random.Random(3), depth=0)) for _ in range(40)]
+    config = SftConfig(4, 8, 64, OptimizerConfig(peak_rate=1e-2), save_every=2)
+    with tempfile.TemporaryDirectory() as folder:
+        whole = run_sft(make_model(0), pieces, [], config, data_mesh(8), Path(folder) / "whole", {})
+        begun = Path(folder) / "begun"
+        shutil.copytree(Path(folder) / "whole", begun)
+        shutil.rmtree(begun / "checkpoints" / "4")
+        moved = run_sft(make_model(0), pieces, [], config, data_mesh(4, 2), begun, {})
+    return apart(nnx.state(whole), nnx.state(moved))
 
 
 def tokens():
@@ -134,4 +182,5 @@ def preset():
 
 if __name__ == "__main__":
     assert jax.device_count() == 8
-    print(json.dumps({"step": step(), "tokens": tokens(), "preset": preset()}))
+    parts = (step, sharded, elsewhere, tokens, preset)
+    print(json.dumps({part.__name__: part() for part in parts}))

@@ -2,11 +2,17 @@
 
 import json
 import math
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from apr_jax.train.step import data_mesh
+from tests.train import processes
+from tests.train.processes import weights_of
 
 ROOT = Path(__file__).absolute().parent.parent.parent
 
@@ -30,6 +36,44 @@ def test_a_step_on_eight_devices_is_the_step_on_one(found):
 def test_microbatches_are_added_up_by_their_tokens(found):
     step = found["step"]
     assert step["microbatches"] < 1e-5 and step["weight"][0] == step["weight"][1]
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_weights_split_over_devices_train_as_whole_ones(found, optimizer):
+    """Shares of a half and an eighth; under a scan and remat; microbatches; frozen parameters stay."""
+    sharded = found["sharded"]
+    assert [sharded[f"{optimizer} {mesh} share"] for mesh in ("8/1", "8/2", "8/8")] == [1, 1 / 2, 1 / 8]
+    assert sharded[f"{optimizer} moved"] > 1e-2
+    assert all(sharded[f"{optimizer} {mesh}"] < 1e-5 for mesh in ("8/1", "8/2", "8/8")), sharded
+    assert (sharded[f"{optimizer} q moved"] > 1e-2) == (optimizer == "muon")
+
+
+def test_a_run_goes_on_on_another_number_of_devices(found):
+    assert 0 <= found["elsewhere"] < 1e-5
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """Two processes of four devices each, through `jax.distributed`, in two microbatches and with weights split over
+    a process: the run that one process makes on one device."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    commands = [[sys.executable, "-m", "tests.train.processes", address, str(i), str(tmp_path)] for i in range(2)]
+    started = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for command in commands]
+    for process in started:
+        _, errors = process.communicate(timeout=600)
+        assert process.returncode == 0, errors[-4000:]
+    right = processes.train(data_mesh(1), tmp_path / "alone")
+    alone, (together, other) = weights_of(right), (dict(np.load(tmp_path / f"{i}.npz")) for i in range(2))
+    assert alone.keys() == together.keys()
+    for name, value in alone.items():
+        np.testing.assert_array_equal(together[name], other[name])
+        np.testing.assert_allclose(together[name], value, atol=1e-5)
+    logs = [[json.loads(line) for line in (tmp_path / f / "metrics.jsonl").open()] for f in ("alone", "together")]
+    assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]] == [1, 2, 3, 4, 4]
+    for a, b in zip(*logs, strict=True):
+        for name in {"loss", "tokens", "gradient_norm", "validation_loss"} & a.keys():
+            assert a[name] == pytest.approx(b[name], rel=1e-4), name
 
 
 def test_sampled_tokens_depend_on_no_number_of_devices(found):

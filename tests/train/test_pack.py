@@ -135,7 +135,7 @@ def test_packing_keeps_every_piece_whole_and_apart(seed):
         at = nodes = 0
         for i in row:
             span = slice(at, at + len(pieces[i]))
-            for name in ("tokens", "positions", "sampled", "logprobs", "share", "advantage"):
+            for name in ("tokens", "positions", "role", "logprobs", "share", "advantage"):
                 assert (packed[name][b, span] == getattr(pieces[i], name)).all()
             assert (packed["enter"][b, span] == pieces[i].enter + nodes).all()
             own = packed["predecessors"][b, span]

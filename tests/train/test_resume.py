@@ -3,8 +3,10 @@
 import dataclasses
 import errno
 import gc
+import itertools
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -20,7 +22,11 @@ from flax import nnx
 
 from apr_jax.train.checkpoint import CheckpointError, Checkpoints, load_model
 from apr_jax.train.metrics import MetricsLog
-from tests.tiny import make_model
+from apr_jax.train.pack import lay_out
+from apr_jax.train.sft import SftConfig, run_sft
+from apr_jax.train.step import Trainer, data_mesh
+from apr_jax.train.termination import Terminated
+from tests.tiny import make_model, random_thread
 from tests.train import runs
 from tests.train.runs import KINDS
 
@@ -35,7 +41,7 @@ def bits(model):
 def lines(folder):
     """The metrics by step, without what a clock says."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    clocks = ("tokens_per_second", "seconds/sample", "seconds/update")
+    clocks = ("tokens_per_second", "model_flops_per_second", "seconds/sample", "seconds/update")
     return [{name: value for name, value in row.items() if name not in clocks} for row in rows]
 
 
@@ -90,7 +96,7 @@ def test_a_run_that_was_killed_ends_in_the_same_bits(whole, tmp_path, moment):
     command = [sys.executable, "-m", "tests.train.runs", kind, str(copy), moment]
     killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
-    assert 0 < len(saved(copy)) and saved(copy)[-1] < KINDS[kind]
+    assert all(step < KINDS[kind] for step in saved(copy))  # none, where the first was still being written
     assert bits(RUN[kind](copy)) == right
     assert lines(copy) == lines(folder)
 
@@ -104,10 +110,59 @@ def test_a_kill_between_the_validation_and_the_last_checkpoint_loses_no_validati
     assert lines(tmp_path / "run") == lines(tmp_path / "whole")
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_says_where(tmp_path):
-    with pytest.raises(FloatingPointError, match="loss of step [23] is no number"):
-        runs.sft(tmp_path / "run", optimizer=dataclasses.replace(runs.OPTIMIZER, peak_rate=float("inf")))
+def test_steps_that_are_not_finite_change_nothing_are_counted_and_end_the_run(tmp_path):
+    """An embedding of infinities makes every gradient one of no numbers."""
+    pieces = [lay_out(random_thread(random.Random(0), depth=0)) for _ in range(4)]
+    broken = make_model(0)
+    broken.norm_D[...] = jnp.full_like(broken.norm_D[...], jnp.inf)
+    config = SftConfig(4, 2, 64, runs.OPTIMIZER, log_every=1, most_skipped=4)
+    before = bits(broken)
+    assert bits(run_sft(broken, pieces, [], config, data_mesh(2), tmp_path / "counted", {})) == before
+    assert [line["skipped"] for line in lines(tmp_path / "counted")] == [1, 2, 3, 4]
+    with pytest.raises(FloatingPointError, match="3 steps up to step 3 were not finite .most_skipped is 2"):
+        run_sft(broken, pieces, [], dataclasses.replace(config, most_skipped=2), data_mesh(2), tmp_path / "run", {})
     assert not saved(tmp_path / "run")
+
+
+def test_one_step_that_is_not_finite_is_left_out(tmp_path, monkeypatch):
+    """The weights after it are those before it, and training goes on."""
+    seen = []
+    step = Trainer.step
+
+    def poisoned(self, state, batches, divisor=None):
+        weights = [np.asarray(leaf) for leaf in jax.tree.leaves(state.weights)]
+        seen.append(weights)
+        return step(self, state, batches, float("nan") if len(seen) == 3 else divisor)
+
+    monkeypatch.setattr(Trainer, "step", poisoned)
+    runs.sft(tmp_path / "run")
+    same = [all(np.array_equal(a, b) for a, b in zip(*pair, strict=True)) for pair in itertools.pairwise(seen)]
+    assert same == [False, False, True, False, False]
+    assert [line["skipped"] for line in lines(tmp_path / "run") if "skipped" in line] == [0, 0, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("step", [3, 4])
+def test_a_sigterm_saves_and_the_run_goes_on_from_there(whole, tmp_path, monkeypatch, step):
+    """Between two regular saves, or with one."""
+    kind, folder, right = whole
+    # SFT reads a step when the next one is on its way, GRPO at once.
+    noticed, stops = (step - 1, step) if kind == "sft" else (step - 2, step - 2)
+    write = MetricsLog.write
+
+    def log(self, at, values):
+        write(self, at, values)
+        if at == noticed:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "write", log)
+        handler = signal.getsignal(signal.SIGTERM)
+        with pytest.raises(Terminated, match=f"saved at step {stops} of"):
+            RUN[kind](tmp_path / "run")
+        assert saved(tmp_path / "run")[-1] == stops
+        assert signal.getsignal(signal.SIGTERM) is handler
+    assert bits(RUN[kind](tmp_path / "run")) == right
+    assert lines(tmp_path / "run") == lines(folder)
 
 
 def test_rows_that_do_not_split_over_the_devices_are_refused(tmp_path):
@@ -153,6 +208,7 @@ def checkpoints(tmp_path):
     """Checkpoints that hold step 1."""
     found = Checkpoints(tmp_path / "checkpoints")
     found.save(1, state_of(0), META)
+    found.wait()
     yield found
     found.close()
 
@@ -163,6 +219,7 @@ def same(a, b):
 
 def test_a_state_comes_back_as_it_was_saved(checkpoints):
     checkpoints.save(2, state_of(1), META)
+    checkpoints.wait()
     assert checkpoints.latest == 2
     step, state = checkpoints.restore(state_of(5))
     assert step == 2 and same(state, state_of(1))
@@ -247,10 +304,12 @@ def test_a_full_disk_is_a_checkpoint_error_and_what_was_saved_stays(checkpoints,
                 patch.setattr(handler, name, full)
         with pytest.raises(CheckpointError, match="the disk is full") as caught:
             checkpoints.save(2, state_of(1), META)
+            checkpoints.wait()
         assert str(checkpoints.folder) in str(caught.value) and "step 2" in str(caught.value)
     again = Checkpoints(checkpoints.folder)
     assert again.latest == 1 and same(again.restore(state_of(5))[1], state_of(0))
     again.save(2, state_of(1), META)
+    again.wait()
     assert same(again.restore(state_of(5))[1], state_of(1))
     again.close()
 

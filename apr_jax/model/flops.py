@@ -1,0 +1,30 @@
+"""How much arithmetic training takes, and how much a device could do: model FLOPs utilisation (PaLM, appendix B)."""
+
+import jax
+
+from apr_jax.model.llama import LlamaConfig
+
+# Dense tensor-core products a second, from NVIDIA's data sheets; float32 as JAX computes it there, in TF32.
+PEAK = {
+    "H200": {"bfloat16": 989.5e12, "float32": 494.7e12},
+    "H100": {"bfloat16": 989.5e12, "float32": 494.7e12},
+    "A100": {"bfloat16": 312e12, "float32": 156e12},
+}
+
+
+def product_parameters(config: LlamaConfig) -> int:
+    """Parameters that every token is multiplied with: all but the embedding's table and the gains."""
+    D, H = config.width, config.head_size
+    layer = 2 * D * config.heads * H + 2 * D * config.kv * H + 3 * D * config.hidden
+    return config.layers * layer + D * config.vocab_size
+
+
+def training_flops(config: LlamaConfig, tokens: float, seen: float) -> float:
+    """Of a forward and backward pass over `tokens` that together see `seen` tokens, themselves among them. What
+    rematerialisation computes again is not counted, nor is padding."""
+    return 6 * product_parameters(config) * tokens + 12 * config.layers * config.heads * config.head_size * seen
+
+
+def peak_flops(device: jax.Device, dtype: str) -> float | None:
+    """What a device could do in a second; None where its kind is not in `PEAK`."""
+    return next((rates[dtype] for kind, rates in PEAK.items() if kind in device.device_kind), None)
