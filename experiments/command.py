@@ -20,6 +20,7 @@ from experiments.settings import STAGES, Settings, default_config, read_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = ROOT / "experiments" / "configs"
+SHARED_STAGES = ("data", "sft")  # what several processes can run together
 FLAGS_HELP = f"""\
   --config=FILE        the preset: a Python file with get_config(), for example experiments/configs/laptop.py;
                        FILE:WORD gives WORD to get_config
@@ -27,6 +28,9 @@ FLAGS_HELP = f"""\
   --stage=STAGE,...    runs only these stages, in this order (default all: {", ".join(STAGES)})
   --workdir=FOLDER     the run folder (default runs/NAME, NAME from the config)
   --sweep=A.B=V1,V2    one run per value, each in its own folder under the run folder; repeated: the product of all
+  --coordinator=HOST:PORT --processes=N --process=I
+                       this is process I of N (from 0) that train together, on `devices` in all and one run folder
+                       that all of them see: stages {", ".join(SHARED_STAGES)}
   --help               shows this"""
 
 
@@ -40,14 +44,19 @@ class Command:
     stages: tuple[str, ...]
     workdir: Path
     sweeps: tuple[str, ...]
+    coordinator: str = ""  # where the first of several processes listens; "": there is one
+    processes: int = 1
+    process: int = 0
 
 
 def parse(argv: Sequence[str]) -> Command | None:
     """The command in `argv`, the program's name first; None where --help was asked for."""
     changes = tuple(arg.lstrip("-").removeprefix("config.") for arg in argv[1:] if _is_change(arg))
     values = flags.FlagValues()  # its own, so that tests can parse many commands in one process
-    for name in ("config", "workdir"):
+    for name in ("config", "workdir", "coordinator"):
         flags.DEFINE_string(name, None, "", flag_values=values)
+    for name, default in (("processes", 1), ("process", 0)):
+        flags.DEFINE_integer(name, default, "", flag_values=values)
     flags.DEFINE_list("stage", "all", "", flag_values=values)
     flags.DEFINE_multi_string("sweep", [], "", flag_values=values)
     flags.DEFINE_boolean("help", False, "", short_name="h", flag_values=values)
@@ -56,7 +65,8 @@ def parse(argv: Sequence[str]) -> Command | None:
     except flags.UnrecognizedFlagError as error:
         raise ValueError(
             f"no such flag: --{error.flagname}{_nearest(error.flagname, values, '--')}; flags are "
-            f"--config, --stage, --workdir, --sweep and --help, settings are given as --config.a.b=value"
+            f"--config, --stage, --workdir, --sweep, --coordinator, --processes, --process and --help, settings are "
+            f"given as --config.a.b=value"
         ) from None
     except flags.Error as error:
         raise ValueError(" ".join(str(error).split())) from None
@@ -76,13 +86,38 @@ def parse(argv: Sequence[str]) -> Command | None:
     for change in changes:
         change_setting(config, change)
     settings = read_settings(config)
+    _check_processes(values, stages, settings)
     workdir = Path(values.workdir or Path("runs") / settings.name)
     for folder in (workdir, *workdir.parents):
         if folder.exists():
             if not folder.is_dir():
                 raise NotADirectoryError(f"--workdir is a folder, was given {workdir}: {folder} is a file")
             break
-    return Command(values.config, changes, settings, stages, workdir, tuple(values.sweep))
+    return Command(
+        values.config, changes, settings, stages, workdir, tuple(values.sweep),
+        values.coordinator or "", values.processes, values.process,
+    )  # fmt: skip
+
+
+def _check_processes(values: flags.FlagValues, stages: Sequence[str], settings: Settings) -> None:
+    """Raises ValueError for what several processes cannot run together."""
+    if bool(values.coordinator) != (values.processes > 1):
+        raise ValueError(
+            f"--coordinator=HOST:PORT goes with --processes=2 or more, was given {values.coordinator!r} and "
+            f"{values.processes}"
+        )
+    if not 0 <= values.process < values.processes:
+        raise ValueError(f"--process is from 0 to {values.processes - 1}, was given {values.process}")
+    if values.processes == 1:
+        return
+    if alone := [stage for stage in stages if stage not in SHARED_STAGES]:
+        raise ValueError(
+            f"several processes run --stage={','.join(SHARED_STAGES)}, was given {alone[0]!r}: run it with one process"
+        )
+    if values.sweep:
+        raise ValueError("--sweep starts runs of its own: not with --processes")
+    if settings.devices % values.processes:
+        raise ValueError(f"--processes divides devices ({settings.devices}), was given {values.processes}")
 
 
 def _is_change(arg: str) -> bool:

@@ -1,9 +1,11 @@
-"""Trains, evaluates and reports one experiment, from problems to figures.
+r"""Trains, evaluates and reports one experiment, from problems to figures.
 
     python -m experiments.run --config=experiments/configs/smoke.py
     python -m experiments.run --config=experiments/configs/laptop.py --config.sft.steps=100 --workdir=runs/short
     python -m experiments.run --config=experiments/configs/laptop.py --stage=evaluate,report
     python -m experiments.run --config=experiments/configs/laptop.py --sweep=seed=0,1,2 --sweep=sft.steps=100,200
+    python -m experiments.run --config=experiments/configs/paper.py --stage=data,sft \
+        --coordinator=HOST:PORT --processes=2 --process=0       # and the same with --process=1 on another machine
 
 A run that was stopped goes on when the same command is given again; what is there already is not made again.
 What can be set is listed, with its defaults, in experiments/settings.py.
@@ -19,6 +21,7 @@ from pathlib import Path
 
 import jax
 
+from apr_jax.train.termination import Terminated
 from experiments.command import FLAGS_HELP, Command, parse, reason
 from experiments.sweep import expand, run_each
 
@@ -33,18 +36,21 @@ def start(command: Command) -> None:
     # Asking JAX itself whether there is an accelerator would fix the number of CPU devices.
     accelerator = find_spec("jax_cuda12_plugin") or find_spec("jax_cuda13_plugin")
     if jax.config.jax_platforms == "cpu" or not accelerator:
-        jax.config.update("jax_num_cpu_devices", settings.devices)
+        jax.config.update("jax_num_cpu_devices", settings.devices // command.processes)
         if jax.__version_info__ < (0, 11):  # an unknown flag would end the process, and others were not tried
             os.environ["XLA_FLAGS"] = f"{COLLECTIVES_WAIT} {os.environ.get('XLA_FLAGS', '')}"
     jax.config.update("jax_compilation_cache_dir", str(CACHE))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    if command.processes > 1:
+        jax.distributed.initialize(command.coordinator, command.processes, command.process)
     from experiments.stages import Run  # after the devices are set: it brings in everything else
 
     Run(settings, command.workdir).run(command.stages)
 
 
 def main(argv: Sequence[str]) -> int:
-    """The exit code: 0, 1 after one line on stderr, 130 after an interrupt. A bug keeps its traceback."""
+    """The exit code: 0, 1 after one line on stderr, 130 after an interrupt, 143 after a SIGTERM and a save. A bug keeps
+    its traceback."""
     try:
         command = parse(argv)
         if command is None:
@@ -56,6 +62,9 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 130
+    except Terminated as notice:
+        print(f"stopped by SIGTERM: {notice}; the same command goes on from here", file=sys.stderr)
+        return 143
     except Exception as error:
         if (line := reason(error)) is None:
             raise

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import jax
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from apr_jax.countdown import CountdownProtocol
 from apr_jax.countdown.dataset import write_text
@@ -47,7 +48,8 @@ class Run:
         self.settings, self.workdir = settings, workdir
         # First: a refusal must not leave its config in the folder.
         self.mesh = data_mesh(settings.devices, settings.fsdp)
-        self._claim()
+        if jax.process_index() == 0:
+            self._claim()
 
     def run(self, stages: Sequence[str]) -> None:
         for stage in stages:
@@ -79,7 +81,10 @@ class Run:
     # ------------------------------------------------------------------ stages
 
     def data(self) -> None:
-        make_data(self.settings, self.workdir / "data")
+        if jax.process_index() == 0:
+            make_data(self.settings, self.workdir / "data")
+        if jax.process_count() > 1:  # the others read what it made
+            multihost_utils.sync_global_devices("data")
 
     def sft(self) -> None:
         for style in STYLES:

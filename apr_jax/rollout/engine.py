@@ -57,7 +57,8 @@ class _Request:
 
 
 class JaxEngine:
-    """An `Engine` on the devices of a mesh, each with slots and a copy of the weights. One stop set and one `Sampling` at a time.
+    """An `Engine` on the devices of a mesh, each with slots and a copy of the weights. One stop set and one
+    `Sampling` at a time.
 
     `weights` may be replaced between rollouts (`load`); sequences must be freed before.
     """

@@ -283,6 +283,9 @@ def test_help_names_every_flag_and_stage(main):
         assert word in done.out
 
 
+TWO = ("--coordinator=localhost:1", "--processes=2")
+
+
 @pytest.mark.parametrize(
     "arguments, says",
     [
@@ -304,6 +307,11 @@ def test_help_names_every_flag_and_stage(main):
         ([SMOKE, "--sweep=seed=0", "--sweep=seed=1"], "--sweep has seed twice"),
         ([SMOKE, "--sweep=devices=1,3"], "sft.batch_rows is a multiple of devices (3), was given 4"),
         ([SMOKE, "--sweep=name=../x"], "holds no '/'"),
+        ([SMOKE, "--processes=2"], "--coordinator=HOST:PORT goes with --processes=2 or more, was given None and 2"),
+        ([SMOKE, "--process=1"], "--process is from 0 to 0, was given 1"),
+        ([SMOKE, *TWO], "several processes run --stage=data,sft, was given 'grpo': run it with one process"),
+        ([SMOKE, *TWO, "--stage=sft", "--sweep=seed=1,2"], "--sweep starts runs of its own: not with --processes"),
+        ([SMOKE, *TWO, "--stage=sft", "--config.devices=1"], "--processes divides devices (1), was given 2"),
     ],
 )
 def test_a_wrong_command_is_refused(refused, arguments, says):

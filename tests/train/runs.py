@@ -1,8 +1,10 @@
 """The tiny runs that the tests of resuming start, stop and start again, also as a process that kills itself:
 
-python -m tests.train.runs KIND FOLDER MOMENT    (sft or grpo; the moment "log" or "save")
+python -m tests.train.runs KIND FOLDER MOMENT    (sft or grpo; the moment "log" or "save", or "long": a longer run that
+                                                  somebody else kills)
 """
 
+import dataclasses
 import os
 import random
 import signal
@@ -41,6 +43,16 @@ def grpo(folder, steps=3, **changes):
     )
 
 
+def long_sft(folder):
+    """Half a minute on two cores; saves and validates often, logs now and then."""
+    optimizer = dataclasses.replace(OPTIMIZER, name="muon")
+    return sft(folder, 1200, batch_rows=4, microbatches=2, save_every=30, validate_every=50, log_every=5,
+               optimizer=optimizer)  # fmt: skip
+
+
+LONG = {"sft": long_sft}
+
+
 def kill_on(moment, kind, folder):
     """SIGKILL as the last step but one is logged, or in the middle of a save of the one before."""
 
@@ -73,5 +85,8 @@ if __name__ == "__main__":
 
     jax.config.update("jax_num_cpu_devices", 2)
     kind, folder, moment = sys.argv[1:]
-    kill_on(moment, kind, Path(folder))
-    {"sft": sft, "grpo": grpo}[kind](folder)
+    if moment == "long":
+        LONG[kind](folder)
+    else:
+        kill_on(moment, kind, Path(folder))
+        {"sft": sft, "grpo": grpo}[kind](folder)

@@ -44,7 +44,9 @@ def test_weights_split_over_devices_train_as_whole_ones(found, optimizer):
     sharded = found["sharded"]
     assert [sharded[f"{optimizer} {mesh} share"] for mesh in ("8/1", "8/2", "8/8")] == [1, 1 / 2, 1 / 8]
     assert sharded[f"{optimizer} moved"] > 1e-2
-    assert all(sharded[f"{optimizer} {mesh}"] < 1e-5 for mesh in ("8/1", "8/2", "8/8")), sharded
+    # AdamW's first steps divide by the gradient's own size, however small it is.
+    most = 1e-5 if optimizer == "muon" else 1e-4
+    assert all(sharded[f"{optimizer} {mesh}"] < most for mesh in ("8/1", "8/2", "8/8")), sharded
     assert (sharded[f"{optimizer} q moved"] > 1e-2) == (optimizer == "muon")
 
 

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -99,6 +100,31 @@ def test_a_run_that_was_killed_ends_in_the_same_bits(whole, tmp_path, moment):
     assert all(step < KINDS[kind] for step in saved(copy))  # none, where the first was still being written
     assert bits(RUN[kind](copy)) == right
     assert lines(copy) == lines(folder)
+
+
+@pytest.mark.slow
+def test_five_kills_at_random_moments_change_no_bit(tmp_path):
+    """Each some time after the run has gone on, in whatever it then does: a step, a validation, a save, a start."""
+    right, rng, reached = bits(runs.long_sft(tmp_path / "whole")), random.Random(os.urandom(8)), []
+    command = [sys.executable, "-m", "tests.train.runs", "sft", str(tmp_path / "run"), "long"]
+    for _ in range(5):
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+        before = time.monotonic()
+        while process.poll() is None and not newest(tmp_path / "run") > max(reached, default=0):
+            time.sleep(0.05)
+            assert time.monotonic() - before < 120
+        time.sleep(rng.uniform(0, 2))
+        reached.append(newest(tmp_path / "run"))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
+    print("killed at steps", reached)
+    assert bits(runs.long_sft(tmp_path / "run")) == right
+    assert lines(tmp_path / "run") == lines(tmp_path / "whole")
+
+
+def newest(folder):
+    """The last step that was saved."""
+    return max(saved(folder), default=0) if (folder / "checkpoints").is_dir() else 0
 
 
 def test_a_kill_between_the_validation_and_the_last_checkpoint_loses_no_validation(tmp_path):
