@@ -9,7 +9,7 @@ import jax
 
 from apr_jax.model.flops import peak_flops, training_flops
 from apr_jax.model.llama import Llama
-from apr_jax.train.checkpoint import Checkpoints
+from apr_jax.train.checkpoint import Checkpoints, load_model
 from apr_jax.train.loss import KINDS, loss_by_kind, supervised_loss
 from apr_jax.train.metrics import MetricsLog, Progress
 from apr_jax.train.optimizer import OptimizerConfig, make_optimizer
@@ -128,15 +128,17 @@ def run_sft(
         loss_by_kind,
         whole_layers=config.optimizer.name == "muon",
     )
-    state = trainer.init(model)
     checkpoints = Checkpoints(folder / "checkpoints")
-    # 1. Goes on where an earlier run of this stage stopped. 2. Else begins with the weights it was given.
-    start = 0
-    if checkpoints.latest is not None:
-        start, state = checkpoints.restore(state)
-    if start >= config.steps:
+    # 1. A finished run is only read. 2. Goes on where an earlier run of this stage stopped. 3. Else begins with the
+    # weights it was given.
+    start = checkpoints.latest or 0
+    if start >= config.steps > 0:
         checkpoints.close()
-        return trainer.model(state)
+        return load_model(folder / "checkpoints" / str(start))[0]
+    state = trainer.init(model)
+    if start:
+        start, state = checkpoints.restore(state)
+    sizes = dataclasses.asdict(model.config)
     run = SftRun(model, config, mesh, batches, folder, start)
     late = None  # the step before, dispatched but not yet read
     try:
@@ -157,7 +159,7 @@ def run_sft(
                     if run.log is not None:
                         run.log.write(step, found)
                 if last or told or step % config.save_every == 0:
-                    checkpoints.save(step, state, {**meta, "step": step})
+                    checkpoints.save(step, state, {"model": sizes, **meta, "step": step})
                 if told and not last:
                     checkpoints.wait()
                     raise Terminated(f"sft {folder.name} is saved at step {step} of {config.steps}")

@@ -1,0 +1,88 @@
+"""What a run tells: losses by who wrote a token, arithmetic and its rate, skipped steps (the last in test_resume)."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from apr_jax.model import flops
+from apr_jax.model.flops import training_flops
+from apr_jax.threads.store import CALL_FORCED, CALL_SAMPLED, FORCED, JOIN, SAMPLED
+from apr_jax.train.loss import KINDS, loss_by_kind, row_logits, row_sums
+from apr_jax.train.pack import lay_out_tree, pack_rows
+from apr_jax.train.sft import validation_metrics
+from tests.tiny import log_softmax, make_model
+from tests.train import runs
+from tests.train.test_pack import nested_tree
+
+MODEL = make_model(3)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    pieces = lay_out_tree(nested_tree())
+    return pack_rows([pieces[::2], pieces[1::2]], 128)
+
+
+def test_losses_by_kind_are_those_of_the_tokens_of_each_kind(rows):
+    logprobs = np.take_along_axis(log_softmax(np.asarray(row_logits(MODEL, rows))), rows["tokens"][:, :, None], -1)
+    sums = loss_by_kind(MODEL, rows)
+    for name, role in {"written": SAMPLED, "call": CALL_SAMPLED, "prompt": FORCED, "join": JOIN}.items():
+        chosen = (rows["role"] == role) & (rows["predecessors"] >= 0)
+        assert float(sums[f"count/{name}"]) == chosen.sum() > 0
+        np.testing.assert_allclose(sums[f"loss/{name}"], -logprobs[:, :, 0][chosen].sum(), rtol=1e-5)
+    every = (rows["role"] >= 0) & (rows["role"] != CALL_FORCED) & (rows["predecessors"] >= 0)
+    assert sum(float(sums[f"count/{name}"]) for name in KINDS) == every.sum()
+
+
+def test_validation_means_leave_out_kinds_that_do_not_occur():
+    totals = {f"{what}/{kind}": 0.0 for what in ("loss", "right", "count") for kind in KINDS}
+    totals |= {"loss/written": 6.0, "count/written": 2.0, "right/written": 1.0, "loss/prompt": 5.0, "count/prompt": 1.0}
+    found = validation_metrics(totals, "sampled")
+    assert found["validation_loss"] == found["validation_loss/written"] == 3.0
+    assert found["validation_accuracy"] == 0.5 and found["validation_loss/prompt"] == 5.0
+    assert "validation_loss/join" not in found
+    assert validation_metrics(totals, "all")["validation_loss"] == pytest.approx(11 / 3)
+
+
+def test_a_token_sees_its_path_up_to_itself(rows):
+    sums = row_sums(rows)
+    enter, exit_ = rows["enter"], rows["exit"]
+    T = enter.shape[1]
+    sees = (enter[:, None, :] <= enter[:, :, None]) & (enter[:, :, None] < exit_[:, None, :]) & np.tri(T, dtype=bool)
+    assert int(sums["seen"]) == sees.sum() and int(sums["tokens"]) == (exit_ > enter).sum()
+
+
+def test_a_run_tells_losses_by_kind_and_its_rate(tmp_path, monkeypatch):
+    monkeypatch.setattr(flops, "PEAK", {"cpu": {"float32": 1e12}})
+    runs.sft(tmp_path / "run", validate_every=3)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    validated = [line for line in lines if "validation_loss" in line]
+    assert [line["step"] for line in validated] == [3, 6]
+    assert all({"validation_loss/written", "validation_loss/prompt"} <= line.keys() for line in validated)
+    trained = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in trained] == [1, 2, 3, 4, 5, 6]
+    for line in trained:
+        assert line["model_flops_utilisation"] == pytest.approx(line["model_flops_per_second"] / 2e12)  # two devices
+        per_token = line["model_flops_per_second"] / line["tokens_per_second"]
+        assert per_token > training_flops(MODEL.config, 1, 1)
+    assert trained[0]["packing"] == trained[0]["tokens"] / 128
+
+
+def test_microbatches_change_nothing_but_the_order_of_addition(tmp_path):
+    found = [
+        runs.sft(tmp_path / str(parts), batch_rows=4, microbatches=parts, validation=False) for parts in (1, 2)
+    ]
+    for a, b in zip(*(jax.tree.leaves(nnx.state(model)) for model in found), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+    logs = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()] for name in "12"]
+    for a, b in zip(*logs, strict=True):
+        assert a["tokens"] == b["tokens"] and a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
+def test_microbatches_that_do_not_come_out_even_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="batch_rows .2. must be a multiple of the 2 devices times 2 microbatches"):
+        runs.sft(tmp_path / "run", microbatches=2)
+
