@@ -61,21 +61,21 @@ def _blocked_attention(enter_BxT: Array, exit_BxT: Array):
     pieces lie one behind the other in a row, so a thread never looks back past its own beginning. How many
     blocks those are picks one of a few compiled branches. `attend_masked` under `visible` is the oracle.
     """
-    T = enter_BxT.shape[1]
+    B, T = enter_BxT.shape
     block = _block_size(T)
     pad = -T % block
+    n = (T + pad) // block
     enter, exit_ = (jnp.pad(x, ((0, 0), (0, pad)), constant_values=-1) for x in (enter_BxT, exit_BxT))
     back = _blocks_back(enter, exit_, block)
 
     def attend(q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, carry):
-        repeats = q_BxTxNxH.shape[2] // k_BxTxKxH.shape[2]
-        q, k, v = (
-            jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, pad), (0, 0))) for x in (q_BxTxNxH, k_BxTxKxH, v_BxTxKxH)
-        )
-        if repeats > 1:
-            k, v = (jnp.repeat(x, repeats, axis=1) for x in (k, v))
-        out = _blocked(q, k, v, enter, exit_, back)
-        return out[:, :, :T].swapaxes(1, 2), carry
+        N, H, K = *q_BxTxNxH.shape[2:], k_BxTxKxH.shape[2]
+        q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q_BxTxNxH, k_BxTxKxH, v_BxTxKxH))
+        # The N / K heads that share keys are more queries of a block: larger products, and nothing is repeated.
+        q = q.reshape(B, n, block, K, N // K, H).transpose(0, 3, 1, 4, 2, 5).reshape(B, K, -1, H)
+        out = _blocked(q, k.swapaxes(1, 2), v.swapaxes(1, 2), enter, exit_, back)
+        out = out.reshape(B, K, n, N // K, block, H).transpose(0, 2, 4, 1, 3, 5)
+        return out.reshape(B, T + pad, N, H)[:, :T], carry
 
     return attend
 
@@ -93,11 +93,11 @@ def _blocks_back(enter_BxT: Array, exit_BxT: Array, block: int) -> Array:
     return jnp.where(seen.any(axis=2), jnp.arange(n)[None, :] - jnp.argmax(seen, axis=2), 0)
 
 
-def _for_each_block(step, carry, q: Array, enter: Array, exit_: Array, back: Array):
-    """Scans ``step(carry, row, index, keys, mask)`` over all blocks of queries of all rows: `keys` is the
-    number of keys that go with it (static), `mask` what it sees of them [block, keys]."""
+def _for_each_block(step, carry, groups: int, enter: Array, exit_: Array, back: Array):
+    """Scans ``step(carry, row, index, keys, mask)`` over all blocks of queries of all rows: `keys` is the number of
+    keys that go with it (static), `mask` what it sees of them [groups * block, keys], the same for every group."""
     B, n = back.shape
-    block = q.shape[2] // n
+    block = enter.shape[1] // n
 
     def branch(blocks: int):
         keys = blocks * block
@@ -107,7 +107,8 @@ def _for_each_block(step, carry, q: Array, enter: Array, exit_: Array, back: Arr
             enter_q = jax.lax.dynamic_slice(enter, (row, index * block), (1, block))[0][:, None]
             enter_k, exit_k = (jax.lax.dynamic_slice(x, (row, first), (1, keys)) for x in (enter, exit_))
             not_later = jnp.arange(keys)[None, :] <= jnp.arange(keys - block, keys)[:, None]
-            return step(carry, row, index, keys, (enter_k <= enter_q) & (enter_q < exit_k) & not_later)
+            mask = (enter_k <= enter_q) & (enter_q < exit_k) & not_later
+            return step(carry, row, index, keys, jnp.tile(mask, (groups, 1)))
 
         return run
 
@@ -136,17 +137,24 @@ def _put(x: Array, value: Array, row, stop, add: bool) -> Array:
 
 @jax.custom_vjp
 def _blocked(q: Array, k: Array, v: Array, enter: Array, exit_: Array, back: Array) -> Array:
-    """Attention of q, k, v [B, N, T, H] under the tree mask."""
+    """Attention of q [B, K, groups * T, H], block by block and group by group, and k, v [B, K, T, H], under the tree
+    mask; the same shape as q."""
     return _blocked_forward(q, k, v, enter, exit_, back)[0]
 
 
+def _sizes(q: Array, k: Array, back: Array) -> tuple[int, int, int, float]:
+    """(groups that share a key, queries of a block over all groups, keys of a block, scale of scores)."""
+    n = back.shape[1]
+    return q.shape[2] // k.shape[2], q.shape[2] // n, k.shape[2] // n, q.shape[-1] ** -0.5
+
+
 def _blocked_forward(q, k, v, enter, exit_, back):
-    block, scale = q.shape[2] // back.shape[1], q.shape[-1] ** -0.5
+    groups, queries, block, scale = _sizes(q, k, back)
 
     def step(carry, row, index, keys, mask):
         out, normaliser = carry
-        stop = (index + 1) * block
-        q_i, k_i, v_i = _cut(q, row, stop, block), _cut(k, row, stop, keys), _cut(v, row, stop, keys)
+        end, stop = (index + 1) * queries, (index + 1) * block
+        q_i, k_i, v_i = _cut(q, row, end, queries), _cut(k, row, stop, keys), _cut(v, row, stop, keys)
         scores = jnp.einsum("nqh,nkh->nqk", q_i, k_i, preferred_element_type=jnp.float32) * scale
         scores = jnp.where(mask[None], scores, MASKED)
         highest = jnp.max(scores, axis=-1, keepdims=True)
@@ -154,40 +162,40 @@ def _blocked_forward(q, k, v, enter, exit_, back):
         total = jnp.sum(weights, axis=-1, keepdims=True)
         out_i = jnp.einsum("nqk,nkh->nqh", weights.astype(v.dtype), v_i) / total
         normaliser_i = (highest + jnp.log(total))[..., 0]
-        return _put(out, out_i, row, stop, add=False), _put(normaliser, normaliser_i, row, stop, add=False)
+        return _put(out, out_i, row, end, add=False), _put(normaliser, normaliser_i, row, end, add=False)
 
     empty = (jnp.zeros_like(q), jnp.zeros(q.shape[:3], jnp.float32) + 0 * q[..., 0].astype(jnp.float32))
-    out, normaliser = _for_each_block(step, empty, q, enter, exit_, back)
+    out, normaliser = _for_each_block(step, empty, groups, enter, exit_, back)
     return out, (q, k, v, enter, exit_, back, out, normaliser)
 
 
 def _blocked_backward(saved, d_out):
     """The weights are computed again from the saved normaliser, as flash attention does."""
     q, k, v, enter, exit_, back, out, normaliser = saved
-    block, scale = q.shape[2] // back.shape[1], q.shape[-1] ** -0.5
+    groups, queries, block, scale = _sizes(q, k, back)
     shift = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
 
     def step(carry, row, index, keys, mask):
         d_q, d_k, d_v = carry
-        stop = (index + 1) * block
-        q_i, k_i, v_i = _cut(q, row, stop, block), _cut(k, row, stop, keys), _cut(v, row, stop, keys)
-        d_i = _cut(d_out, row, stop, block)
+        end, stop = (index + 1) * queries, (index + 1) * block
+        q_i, k_i, v_i = _cut(q, row, end, queries), _cut(k, row, stop, keys), _cut(v, row, stop, keys)
+        d_i = _cut(d_out, row, end, queries)
         scores = jnp.einsum("nqh,nkh->nqk", q_i, k_i, preferred_element_type=jnp.float32) * scale
-        weights = jnp.exp(jnp.where(mask[None], scores, MASKED) - _cut(normaliser, row, stop, block)[..., None])
+        weights = jnp.exp(jnp.where(mask[None], scores, MASKED) - _cut(normaliser, row, end, queries)[..., None])
         d_weights = jnp.einsum("nqh,nkh->nqk", d_i, v_i, preferred_element_type=jnp.float32)
-        d_scores = (weights * (d_weights - _cut(shift, row, stop, block)[..., None]) * scale).astype(q.dtype)
+        d_scores = (weights * (d_weights - _cut(shift, row, end, queries)[..., None]) * scale).astype(q.dtype)
         # The gradients of keys and values are made transposed: on the CPU that order is twice as fast.
         d_v_i = jnp.einsum("nqh,nqk->nhk", d_i, weights.astype(q.dtype)).swapaxes(1, 2)
         d_k_i = jnp.einsum("nqh,nqk->nhk", q_i, d_scores).swapaxes(1, 2)
         d_q_i = jnp.einsum("nqk,nkh->nqh", d_scores, k_i)
         return (
-            _put(d_q, d_q_i, row, stop, add=False),
+            _put(d_q, d_q_i, row, end, add=False),
             _put(d_k, d_k_i, row, stop, add=True),
             _put(d_v, d_v_i, row, stop, add=True),
         )
 
     zeros = tuple(jnp.zeros_like(x) for x in (q, k, v))
-    d_q, d_k, d_v = _for_each_block(step, zeros, q, enter, exit_, back)
+    d_q, d_k, d_v = _for_each_block(step, zeros, groups, enter, exit_, back)
     return d_q, d_k, d_v, None, None, None
 
 

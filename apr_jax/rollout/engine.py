@@ -63,7 +63,7 @@ class JaxEngine:
     `weights` may be replaced between rollouts (`load`); sequences must be freed before.
     """
 
-    def __init__(self, model: Llama, mesh: Mesh, *, slots: int, context: int, seed: int = 0, steps: int = 32):
+    def __init__(self, model: Llama, mesh: Mesh, *, slots: int, context: int, seed: int = 0, steps: int = 64):
         devices = mesh.devices.size
         if slots < 1 or slots % devices:
             raise ValueError(f"slots must be a multiple of the {devices} devices, was given {slots}")
