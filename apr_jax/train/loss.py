@@ -50,9 +50,14 @@ def supervised_loss(model: Llama, rows: dict[str, Array], mode: str) -> tuple[Ar
 
 
 def row_sums(rows: dict[str, Array]) -> dict[str, Array]:
-    """`tokens` that are no padding, and `seen`, what all of them see together: each its own path up to itself."""
-    real = rows["exit"] > rows["enter"]
-    return {"tokens": jnp.sum(real), "seen": jnp.sum(jnp.where(real, rows["positions"] + 1, 0))}
+    """Of the tokens that are no padding: `tokens`, how many; `seen`, what they see together, each its own path up to
+    itself; `unshared`, how many they would be with every path written out from its beginning."""
+    real, before = rows["exit"] > rows["enter"], rows["predecessors"]
+    B, T = before.shape
+    goes_on = jnp.zeros((B, T + 1), bool).at[jnp.arange(B)[:, None], before].set(True)[:, :T]  # -1 is the last, cut off
+    path = rows["positions"] + 1
+    sums = {"tokens": real, "seen": jnp.where(real, path, 0), "unshared": jnp.where(real & ~goes_on, path, 0)}
+    return {name: jnp.sum(values) for name, values in sums.items()}
 
 
 def loss_by_kind(model: Llama, rows: dict[str, Array]) -> dict[str, Array]:

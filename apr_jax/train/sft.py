@@ -84,6 +84,7 @@ class SftRun:
                 "gradient_norm": values["gradient_norm"],
                 "tokens": values["tokens"],
                 "packing": values["tokens"] / (config.batch_rows * config.row_length),
+                "tokens_saved": 1 - values["tokens"] / values["unshared"],  # by forwarding shared prefixes once
                 "tokens_per_second": self._seen["tokens"] / seconds,
                 "model_flops_per_second": flops,
                 "skipped": values["skipped"],

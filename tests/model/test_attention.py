@@ -1,5 +1,6 @@
 """Packed attention against the dense oracle, and what a token can and cannot see."""
 
+import functools
 import random
 
 import jax
@@ -141,3 +142,21 @@ def test_the_logits_of_a_packed_thread_are_those_of_its_paths_alone(logits_of):
         assert piece.tokens[stays].tolist() == context and piece.positions[stays].tolist() == list(range(len(context)))
         close(logits[at + stays[1:]], plain[:-1], 1e-4)
         at += len(piece)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads, kv_heads, size", [(4, 4, 64), (8, 2, 64)])
+def test_the_fused_kernel_is_the_dense_one_forward_and_backward(heads, kv_heads, size):
+    rows = packed_rows(5, 512, 2, 40)
+    q, k, v, cotangent = (x.astype(jnp.bfloat16) for x in arrays(2, rows, heads, kv_heads, size))
+    real = jnp.asarray(rows["exit"] > rows["enter"])[:, :, None, None]
+    cotangent = jnp.where(real, cotangent, 0)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def both(kind, *x):
+        attend = packed_attention(jnp.asarray(rows["enter"]), jnp.asarray(rows["exit"]), kind)
+        out, back = jax.vjp(lambda *x: attend(*x, None)[0], *x)
+        return jnp.where(real, out, 0), back(cotangent)
+
+    for a, b in zip(jax.tree.leaves(both("cudnn", q, k, v)), jax.tree.leaves(both("dense", q, k, v)), strict=True):
+        close(a.astype(jnp.float32), b.astype(jnp.float32), 2e-2)

@@ -13,7 +13,7 @@ from apr_jax.threads.store import CALL_FORCED, CALL_SAMPLED, FORCED, JOIN, SAMPL
 from apr_jax.train.loss import KINDS, loss_by_kind, row_logits, row_sums
 from apr_jax.train.pack import lay_out_tree, pack_rows
 from apr_jax.train.sft import validation_metrics
-from tests.tiny import log_softmax, make_model
+from tests.tiny import log_softmax, make_model, paths
 from tests.train import runs
 from tests.train.test_pack import nested_tree
 
@@ -55,6 +55,11 @@ def test_a_token_sees_its_path_up_to_itself(rows):
     assert int(sums["seen"]) == sees.sum() and int(sums["tokens"]) == (exit_ > enter).sum()
 
 
+def test_unshared_tokens_are_those_of_the_paths_alone(rows):
+    lengths = [len(path) for thread in nested_tree().threads() for path in paths(thread)]
+    assert int(row_sums(rows)["unshared"]) == sum(lengths) > int(row_sums(rows)["tokens"])
+
+
 def test_a_run_tells_losses_by_kind_and_its_rate(tmp_path, monkeypatch):
     monkeypatch.setattr(flops, "PEAK", {"cpu": {"float32": 1e12}})
     runs.sft(tmp_path / "run", validate_every=3)
@@ -68,7 +73,7 @@ def test_a_run_tells_losses_by_kind_and_its_rate(tmp_path, monkeypatch):
         assert line["model_flops_utilisation"] == pytest.approx(line["model_flops_per_second"] / 2e12)  # two devices
         per_token = line["model_flops_per_second"] / line["tokens_per_second"]
         assert per_token > training_flops(MODEL.config, 1, 1)
-    assert trained[0]["packing"] == trained[0]["tokens"] / 128
+    assert trained[0]["packing"] == trained[0]["tokens"] / 128 and 0 < trained[0]["tokens_saved"] < 1
 
 
 def test_microbatches_change_nothing_but_the_order_of_addition(tmp_path):
