@@ -17,6 +17,7 @@ between ours and torch: the same model on the same rows.
 
 import dataclasses
 import json
+import math
 import os
 import platform
 import random
@@ -184,7 +185,7 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     sizes = PRESETS[values["model"].value]
     config = LlamaConfig(len(tokenizer), **sizes, context=-(-length // 128) * 128, dtype=values["dtype"].value)
     model = Llama(config, rngs=nnx.Rngs(0))
-    devices = jax.device_count()
+    devices = math.gcd(jax.device_count(), count)
     loops: dict[str, Callable[[], object]] = {}
     ours = {name: OurLoop(model, devices) for name in batches}
     for name, loop in ours.items():

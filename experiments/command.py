@@ -8,6 +8,7 @@ import difflib
 import errno
 import importlib.util
 import math
+import re
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -101,6 +102,10 @@ def parse(argv: Sequence[str]) -> Command | None:
 
 def _check_processes(values: flags.FlagValues, stages: Sequence[str], settings: Settings) -> None:
     """Raises ValueError for what several processes cannot run together."""
+    if values.processes < 1:
+        raise ValueError(f"--processes is at least 1, was given {values.processes}")
+    if values.coordinator and not re.fullmatch(r".+:\d+", values.coordinator):
+        raise ValueError(f"--coordinator is HOST:PORT, was given {values.coordinator!r}")
     if bool(values.coordinator) != (values.processes > 1):
         raise ValueError(
             f"--coordinator=HOST:PORT goes with --processes=2 or more, was given {values.coordinator!r} and "

@@ -42,6 +42,7 @@ def start(command: Command) -> None:
     jax.config.update("jax_compilation_cache_dir", str(CACHE))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if command.processes > 1:
+        jax.config.update("jax_enable_preemption_service", False)  # it would take our SIGTERM
         jax.distributed.initialize(command.coordinator, command.processes, command.process)
     from experiments.stages import Run  # after the devices are set: it brings in everything else
 
@@ -64,6 +65,8 @@ def main(argv: Sequence[str]) -> int:
         return 130
     except Terminated as notice:
         print(f"stopped by SIGTERM: {notice}; the same command goes on from here", file=sys.stderr)
+        if jax.process_count() > 1:
+            jax.distributed.shutdown()  # waits for the others: the first one serves them
         return 143
     except Exception as error:
         if (line := reason(error)) is None:

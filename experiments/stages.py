@@ -13,17 +13,20 @@ A run folder holds:
 import dataclasses
 import json
 import platform
+import time
+import zlib
 from collections.abc import Sequence
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
 from apr_jax.countdown import CountdownProtocol
-from apr_jax.countdown.dataset import write_text
+from apr_jax.countdown.dataset import read_manifest, write_text
 from apr_jax.evaluate.evaluate import evaluate
 from apr_jax.export.hf import check_export, check_trees, export_hf
 from apr_jax.model.llama import Llama, LlamaConfig, parameter_count
@@ -41,19 +44,36 @@ from experiments.settings import STYLES, Settings
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers", "transformers", "torch")
 
 
+# How the same run is computed, logged and saved: a run may go on with other values of these.
+EXECUTION = {
+    "devices", "fsdp", "model.attention", "model.remat", "model.scan", "sft.microbatches", "sft.save_every",
+    "sft.log_every", "sft.most_skipped", "grpo.batch_rows", "grpo.slots", "grpo.save_every", "evaluate.slots",
+}  # fmt: skip
+
+
 class Run:
     """One run folder and the stages that fill it."""
 
     def __init__(self, settings: Settings, workdir: Path):
         self.settings, self.workdir = settings, workdir
+        if settings.model["attention"] == "cudnn" and jax.default_backend() != "gpu":
+            raise ValueError(f"model.attention cudnn needs an NVIDIA GPU, JAX runs on {jax.default_backend()}")
         # First: a refusal must not leave its config in the folder.
         self.mesh = data_mesh(settings.devices, settings.fsdp)
+        if jax.process_count() > 1:
+            self._agree()
         if jax.process_index() == 0:
             self._claim()
 
     def run(self, stages: Sequence[str]) -> None:
         for stage in stages:
             getattr(self, stage)()
+
+    def _agree(self) -> None:
+        """Raises ValueError where one of several processes was given other settings."""
+        mine = zlib.crc32(json.dumps(self.settings.config, sort_keys=True).encode())
+        if len(set(multihost_utils.process_allgather(np.uint32(mine)).tolist())) > 1:
+            raise ValueError("the processes were given different settings: all need the same --config and changes")
 
     def _claim(self) -> None:
         """Writes config and versions; refuses a folder that holds a run of another config."""
@@ -83,8 +103,8 @@ class Run:
     def data(self) -> None:
         if jax.process_index() == 0:
             make_data(self.settings, self.workdir / "data")
-        if jax.process_count() > 1:  # the others read what it made
-            multihost_utils.sync_global_devices("data")
+        while read_manifest(self.workdir / "data") is None:  # another process makes it, and can take its time
+            time.sleep(1)
 
     def sft(self) -> None:
         for style in STYLES:
@@ -212,6 +232,8 @@ def _read_json(path: Path) -> dict:
 
 def _differences(old: dict, new: dict, prefix: str = ""):
     for key in sorted(set(old) | set(new)):
+        if f"{prefix}{key}" in EXECUTION:
+            continue
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
             yield from _differences(a, b, f"{prefix}{key}.")

@@ -55,6 +55,8 @@ class LlamaConfig:
             raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype is float32 or bfloat16, was given {self.dtype!r}")
+        if self.attention == "cudnn" and self.dtype != "bfloat16":
+            raise ValueError(f"attention cudnn needs dtype bfloat16, was given {self.dtype!r}")
 
     @property
     def head_size(self) -> int:

@@ -211,7 +211,7 @@ class GrpoTrainer:
                 metrics["train/engine_difference"] = float(sums["difference"] / sums["trained"])
         sums = {name: float(value) for name, value in sums.items()}
         if sums["skipped"]:
-            raise FloatingPointError(f"the gradient of GRPO update {int(state.step)} is not finite")
+            raise FloatingPointError(f"a gradient of the GRPO updates up to {int(state.step)} is not finite")
         for name in ("clipped", "kl", "entropy"):
             metrics[f"train/{name}"] = sums[name] / sums["trained"]
         metrics |= {"train/gradient_norm": sums["gradient_norm"], "train/tokens": sums["trained"]}
@@ -262,12 +262,14 @@ def run_grpo(
                 metrics |= {"seconds/sample": sampled - began, "seconds/update": time.monotonic() - sampled}
                 log.write(step, metrics)
                 progress.update(step, f"reward {metrics['rollout/reward']:.3f}")
-                last, told = step == config.steps, notice.given(step)
-                if last or told or step % config.save_every == 0:
+                told = notice.given
+                if told or step == config.steps or step % config.save_every == 0:
                     checkpoints.save(step, state, {**meta, "step": step})
-                if told and not last:
-                    checkpoints.wait()
-                    raise Terminated(f"grpo {folder.name} is saved at step {step} of {config.steps}")
+                if told:
+                    break
+            checkpoints.wait()
+            if notice.given:
+                raise Terminated(f"grpo {folder.name} is saved at step {step} of {config.steps}")
         return trainer.trainer.model(state)
     finally:
         log.close()

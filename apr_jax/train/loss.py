@@ -57,7 +57,7 @@ def row_sums(rows: dict[str, Array]) -> dict[str, Array]:
     goes_on = jnp.zeros((B, T + 1), bool).at[jnp.arange(B)[:, None], before].set(True)[:, :T]  # -1 is the last, cut off
     path = rows["positions"] + 1
     sums = {"tokens": real, "seen": jnp.where(real, path, 0), "unshared": jnp.where(real & ~goes_on, path, 0)}
-    return {name: jnp.sum(values) for name, values in sums.items()}
+    return {name: jnp.sum(values.astype(jnp.float32)) for name, values in sums.items()}  # int32 could overflow
 
 
 def loss_by_kind(model: Llama, rows: dict[str, Array]) -> dict[str, Array]:

@@ -124,8 +124,9 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     def labels(params):
         label = lambda path, _: "frozen" if re.search(config.frozen, path_name(path)) else "trained"  # noqa: E731
         found = jax.tree_util.tree_map_with_path(label, params)
-        if "trained" not in jax.tree.leaves(found):
-            raise ValueError(f"optimizer.frozen ({config.frozen!r}) leaves no parameter to train")
+        if len(kinds := set(jax.tree.leaves(found))) == 1:
+            what = "finds no parameter to freeze" if "trained" in kinds else "leaves no parameter to train"
+            raise ValueError(f"optimizer.frozen ({config.frozen!r}) {what}")
         return found
 
     return optax.partition({"trained": chain, "frozen": optax.set_to_zero()}, labels)

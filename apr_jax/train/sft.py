@@ -60,20 +60,20 @@ class SftRun:
             at = first + jax.process_index() * own
             yield self.batches.pack(rows[at : at + own])
 
-    def report(self, step: int, sums: dict) -> None:
-        """Reads what a step left on the device, and writes it where it is the step's turn. Raises FloatingPointError
-        where too many steps were skipped."""
+    def report(self, step: int, sums: dict) -> float:
+        """Reads what a step left on the device, and writes it where it is the step's turn; the flags that were raised.
+        Raises FloatingPointError where too many steps were skipped."""
         config = self.config
         values = {name: float(value) for name, value in jax.device_get(sums).items()}
         if values["skipped"] > config.most_skipped:
             raise FloatingPointError(
                 f"the gradients of {values['skipped']:.0f} steps up to step {step} were not finite (most_skipped is "
-                f"{config.most_skipped}): lower the rates, or go back to an earlier checkpoint"
+                f"{config.most_skipped}): begin in a new folder with lower rates or another seed"
             )
         for name in self._seen:
             self._seen[name] += values[name]
         if not self._main:
-            return
+            return values["flags"]
         loss = values["loss"] / values["weight"]
         if step % config.log_every == 0 or step == config.steps:
             seconds = time.monotonic() - self._began
@@ -93,6 +93,7 @@ class SftRun:
                 line["model_flops_utilisation"] = flops / self._peak
             self.log.write(step, line)
         self._progress.update(step, f"loss {loss:.3f}")
+        return values["flags"]
 
     def close(self) -> None:
         if self.log is not None:
@@ -144,27 +145,32 @@ def run_sft(
     late = None  # the step before, dispatched but not yet read
     try:
         with Notice() as notice:
+            told = False
             for step in range(start + 1, config.steps + 1):
-                state, sums = trainer.step(state, run.microbatches(step))
+                state, sums = trainer.step(state, run.microbatches(step), flag=notice.given)
                 if late is not None:
-                    run.report(*late)
+                    told = run.report(*late) > 0
                 late = (step, sums)
-                last, told = step == config.steps, notice.given(step)
+                if jax.process_count() == 1:  # several go by what all of them read
+                    told = notice.given
+                last = step == config.steps
                 validates = last or (config.validate_every and step % config.validate_every == 0)
-                if not (validates or told or step % config.save_every == 0):
-                    continue
-                run.report(*late)
-                late = None
+                saves = last or told or step % config.save_every == 0
+                if validates or saves:
+                    run.report(*late)
+                    late = None
                 if validates and validation:  # before the save: a finished stage has its line
                     found = validate(trainer, state, validation, config)
                     if run.log is not None:
                         run.log.write(step, found)
-                if last or told or step % config.save_every == 0:
+                if saves:
                     checkpoints.save(step, state, {"model": sizes, **meta, "step": step})
-                if told and not last:
-                    checkpoints.wait()
-                    raise Terminated(f"sft {folder.name} is saved at step {step} of {config.steps}")
+                if told:
+                    break
             model = trainer.model(state)
+            checkpoints.wait()
+            if told or notice.given:
+                raise Terminated(f"sft {folder.name} is saved at step {step} of {config.steps}")
     finally:
         run.close()
         checkpoints.close()

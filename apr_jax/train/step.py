@@ -48,7 +48,11 @@ class TrainState:
 
 def data_mesh(devices: int, fsdp: int = 1) -> Mesh:
     """A mesh of `devices`, `fsdp` of which share one copy of the weights. Raises ValueError where there are fewer
-    devices, or `fsdp` does not divide them."""
+    devices, `fsdp` does not divide them, or a process among several would have none."""
+    if jax.process_count() > 1 and devices != jax.device_count():
+        raise ValueError(
+            f"several processes train on all of their devices: devices is {jax.device_count()}, was given {devices}"
+        )
     if not 1 <= devices <= jax.device_count():
         raise ValueError(f"{devices} devices were asked for, {jax.device_count()} are there")
     if not 1 <= fsdp <= devices or devices % fsdp:
@@ -96,8 +100,7 @@ class Trainer:
         def varying(weights):
             """Of each device its own, so that gradients are, too."""
             axes = self._by_parameter(lambda name, _: AXES if self._axes[name] is None else AXES[:1])
-            cast = lambda x, axes: jax.lax.pcast(x, axes, to="varying")  # noqa: E731
-            return jax.tree.map(cast, weights, axes, is_leaf=lambda x: x is None)
+            return jax.tree.map(lambda x, axes: jax.lax.pcast(x, axes, to="varying"), weights, axes)
 
         def summed(weights, rows):
             total, metrics = loss(self._sharded(weights), rows)
@@ -117,12 +120,12 @@ class Trainer:
         @jax.jit
         @functools.partial(jax.shard_map, mesh=mesh, in_specs=(specs, P(AXES)), out_specs=P(AXES))
         def measure(weights, rows):
-            model = self._sharded(varying(weights))
-            return own(summed(varying(weights), rows)[1] if measures is None else measures(model, rows))
+            weights = varying(weights)
+            return own(summed(weights, rows)[1] if measures is None else measures(self._sharded(weights), rows))
 
         @functools.partial(jax.jit, donate_argnums=(0, 1))
-        def update(state: TrainState, sums, metrics, divisor):
-            totals = jax.tree.map(lambda x: x.sum(axis=0), metrics)
+        def update(state: TrainState, sums, metrics, divisor, flags):
+            totals = jax.tree.map(lambda x: x.sum(axis=0), dict(metrics, flags=flags))
             weight = totals["weight"] if divisor is None else divisor
             gradient = jax.tree.map(lambda x: x.sum(axis=0) / weight, sums)
             gradient = jax.lax.with_sharding_constraint(gradient, self._by_parameter(self._updated_at))
@@ -227,16 +230,17 @@ class Trainer:
         at = self._at(P(AXES))
         return {name: jax.make_array_from_process_local_data(at, values) for name, values in rows.items()}
 
-    def step(self, state: TrainState, batches: Iterable[Rows], divisor: float | None = None):
+    def step(self, state: TrainState, batches: Iterable[Rows], divisor: float | None = None, flag: bool = False):
         """One update from one or more batches of packed rows, whose rows split over the devices. The loss is divided
         by `divisor`, by default the sum of its weights. Returns (state, sums), the sums still on their way: reading
-        them waits for the device. Among them are `gradient_norm`, and `skipped`: how many steps so far had a
-        gradient that was not finite and was not applied."""
+        them waits for the device. Among them are `gradient_norm`; `skipped`, how many steps so far had a gradient that
+        was not finite and was not applied; and `flags`, above 0 where any process raised its `flag`."""
         sums, metrics = self._zeros(), None
         for rows in batches:
             sums, more = self._accumulate(state.weights, sums, self.put(rows))
             metrics = more if metrics is None else _add(metrics, more)
-        return self._update(state, sums, metrics, None if divisor is None else jnp.float32(divisor))
+        flags = self.put({"flags": np.full(self.mesh.local_mesh.size, flag, np.float32)})["flags"]
+        return self._update(state, sums, metrics, None if divisor is None else jnp.float32(divisor), flags)
 
     def measure(self, state: TrainState, rows: Rows) -> dict[str, Array]:
         """The sums of one batch without an update."""

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -149,6 +150,31 @@ def test_killed_and_then_out_of_disk_it_ends_in_the_same_bits(whole_run, tmp_pat
         assert kept == (whole_run.folder / "evaluate" / f"{name}.jsonl").read_bytes()
         steps = [json.loads(line)["step"] for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
         assert steps == [10, 20, 30, 40, 40]  # the last is the validation's
+
+
+def test_two_processes_train_as_one_and_one_goes_on_with_another_number_of_devices(whole_run, tmp_path):
+    """All processes run the same command but for their own number; other settings in one of them are refused."""
+    together, command = tmp_path / "run", ("--stage=data,sft", "--processes=2")
+
+    def begin(*changes):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            line = (f"--workdir={together}", *command, f"--coordinator=localhost:{free.getsockname()[1]}")
+        return [finish(one) for one in [start(*line, f"--process={i}", *changes[i : i + 1]) for i in range(2)]]
+
+    for refused in begin("--config.sft.steps=41"):
+        assert refused.code == 1 and "the processes were given different settings" in refused.err
+    for done in begin():
+        assert done.code == 0, done.err
+    shutil.rmtree(together / "sft_apr" / "checkpoints" / "40")
+    done = finish(start(f"--workdir={together}", "--stage=sft", "--config.devices=1", "--config.fsdp=1"))
+    assert done.code == 0, done.err
+    for name in MODELS[:2]:
+        one, two = (load_model(folder / name / "checkpoints")[0] for folder in (whole_run.folder, together))
+        for a, b in zip(jax.tree.leaves(nnx.state(one)), jax.tree.leaves(nnx.state(two)), strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-2)  # 40 steps of Muon apart by orders of addition
+        steps = [json.loads(line)["step"] for line in (together / name / "metrics.jsonl").read_text().splitlines()]
+        assert steps == [10, 20, 30, 40, 40]
 
 
 # ---------------------------------------------------------------------- stages alone
@@ -308,6 +334,8 @@ TWO = ("--coordinator=localhost:1", "--processes=2")
         ([SMOKE, "--sweep=devices=1,3"], "sft.batch_rows is a multiple of devices (3), was given 4"),
         ([SMOKE, "--sweep=name=../x"], "holds no '/'"),
         ([SMOKE, "--processes=2"], "--coordinator=HOST:PORT goes with --processes=2 or more, was given None and 2"),
+        ([SMOKE, "--processes=0"], "--processes is at least 1, was given 0"),
+        ([SMOKE, "--processes=2", "--coordinator=here"], "--coordinator is HOST:PORT, was given 'here'"),
         ([SMOKE, "--process=1"], "--process is from 0 to 0, was given 1"),
         ([SMOKE, *TWO], "several processes run --stage=data,sft, was given 'grpo': run it with one process"),
         ([SMOKE, *TWO, "--stage=sft", "--sweep=seed=1,2"], "--sweep starts runs of its own: not with --processes"),

@@ -63,6 +63,7 @@ def test_wrong_changes_are_refused(config, change, says):
         ("sft.optimizer.frozen=(a", "sft.optimizer: frozen is a regular expression, was given '(a'"),
         ("model.preset=huge", "model.preset is one of tiny, small, base, was given 'huge'"),
         ("model.remat=all", "model: remat is one of none, dots, full, was given 'all'"),
+        ("model.attention=cudnn", "model: attention cudnn needs dtype bfloat16, was given 'float32'"),
         ("model.attention=flash", "model: attention is one of auto, blocked, dense, cudnn, was given 'flash'"),
         ("window=8", "window is at least 32, was given 8"),
         ("sft.row_length=100", "sft.row_length is at least 256, was given 100"),

@@ -147,8 +147,9 @@ def preset():
     c.apr.beam = c.apr.sub_beam = (1, 2)
     c.sft.steps, c.sft.batch_rows, c.sft.row_length = 1, 8, 512
     c.grpo.steps, c.grpo.prompts, c.grpo.group, c.grpo.batch_rows, c.grpo.row_length, c.grpo.slots = 1, 2, 3, 8, 320, 16
+    c.fsdp = 2
     settings = read_settings(c)
-    mesh, tokenizer = data_mesh(settings.devices), countdown_tokenizer(settings.max_number)
+    mesh, tokenizer = data_mesh(settings.devices, settings.fsdp), countdown_tokenizer(settings.max_number)
     config = LlamaConfig(vocab_size=len(tokenizer), **settings.model)
     model, rng = Llama(config, rngs=nnx.Rngs(settings.seed)), random.Random(0)
     problems = [settings.problems.draw(rng) for _ in range(30)]

@@ -1,9 +1,12 @@
-"""One of two processes that train together: python -m tests.train.processes ADDRESS INDEX FOLDER
+"""One of two processes that train together: python -m tests.train.processes ADDRESS INDEX FOLDER [SIGTERM]
 
-Writes what it ended with as FOLDER/INDEX.npz.
+Writes what it ended with as FOLDER/INDEX.npz. With the last word the second process gets a SIGTERM when it has read its
+first step; both then end with code 143.
 """
 
+import os
 import random
+import signal
 import sys
 from pathlib import Path
 
@@ -13,15 +16,16 @@ from flax import nnx
 
 from apr_jax.train.optimizer import OptimizerConfig, path_name
 from apr_jax.train.pack import lay_out
-from apr_jax.train.sft import SftConfig, run_sft
+from apr_jax.train.sft import SftConfig, SftRun, run_sft
 from apr_jax.train.step import data_mesh
+from apr_jax.train.termination import Terminated
 from tests.tiny import make_model, random_thread
 
 
 def train(mesh, folder):
     pieces = [lay_out(random_thread(random.Random(i), depth=0)) for i in range(60)]
     optimizer = OptimizerConfig("muon", peak_rate=1e-2, muon_rate=0.02)
-    config = SftConfig(4, 16, 64, optimizer, microbatches=2, log_every=1, save_every=2)
+    config = SftConfig(8, 16, 64, optimizer, microbatches=2, log_every=1, save_every=2)
     return run_sft(make_model(0, width=64), pieces, pieces[:9], config, mesh, folder, {"of": "a test"})
 
 
@@ -29,9 +33,29 @@ def weights_of(model):
     return {path_name(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(nnx.state(model))}
 
 
+def notify():
+    """SIGTERM to this process as it reads its first step."""
+    report = SftRun.report
+
+    def noticed(self, step, sums):
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return report(self, step, sums)
+
+    SftRun.report = noticed
+
+
 if __name__ == "__main__":
     address, index, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
     jax.config.update("jax_num_cpu_devices", 4)
+    jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(address, 2, index)
     assert jax.device_count() == 8 and jax.local_device_count() == 4
-    np.savez(folder / f"{index}.npz", **weights_of(train(data_mesh(8, 4), folder / "together")))
+    if sys.argv[4:] and index == 1:
+        notify()
+    try:
+        np.savez(folder / f"{index}.npz", **weights_of(train(data_mesh(8, 4), folder / "together")))
+    except Terminated as notice:
+        print(notice, file=sys.stderr)
+        jax.distributed.shutdown()
+        sys.exit(143)

@@ -56,15 +56,21 @@ def test_a_run_goes_on_on_another_number_of_devices(found):
 
 def test_two_processes_train_as_one(tmp_path):
     """Two processes of four devices each, through `jax.distributed`, in two microbatches and with weights split over
-    a process: the run that one process makes on one device."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    commands = [[sys.executable, "-m", "tests.train.processes", address, str(i), str(tmp_path)] for i in range(2)]
-    started = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for command in commands]
-    for process in started:
-        _, errors = process.communicate(timeout=600)
-        assert process.returncode == 0, errors[-4000:]
+    a process: the run that one process makes on one device. A SIGTERM to one of them ends both after the same step,
+    and the same command goes on."""
+    for code, words in ((143, ["SIGTERM"]), (0, [])):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = f"localhost:{free.getsockname()[1]}"
+        command = [sys.executable, "-m", "tests.train.processes", address]
+        started = [
+            subprocess.Popen([*command, str(i), tmp_path, *words], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+            for i in range(2)
+        ]
+        for process in started:
+            _, errors = process.communicate(timeout=600)
+            assert process.returncode == code, errors[-4000:]
+            assert not words or "sft together is saved at step 4 of 8" in errors
     right = processes.train(data_mesh(1), tmp_path / "alone")
     alone, (together, other) = weights_of(right), (dict(np.load(tmp_path / f"{i}.npz")) for i in range(2))
     assert alone.keys() == together.keys()
@@ -72,7 +78,7 @@ def test_two_processes_train_as_one(tmp_path):
         np.testing.assert_array_equal(together[name], other[name])
         np.testing.assert_allclose(together[name], value, atol=1e-5)
     logs = [[json.loads(line) for line in (tmp_path / f / "metrics.jsonl").open()] for f in ("alone", "together")]
-    assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]] == [1, 2, 3, 4, 4]
+    assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]] == [1, 2, 3, 4, 5, 6, 7, 8, 8]
     for a, b in zip(*logs, strict=True):
         for name in {"loss", "tokens", "gradient_norm", "validation_loss"} & a.keys():
             assert a[name] == pytest.approx(b[name], rel=1e-4), name

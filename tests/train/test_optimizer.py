@@ -58,6 +58,7 @@ def test_the_clip_sees_only_what_is_trained():
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True))
 
 
-def test_freezing_everything_is_refused():
-    with pytest.raises(ValueError, match="optimizer.frozen .'.'. leaves no parameter to train"):
-        make_optimizer(OptimizerConfig(frozen="."), 10).init(WEIGHTS)
+@pytest.mark.parametrize("frozen, says", [(".", "leaves no parameter to train"), ("embd_", "finds no parameter to")])
+def test_freezing_all_or_nothing_is_refused(frozen, says):
+    with pytest.raises(ValueError, match=f"optimizer.frozen .'{frozen}'. {says}"):
+        make_optimizer(OptimizerConfig(frozen=frozen), 10).init(WEIGHTS)

@@ -137,7 +137,7 @@ def test_a_kill_between_the_validation_and_the_last_checkpoint_loses_no_validati
 
 
 def test_steps_that_are_not_finite_change_nothing_are_counted_and_end_the_run(tmp_path):
-    """An embedding of infinities makes every gradient one of no numbers."""
+    """A gain of infinity makes every gradient one of no numbers."""
     pieces = [lay_out(random_thread(random.Random(0), depth=0)) for _ in range(4)]
     broken = make_model(0)
     broken.norm_D[...] = jnp.full_like(broken.norm_D[...], jnp.inf)
@@ -155,7 +155,7 @@ def test_one_step_that_is_not_finite_is_left_out(tmp_path, monkeypatch):
     seen = []
     step = Trainer.step
 
-    def poisoned(self, state, batches, divisor=None):
+    def poisoned(self, state, batches, divisor=None, flag=False):
         weights = [np.asarray(leaf) for leaf in jax.tree.leaves(state.weights)]
         seen.append(weights)
         return step(self, state, batches, float("nan") if len(seen) == 3 else divisor)
@@ -167,10 +167,11 @@ def test_one_step_that_is_not_finite_is_left_out(tmp_path, monkeypatch):
     assert [line["skipped"] for line in lines(tmp_path / "run") if "skipped" in line] == [0, 0, 1, 1, 1, 1]
 
 
-@pytest.mark.parametrize("step", [3, 4])
+@pytest.mark.parametrize("step", [3, 4, "last"])
 def test_a_sigterm_saves_and_the_run_goes_on_from_there(whole, tmp_path, monkeypatch, step):
-    """Between two regular saves, or with one."""
+    """Between two regular saves, with one, or in the last step: what would come next must not begin."""
     kind, folder, right = whole
+    step = {"last": KINDS[kind] + 2 * (kind == "grpo")}.get(step, step)
     # SFT reads a step when the next one is on its way, GRPO at once.
     noticed, stops = (step - 1, step) if kind == "sft" else (step - 2, step - 2)
     write = MetricsLog.write
