@@ -84,18 +84,19 @@ def step():
 
 
 def sharded():
-    """Three steps of Muon, or of AdamW with a part frozen, in two microbatches: on one device, and on eight of which
-    one, two or all share a copy of the weights. How far weights and moments are apart, and how much a device holds."""
+    """Three steps of Muon, or of AdamW with a part frozen and under a scan, in two microbatches: on one device, and on
+    eight of which one, two or all share a copy of the weights. How far weights and moments are apart, and how much a
+    device holds."""
     rng = random.Random(1)
     batches = [pack_rows([[lay_out(random_thread(rng, depth=1, longest=4))] for _ in range(16)], 192) for _ in range(3)]
     model = make_model(2, width=64, layers=8, heads=8, kv_heads=8, feed_forward=96, remat="full")
     found = {}
-    for name, frozen in (("muon", ""), ("adamw", "embed_|q_")):
+    for name, frozen, meshes in (("muon", "", ((8, 1), (8, 2))), ("adamw", "embed_|q_", ((8, 8),))):
         config = OptimizerConfig(name=name, peak_rate=1e-2, muon_rate=0.02, warmup_steps=1, frozen=frozen)
         states = {}
-        for devices, fsdp, scan in ((1, 1, False), (8, 1, False), (8, 2, False), (8, 8, True)):
+        for devices, fsdp in ((1, 1), *meshes):
             trainer = Trainer(
-                Llama(dataclasses.replace(model.config, scan=scan), rngs=nnx.Rngs(2)),
+                Llama(dataclasses.replace(model.config, scan=fsdp == 8), rngs=nnx.Rngs(2)),
                 functools.partial(supervised_loss, mode="all"), make_optimizer(config, 3), data_mesh(devices, fsdp),
                 whole_layers=name == "muon",
             )  # fmt: skip
