@@ -3,7 +3,7 @@
     python -m experiments.run --config=experiments/configs/workstation.py
 
 Both teachers always search with the same beams, so that a greedy pupil never has to guess where a list of operations
-ends. SoS+ has those that solve most in the window (38 % of training problems, 28 % with the paper's 1 to 5). APR has the
+ends. SoS+ has those that solve most in the window (38 % of training problems, 28 % with the paper's 1 to 5), APR the
 second best (65 %): with children's beams of 7 (67 %) traces are a tenth longer and the pupil solved less.
 """
 
