@@ -152,6 +152,7 @@ def test_killed_and_then_out_of_disk_it_ends_in_the_same_bits(whole_run, tmp_pat
         assert steps == [10, 20, 30, 40, 40]  # the last is the validation's
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_and_one_goes_on_with_another_number_of_devices(whole_run, tmp_path):
     """All processes run the same command but for their own number; other settings in one of them are refused."""
     together, command = tmp_path / "run", ("--stage=data,sft", "--processes=2")
