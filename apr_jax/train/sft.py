@@ -157,8 +157,8 @@ def run_sft(
                 validates = last or (config.validate_every and step % config.validate_every == 0)
                 saves = last or told or step % config.save_every == 0
                 if validates or saves:
-                    run.report(*late)
-                    late = None
+                    told = run.report(*late) > 0 or told
+                    saves, late = saves or told, None
                 if validates and validation:  # before the save: a finished stage has its line
                     found = validate(trainer, state, validation, config)
                     if run.log is not None:
@@ -169,7 +169,8 @@ def run_sft(
                     break
             model = trainer.model(state)
             checkpoints.wait()
-            if told or notice.given:
+            # Of several processes one alone must not end: a notice after the last step's flags goes unheard there.
+            if told or (notice.given and jax.process_count() == 1):
                 raise Terminated(f"sft {folder.name} is saved at step {step} of {config.steps}")
     finally:
         run.close()

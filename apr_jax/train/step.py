@@ -72,8 +72,8 @@ def split_axis(name: str, shape: tuple[int, ...], parts: int) -> int | None:
 class Trainer:
     """Compiled gradient and update of one model, loss and optimiser on one mesh.
 
-    `measures`, of the same kind as the loss, is what `measure` sums up; by default the loss itself. `whole_layers`
-    is for an optimiser that works on matrices (Muon): each device updates whole layers of the stacked ones.
+    `measures` makes the sums that `measure` tells; by default they are the loss and its own. `whole_layers` is for an
+    optimiser that works on matrices (Muon): each device updates whole layers of the stacked ones.
     """
 
     def __init__(
@@ -93,7 +93,6 @@ class Trainer:
                       for path, leaf in jax.tree.leaves_with_path(self._shapes)}  # fmt: skip
         specs = self._by_parameter(lambda name, leaf: self._spec(name, leaf.ndim))
         own_specs = self._by_parameter(lambda name, leaf: self._own_spec(name, leaf.ndim))
-        self._weights_at = jax.tree.map(self._at, specs)
         own_at = jax.tree.map(self._at, own_specs)
         replicated = self._at(P())
 
@@ -145,9 +144,7 @@ class Trainer:
 
         self._accumulate, self._update, self._measure = accumulate, update, measure
         self._zeros = jax.jit(
-            lambda: self._by_parameter(
-                lambda name, leaf: jnp.zeros((self._copies(name), *leaf.shape), jnp.float32)
-            ),
+            lambda: self._by_parameter(lambda name, leaf: jnp.zeros((self._copies(name), *leaf.shape), jnp.float32)),
             out_shardings=own_at,
         )
         self._total = jax.jit(lambda x: jax.tree.map(lambda x: x.sum(axis=0), x), out_shardings=replicated)
