@@ -59,6 +59,9 @@ class NonsenseProtocol:
         results = ["none" if result is None else result for result in results]
         return text[: self.parse_spawn(text).position] + self.join_open + "".join(f"{result}\n" for result in results)
 
+    def join_nothing(self, text):
+        return text[: text.rfind(self.spawn_open)] + self.join_open
+
     def result(self, text):
         return str(sum(map(ord, text)) % 1000)
 

@@ -110,6 +110,12 @@ class CountdownProtocol:
         parts.append(trace.JOIN_CLOSE)
         return "".join(parts)
 
+    def join_nothing(self, text: str) -> str:
+        """The parent's text after a spawn that could not be read: what stood before the last opening of one, then a
+        join of no children. Text without an opening stays as it is."""
+        position = text.rfind(trace.SPAWN_OPEN)
+        return text if position < 0 else text[:position] + trace.JOIN_OPEN + trace.JOIN_CLOSE
+
     def result(self, text: str) -> str | None:
         """The path a finished thread returns: what follows its last but one "Goal Reached", None where it
         has fewer than two. Whether it is right is for `correct` to say."""

@@ -67,7 +67,7 @@ def gave_up(thread: Thread) -> bool:
 
 
 def _longest_piece(tree: ThreadTree) -> int:
-    return max(sum(len(block) for block, _, _ in block_rows(thread)) for thread in tree.threads())
+    return max(sum(len(block) for _, block, _, _ in block_rows(thread)) for thread in tree.threads())
 
 
 def _conditioned(tree: ThreadTree, style: str, tokenizer: Tokenizer) -> ThreadTree:
@@ -104,7 +104,7 @@ def unshared_tokens(tree: ThreadTree) -> int:
     total = 0
     for thread in tree.threads():
         context = call = 0
-        for block, role, _ in block_rows(thread):
+        for _, block, role, _ in block_rows(thread):
             if role in _CALL:
                 call += len(block)
                 continue

@@ -305,7 +305,7 @@ def check_trees(
     progress_title: str = "check trees",
 ) -> tuple[int, int]:  # fmt: skip
     """(equal, total): how many problems' greedy trees are the same, token for token and thread for thread,
-    from the JAX engine and from transformers. Transformers decodes one token of one thread at a time."""
+    from the JAX engine and from transformers."""
     from apr_jax.export.oracle import TransformersEngine
 
     engines = (

@@ -1,5 +1,6 @@
-"""Greedy decoding by transformers behind the `Engine` protocol: slow and simple, to check the JAX engine against."""
+"""Greedy decoding by transformers' batched `generate` behind the `Engine` protocol, to check and to measure against."""
 
+import asyncio
 import dataclasses
 from collections.abc import Sequence as Ids
 
@@ -13,12 +14,22 @@ class _Sequence:
     ids: list[int]
 
 
-class TransformersEngine:
-    """An `Engine` over a causal model of transformers on the CPU. A sequence is its ids and nothing else:
-    every decode reads them anew, so that no cache is ever cut or shared."""
+@dataclasses.dataclass
+class _Request:
+    sequence: _Sequence
+    limit: int
+    future: asyncio.Future
 
-    def __init__(self, model, context: int):
-        self.model, self.context = model, context
+
+class TransformersEngine:
+    """An `Engine` over a causal model of transformers. All who wait are one batch of `generate`, which ends with its
+    longest; a sequence is its ids and nothing else, so that no cache is ever cut or shared. Greedy, one stop set."""
+
+    def __init__(self, model, context: int, batch: int = 64):
+        self.model, self.context, self.batch = model, context, batch
+        self._waiting: list[_Request] = []
+        self._stop: frozenset[int] = frozenset()
+        self._loop: asyncio.Task | None = None
 
     def open(self, ids: Ids[int], name: Ids[int]) -> _Sequence:
         if not 1 <= len(ids) <= self.context:
@@ -40,17 +51,55 @@ class TransformersEngine:
         limit = min(limit, self.context - len(sequence.ids))
         if limit < 1:
             raise ValueError(f"no room to decode: {len(sequence.ids)} of {self.context} tokens")
-        ids, logprobs, cache, new = [], [], None, sequence.ids
-        with torch.inference_mode():
-            while len(ids) < limit and not (ids and ids[-1] in stop):
-                out = self.model(torch.tensor([new]), past_key_values=cache, use_cache=True, logits_to_keep=1)
-                cache, logits_V = out.past_key_values, out.logits[0, -1]
-                token = int(logits_V.argmax())
-                ids.append(token)
-                logprobs.append(float(logits_V.log_softmax(-1)[token]))
-                new = [token]
-        sequence.ids.extend(ids)
-        return Decoded(tuple(ids), tuple(logprobs), ids[-1] in stop)
+        request = _Request(sequence, limit, asyncio.get_running_loop().create_future())
+        self._waiting.append(request)
+        self._stop = stop
+        if self._loop is None or self._loop.done():
+            self._loop = asyncio.create_task(self._serve())
+        return await request.future
 
     def free(self, sequence: _Sequence) -> None:
         """Nothing is held."""
+
+    async def _serve(self) -> None:
+        while self._waiting:
+            for _ in range(4):  # lets the runners of what ended ask for what comes next
+                await asyncio.sleep(0)
+            requests, self._waiting = self._waiting[: self.batch], self._waiting[self.batch :]
+            try:
+                decoded = self._generate(requests)
+            except Exception as error:
+                for request in (*requests, *self._waiting):
+                    request.future.set_exception(RuntimeError(f"the engine stopped: {error!r}"))
+                raise
+            for request, result in zip(requests, decoded):
+                request.sequence.ids.extend(result.ids)
+                if not request.future.done():
+                    request.future.set_result(result)
+
+    def _generate(self, requests: list[_Request]) -> list[Decoded]:
+        longest = max(len(request.sequence.ids) for request in requests)
+        prompts = torch.zeros(len(requests), longest, dtype=torch.long)
+        seen = torch.zeros_like(prompts)
+        for row, request in enumerate(requests):
+            ids = request.sequence.ids
+            prompts[row, longest - len(ids) :] = torch.tensor(ids)
+            seen[row, longest - len(ids) :] = 1
+        with torch.inference_mode():
+            out = self.model.generate(
+                prompts, attention_mask=seen, max_new_tokens=max(request.limit for request in requests),
+                do_sample=False, eos_token_id=sorted(self._stop) or None, pad_token_id=0,
+                return_dict_in_generate=True, output_logits=True,
+            )  # fmt: skip
+        tokens_BxT = out.sequences[:, longest:]
+        logprobs_BxT = torch.stack(
+            [step.log_softmax(-1).gather(1, tokens_BxT[:, [t]])[:, 0] for t, step in enumerate(out.logits)], dim=1
+        )
+        return [self._decoded(request, *row) for request, row in zip(requests, zip(tokens_BxT, logprobs_BxT))]
+
+    def _decoded(self, request: _Request, tokens_T: torch.Tensor, logprobs_T: torch.Tensor) -> Decoded:
+        """What belongs to one request: up to its first stop token or its own limit."""
+        ids = tokens_T[: request.limit].tolist()
+        end = next((at + 1 for at, token in enumerate(ids) if token in self._stop), len(ids))
+        logprobs = tuple(logprobs_T[:end].tolist())
+        return Decoded(tuple(ids[:end]), logprobs, ids[end - 1] in self._stop, logprobs)

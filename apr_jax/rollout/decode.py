@@ -1,7 +1,7 @@
-"""The jitted parts of the JAX engine: prefill of some slots, and a decode loop over some of them.
+"""The jitted parts of the JAX engine: prefill of some slots, copies between slots, and a decode loop over some of them.
 
-Both run under `shard_map`: every device has its own slots and its own loop, with no collective inside, so
-that a device whose slots have all ended does not wait for the others.
+All run under `shard_map`: every device has its own slots and its own loop, with no collective inside, so that a device
+whose slots have all ended does not wait for the others.
 """
 
 import functools
@@ -13,10 +13,11 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from apr_jax.model.cache import LayerCache, cached_attention, put, take
+from apr_jax.model.cache import LayerCache, cached_attention, copy, put, take
 from apr_jax.model.llama import Llama
 
 Array = jax.Array
+NO_POSITION = jnp.iinfo(jnp.int32).max  # of a token that is none: past every width
 
 
 class SlotInputs(NamedTuple):
@@ -32,82 +33,138 @@ class SlotInputs(NamedTuple):
 class SlotOutputs(NamedTuple):
     tokens: Array  # int32 [S, n]
     logprobs: Array  # float32 [S, n], under the distribution drawn from
+    model_logprobs: Array  # float32 [S, n], under the model's own
     counts: Array  # int32 [S], tokens sampled
 
 
-def sample(logits_SxV: Array, keys_Sx2: Array, positions_S: Array, temperature: Array) -> tuple[Array, Array]:
-    """A token per row and its log-probability. The draw depends on the row's own key and position alone.
-    Temperature 0 takes the largest logit and reports the model's own log-probability."""
-    greedy = temperature == 0
-    scaled = logits_SxV / jnp.where(greedy, 1.0, temperature)
+class Distribution(NamedTuple):
+    """How a token is drawn, as numbers; `apr_jax.threads.engine.Sampling` says what they mean."""
 
-    def draw(key, position, row):
-        noise = jax.random.gumbel(jax.random.fold_in(jax.random.wrap_key_data(key), position), row.shape)
-        return jnp.argmax(row + jnp.where(greedy, 0.0, noise))
+    temperature: Array  # float32
+    top_k: Array  # int32, at least 1
+    top_p: Array  # float32
 
-    tokens_S = jax.vmap(draw)(keys_Sx2, positions_S, scaled)
-    chosen = jnp.take_along_axis(scaled, tokens_S[:, None], axis=1)[:, 0]
-    return tokens_S.astype(jnp.int32), chosen - jax.nn.logsumexp(scaled, axis=1)
+
+def sample(
+    logits_SxV: Array, keys_Sx2: Array, positions_S: Array, how: Distribution, truncated: bool
+) -> tuple[Array, Array, Array]:
+    """A token per row, its log-probability under the distribution drawn from and under the model. The draw depends on
+    the row's own key and position alone. Temperature 0 takes the largest logit and reports the model's own
+    log-probability. `truncated`: whether top-k and top-p are looked at, which costs a sort.
+
+    One uniform number a row, looked up in the cumulated probabilities: Gumbel noise would need a number per row and
+    word, which on the CPU took a tenth of a small model's step.
+    """
+    greedy = how.temperature == 0
+    scaled_SxV = logits_SxV / jnp.where(greedy, 1.0, how.temperature)
+    if truncated:
+        scaled_SxV = jnp.where(greedy, scaled_SxV, truncate(scaled_SxV, how))
+    normaliser_S = jax.nn.logsumexp(scaled_SxV, axis=1)
+    cumulated_SxV = jnp.cumsum(jnp.exp(scaled_SxV - normaliser_S[:, None]), axis=1)
+
+    def uniform(key, position):
+        return jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(key), position))
+
+    u_S = jax.vmap(uniform)(keys_Sx2, positions_S) * cumulated_SxV[:, -1]
+    # The first word whose cumulated probability is above u: never one of probability 0.
+    drawn_S = jnp.argmax(cumulated_SxV > u_S[:, None], axis=1)
+    tokens_S = jnp.where(greedy, jnp.argmax(scaled_SxV, axis=1), drawn_S).astype(jnp.int32)
+
+    def chosen(x_SxV):
+        return jnp.take_along_axis(x_SxV, tokens_S[:, None], axis=1)[:, 0]
+
+    model_S = chosen(logits_SxV) - jax.nn.logsumexp(logits_SxV, axis=1)
+    return tokens_S, chosen(scaled_SxV) - normaliser_S, model_S
+
+
+def truncate(scaled_SxV: Array, how: Distribution) -> Array:
+    """Logits with all but the `top_k` largest, and of those all but the smallest set of probability `top_p`, at minus
+    infinity. Words as likely as the last one kept are kept, too."""
+    sorted_SxV = jnp.sort(scaled_SxV, axis=1, descending=True)
+    V = sorted_SxV.shape[1]
+    inside_SxV = jnp.where(jnp.arange(V)[None] < how.top_k, sorted_SxV, -jnp.inf)
+    probabilities_SxV = jax.nn.softmax(inside_SxV, axis=1)
+    before_SxV = jnp.cumsum(probabilities_SxV, axis=1) - probabilities_SxV
+    kept_SxV = (before_SxV < how.top_p) & (probabilities_SxV > 0)
+    least_S = jnp.min(jnp.where(kept_SxV, sorted_SxV, jnp.inf), axis=1)
+    return jnp.where(scaled_SxV >= least_S[:, None], scaled_SxV, -jnp.inf)
 
 
 @functools.cache
-def make_prefill(graphdef, mesh: Mesh):
-    """prefill(weights, cache, rows [B], tokens [B, T], positions [B, T]) -> cache.
+def make_prefill(graphdef, mesh: Mesh, width: int):
+    """prefill(weights, cache, rows [B], tokens [B, T], first [B], counts [B]) -> cache: the first `counts` of `tokens`
+    stand at the positions from `first` on, all before `width`.
 
-    B splits over the devices; `rows` count within a device's own slots, one past its last is no slot; a
-    position past the window is no token.
+    B splits over the devices; `rows` count within a device's own slots, one past its last is no slot.
     """
 
     @functools.partial(jax.jit, donate_argnums=1)
-    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P(), *(P("data"),) * 4), out_specs=P("data"))
-    def prefill(weights, cache: list[LayerCache], rows_B, tokens_BxT, positions_BxT):
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P(), *(P("data"),) * 5), out_specs=P("data"))
+    def prefill(weights, pool: list[LayerCache], rows_B, tokens_BxT, first_B, counts_B):
         model: Llama = nnx.merge(graphdef, weights)
-        _, cache = model.hidden(tokens_BxT, positions_BxT, cached_attention(rows_B, positions_BxT), cache)
-        return cache
+        T = tokens_BxT.shape[1]
+        at_1xT = jnp.arange(T)[None]
+        positions_BxT = jnp.where(at_1xT < counts_B[:, None], first_B[:, None] + at_1xT, NO_POSITION)
+        _, cache = model.hidden(tokens_BxT, positions_BxT, cached_attention(positions_BxT), take(pool, rows_B, width))
+        return put(pool, rows_B, cache, first_B, T)
 
     return prefill
 
 
 @functools.cache
-def make_decode(graphdef, mesh: Mesh, width: int, steps: int):
-    """decode(weights, cache, inputs [S], stop [V], temperature) -> (cache, outputs): up to `steps` tokens a
+def make_copy(mesh: Mesh, width: int):
+    """copy(cache, sources [B], targets [B]) -> cache: slots' first `width` positions; B splits over the devices, rows
+    count within a device's own slots."""
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P("data"),) * 3, out_specs=P("data"))
+    def copy_slots(pool: list[LayerCache], sources_B, targets_B):
+        return copy(pool, sources_B, targets_B, width)
+
+    return copy_slots
+
+
+@functools.cache
+def make_decode(graphdef, mesh: Mesh, width: int, steps: int, truncated: bool):
+    """decode(weights, cache, inputs [S], leave [devices], stop [V], how) -> (cache, outputs): up to `steps` tokens a
     slot, none of which may come to stand at position `width` or later.
 
     S splits over the devices and need not be all slots. A slot ends with a stop token (kept) or when its own
-    steps are spent.
+    steps are spent; a device's loop ends when no more than its `leave` slots run.
     """
 
     @functools.partial(jax.jit, donate_argnums=1)
-    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P(), P("data"), P("data"), P(), P()), out_specs=P("data"))
-    def decode(weights, pool: list[LayerCache], inputs: SlotInputs, stop_V, temperature):
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(P(), P("data"), P("data"), P("data"), P(), P()), out_specs=P("data")
+    )
+    def decode(weights, pool: list[LayerCache], inputs: SlotInputs, leave_1, stop_V, how: Distribution):
         model: Llama = nnx.merge(graphdef, weights)
         S = inputs.tokens.shape[0]
-        blank = SlotOutputs(jnp.zeros((S, steps), jnp.int32), jnp.zeros((S, steps)), jnp.zeros(S, jnp.int32))
+        zeros_Sxn = jnp.zeros((S, steps))
+        blank = SlotOutputs(zeros_Sxn.astype(jnp.int32), zeros_Sxn, zeros_Sxn, jnp.zeros(S, jnp.int32))
         blank = jax.tree.map(lambda x: jax.lax.pcast(x, "data", to="varying"), blank)
 
         def running(state):
             step, _, _, active_S, _ = state
-            return (step < steps) & jnp.any(active_S)
+            return (step < steps) & (jnp.sum(active_S) > leave_1[0])
 
         def body(state):
             step, cache, tokens_S, active_S, out = state
-            # A slot that does not run writes past the window, that is nowhere.
-            positions_S = jnp.where(active_S, inputs.positions + step, jnp.iinfo(jnp.int32).max)
+            # A slot that does not run writes past the width, that is nowhere.
+            positions_S = jnp.where(active_S, inputs.positions + step, NO_POSITION)
             positions_Sx1 = positions_S[:, None]
-            hidden_Sx1xD, cache = model.hidden(
-                tokens_S[:, None], positions_Sx1, cached_attention(None, positions_Sx1), cache
-            )
-            drawn_S, logprobs_S = sample(model.logits(hidden_Sx1xD[:, 0]), inputs.keys, positions_S, temperature)
-            out = SlotOutputs(
-                out.tokens.at[:, step].set(jnp.where(active_S, drawn_S, 0)),
-                out.logprobs.at[:, step].set(jnp.where(active_S, logprobs_S, 0.0)),
-                out.counts + active_S,
-            )
-            active_S = active_S & ~stop_V[drawn_S] & (step + 1 < inputs.steps)
-            return step + 1, cache, drawn_S, active_S, out
+            hidden_Sx1xD, cache = model.hidden(tokens_S[:, None], positions_Sx1, cached_attention(positions_Sx1), cache)
+            drawn = sample(model.logits(hidden_Sx1xD[:, 0]), inputs.keys, positions_S, how, truncated)
+
+            def noted(column_Sxn, value_S):
+                return column_Sxn.at[:, step].set(jnp.where(active_S, value_S, 0))
+
+            out = SlotOutputs(*map(noted, out[:3], drawn), out.counts + active_S)
+            active_S = active_S & ~stop_V[drawn[0]] & (step + 1 < inputs.steps)
+            return step + 1, cache, drawn[0], active_S, out
 
         state = (jnp.zeros((), jnp.int32), take(pool, inputs.rows, width), inputs.tokens, inputs.steps > 0, blank)
         _, cache, _, _, out = jax.lax.while_loop(running, body, state)
-        return put(pool, inputs.rows, cache), out
+        return put(pool, inputs.rows, cache, inputs.positions, min(steps, width)), out
 
     return decode

@@ -3,23 +3,24 @@
 Always true:
 
 * A sequence decodes only in a slot; a slot belongs to at most one sequence.
-* ``cached`` of a sequence is how many of its first ids the slot's cache holds; the last id is never needed
-  there, since the loop feeds it. Whatever lies further on in the slot is garbage that no query sees.
+* The last id of a sequence is never needed in the cache, since the loop feeds it. Whatever lies further on in the slot
+  is garbage that no query sees.
 * A sequence that waits (a parent for its children) may lose its slot to one that decodes, never the other
   way round. It is prefilled again when it goes on. So every slot ends in the hands of a sequence that
   decodes, decoding ends, and nothing deadlocks with any number of slots.
-* A fork takes over its parent's slot when the parent is freed: truncation, no copy.
+* A fork takes over its parent's slot when the parent is freed: truncation, no copy. Else it shares like anybody else
+  (`apr_jax.rollout.slots`): what a slot of its device holds is copied, not computed again.
 * Draws depend on (seed, name, position) alone, not on slots, order or company.
 """
 
 import asyncio
 import hashlib
 import heapq
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Iterator
 from collections.abc import Sequence as Ids
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
@@ -27,33 +28,38 @@ from jax.sharding import PartitionSpec as P
 
 from apr_jax.model.cache import make_cache
 from apr_jax.model.llama import Llama
-from apr_jax.rollout.decode import SlotInputs, make_decode, make_prefill
+from apr_jax.rollout.decode import Distribution, SlotInputs, make_copy, make_decode, make_prefill
+from apr_jax.rollout.slots import Sequence, Slots
 from apr_jax.threads.engine import Decoded, Sampling
 
-WIDTH_STEP = 256  # tokens: slots decode in groups that attend over a multiple of it; each is a shape to compile
-SMALLEST_GROUP = 8  # slots per device of the smallest decode; larger ones are its doubles
-PREFILL_ROWS = 8  # prompts per device and prefill call
-PREFILL_STEP = 128  # lengths of prefills above 32 are its multiples
+SHORTEST = 64  # tokens: the least width that slots attend over; longer ones are in `width_of`, each a shape to compile
+SMALLEST_GROUP = 4  # slots per device of the smallest decode; larger ones are its doubles
+LEAVE = 0.25  # a decode call ends when no more of its slots run: the others can be refilled
+UNEVEN = 8  # slots that one device may run more than another when nothing waits
+PREFILL_ROWS = (1, 8)  # prompts per device and prefill call
+PREFILL_LENGTH = 32  # tokens of the shortest prefill; longer ones are its doubles
 
 
-class _Sequence:
-    def __init__(self, ids: Ids[int], name: Ids[int], seed: int):
-        self.ids = list(ids)
-        digest = hashlib.blake2b(",".join(map(str, (seed, *name))).encode(), digest_size=8).digest()
-        self.key = np.frombuffer(digest, np.uint32)
-        self.depth = len(name)
-        self.slot: int | None = None
-        self.cached = 0
-        self.heir: _Sequence | None = None  # a fork that may take the slot over
-        self.freed = False
+def width_of(tokens: int) -> int:
+    """The width that a context of so many tokens is attended over: 16 multiples of SHORTEST, then eight to a doubling,
+    so that at most an eighth of a long one is padding."""
+    step = SHORTEST
+    while tokens > 16 * step:
+        step *= 2
+    return -(-tokens // step) * step
 
 
 class _Request:
-    def __init__(self, sequence: _Sequence, stop: frozenset[int], limit: int, sampling: Sampling):
+    def __init__(self, sequence: Sequence, stop: frozenset[int], limit: int, sampling: Sampling):
         self.sequence, self.stop, self.limit, self.sampling = sequence, stop, limit, sampling
         self.ids: list[int] = []
         self.logprobs: list[float] = []
+        self.model_logprobs: list[float] = []
         self.future = asyncio.get_running_loop().create_future()
+
+    @property
+    def left(self) -> int:
+        return self.limit - len(self.ids)
 
 
 class JaxEngine:
@@ -71,15 +77,12 @@ class JaxEngine:
             raise ValueError(f"the model holds {model.config.context} tokens, an engine of {context} was asked for")
         self.context, self.seed, self.steps = context, seed, steps
         self._mesh = mesh = Mesh(mesh.devices.reshape(-1), ("data",))
-        self._slots, self._config = slots, model.config
+        self._devices, self._per_device, self._config = devices, slots // devices, model.config
         self._by_slot = NamedSharding(mesh, P("data"))
         self._graphdef, weights = nnx.split(model)
+        self._slots = Slots(slots, devices)
         self.load(weights)
-        self._width = -(-context // WIDTH_STEP) * WIDTH_STEP
-        self._cache = jax.device_put(make_cache(self._config, slots, self._width), self._by_slot)
-        self._owners: list[_Sequence | None] = [None] * slots
-        self._used = [0] * slots  # when a slot was last decoded in, to evict the longest idle
-        self._clock = 0
+        self._cache = jax.device_put(make_cache(self._config, slots, width_of(context)), self._by_slot)
         # Longer names first: children and parents that go on come before new roots, so that trees end
         # rather than pile up as parents whose slots are taken from them.
         self._waiting: list[tuple[int, int, _Request]] = []
@@ -87,28 +90,32 @@ class JaxEngine:
         self._running: dict[int, _Request] = {}  # by slot
         self._loop: asyncio.Task | None = None
         self.sampled = self.slot_steps = 0  # tokens drawn and slots stepped: their ratio is the occupancy
+        self.prefilled = self.copied = 0  # tokens computed before they are attended to, and tokens copied instead
 
     def load(self, weights) -> None:
         """Takes the weights of a model of the same shape (an `nnx.State`)."""
         self._weights = jax.device_put(weights, NamedSharding(self._mesh, P()))
+        self._slots.forget()
 
     # ------------------------------------------------------------------ the Engine protocol
 
-    def open(self, ids: Ids[int], name: Ids[int]) -> _Sequence:
+    def open(self, ids: Ids[int], name: Ids[int]) -> Sequence:
         if not 1 <= len(ids) <= self.context:
             raise ValueError(f"a sequence holds 1 to {self.context} tokens, was given {len(ids)}")
-        return _Sequence(ids, name, self.seed)
+        digest = hashlib.blake2b(",".join(map(str, (self.seed, *name))).encode(), digest_size=8).digest()
+        return Sequence(ids, np.frombuffer(digest, np.uint32), len(name))
 
-    def fork(self, sequence: _Sequence, length: int, name: Ids[int]) -> _Sequence:
+    def fork(self, sequence: Sequence, length: int, name: Ids[int]) -> Sequence:
         if not 1 <= length <= len(sequence.ids):
             raise ValueError(f"a fork keeps 1 to {len(sequence.ids)} tokens, was given {length}")
-        sequence.heir = _Sequence(sequence.ids[:length], name, self.seed)
-        return sequence.heir
+        sequence.heir = heir = self.open(sequence.ids[:length], name)
+        heir.shared = length
+        return heir
 
-    def extend(self, sequence: _Sequence, ids: Ids[int]) -> None:
+    def extend(self, sequence: Sequence, ids: Ids[int]) -> None:
         sequence.ids.extend(ids)
 
-    async def decode(self, sequence: _Sequence, stop: frozenset[int], limit: int, sampling: Sampling) -> Decoded:
+    async def decode(self, sequence: Sequence, stop: frozenset[int], limit: int, sampling: Sampling) -> Decoded:
         if sequence.freed:
             raise ValueError("a freed sequence cannot decode")
         limit = min(limit, self.context - len(sequence.ids))
@@ -121,16 +128,9 @@ class JaxEngine:
             self._loop = asyncio.create_task(self._serve())
         return await request.future
 
-    def free(self, sequence: _Sequence) -> None:
+    def free(self, sequence: Sequence) -> None:
         sequence.freed = True
-        slot, heir = sequence.slot, sequence.heir
-        sequence.heir = None
-        if slot is None:
-            return
-        sequence.slot = self._owners[slot] = None
-        if heir is not None and not heir.freed and heir.slot is None:
-            heir.slot, heir.cached = slot, min(sequence.cached, len(heir.ids))
-            self._owners[slot] = heir
+        self._slots.give(sequence)
 
     # ------------------------------------------------------------------ the loop
 
@@ -139,8 +139,8 @@ class JaxEngine:
         try:
             while self._waiting or self._running:
                 self._admit()
-                if self._running:
-                    self._step()
+                for width, size, slots in list(self._groups()):
+                    self._decode(width, size, slots)
                 for _ in range(4):  # lets the runners of what ended ask for what comes next
                     await asyncio.sleep(0)
         except BaseException as error:
@@ -155,112 +155,180 @@ class JaxEngine:
         """Gives slots to waiting sequences and fills their caches. A request that was cancelled goes."""
         for slot in [slot for slot, request in self._running.items() if request.future.done()]:
             del self._running[slot]
-        admitted = []
+        plan = _Plan()
+        if not self._waiting:
+            self._even_out(plan)
         while self._waiting:
             request = self._waiting[0][2]
             sequence = request.sequence
             if not request.future.done():
-                if sequence.slot is None and not self._take_slot(sequence):
+                if sequence.slot is not None:
+                    self._fill(plan, request, sequence.slot, 0)
+                elif (placed := self._slots.place(sequence, self._running)) is not None:
+                    self._fill(plan, request, *placed)
+                else:
                     break
-                self._running[sequence.slot] = request
-                admitted.append(sequence)
             heapq.heappop(self._waiting)
-        if admitted:
-            self._prefill(admitted)
+        for copies, prefills in plan.rounds:
+            self._copy(copies)
+            self._prefill(prefills)
 
-    def _take_slot(self, sequence: _Sequence) -> bool:
-        """A free slot on the device with most of them, else that of the longest waiting owner."""
-        per_device = self._slots // self._mesh.devices.size
-        free = [slot for slot, owner in enumerate(self._owners) if owner is None]
-        if free:
-            room = np.bincount([slot // per_device for slot in free], minlength=self._mesh.devices.size)
-            slot = max(free, key=lambda slot: (room[slot // per_device], -slot))
-        else:
-            idle = [slot for slot in range(self._slots) if slot not in self._running]
-            if not idle:
-                return False
-            slot = min(idle, key=lambda slot: self._used[slot])
-            self._owners[slot].slot, self._owners[slot].cached = None, 0
-        self._owners[slot], sequence.slot, sequence.cached = sequence, slot, 0
-        return True
+    def _fill(self, plan: "_Plan", request: _Request, source: int, shared: int) -> None:
+        """Lets a sequence run in its slot, after the plan has brought in what is missing there."""
+        sequence = request.sequence
+        self._running[sequence.slot] = request
+        plan.add(sequence, source, shared)
+        self._slots.note(sequence, len(sequence.ids) - 1)
 
-    def _prefill(self, sequences: list[_Sequence]) -> None:
-        """Caches all ids but the last of each, in calls of a few rows per device and one padded length."""
-        devices = self._mesh.devices.size
-        per_device = self._slots // devices
-        todo = sorted((s for s in sequences if s.cached < len(s.ids) - 1), key=lambda s: len(s.ids) - s.cached)
-        queues = [deque(s for s in todo if s.slot // per_device == device) for device in range(devices)]
-        prefill = make_prefill(self._graphdef, self._mesh)
+    def _even_out(self, plan: "_Plan") -> None:
+        """When nothing waits: the shortest sequences of the device that runs most go to the one that runs least, as far
+        as it has free slots, and are prefilled there."""
+        own: list[list[int]] = [[] for _ in range(self._devices)]
+        for slot in self._running:
+            own[self._slots.device(slot)].append(slot)
+        for _ in range(sum(map(len, own))):
+            most, least = max(own, key=len), min(own, key=len)
+            if len(most) - len(least) <= UNEVEN:
+                return
+            slot = min(most, key=lambda slot: len(self._running[slot].sequence.ids))
+            request = self._running[slot]
+            if (placed := self._slots.move(request.sequence, own.index(least))) is None:
+                return
+            del self._running[slot]
+            most.remove(slot)
+            least.append(request.sequence.slot)
+            self._fill(plan, request, *placed)
+
+    def _copy(self, copies: list[tuple[int, int, int]]) -> None:
+        """(source, target, tokens): what a slot holds goes to another of its device, in order."""
+        rows = max(PREFILL_ROWS)
+        for batch in self._by_device(copies, lambda entry: entry[0], rows):
+            width = width_of(max(count for _, (_, _, count) in batch))
+            places = np.full((2, self._devices * rows), self._per_device, np.int32)
+            for at, (source, target, count) in batch:
+                places[:, at] = source % self._per_device, target % self._per_device
+                self.copied += count
+            self._cache = make_copy(self._mesh, width)(self._cache, *jax.device_put(tuple(places), self._by_slot))
+
+    def _prefill(self, fills: list[tuple[Sequence, int]]) -> None:
+        """(sequence, first): caches its ids from `first` on, all but the last, in calls of a few rows per device and
+        one padded length."""
+        fills = sorted(fills, key=lambda fill: len(fill[0].ids) - fill[1])
+        most = max(Counter(self._slots.device(sequence.slot) for sequence, _ in fills).values(), default=0)
+        rows = next((size for size in PREFILL_ROWS if size >= most), max(PREFILL_ROWS))
+        for batch in self._by_device(fills, lambda fill: fill[0].slot, rows):
+            longest = max(len(s.ids) - 1 - first for _, (s, first) in batch)
+            T = PREFILL_LENGTH
+            while T < longest:
+                T *= 2
+            T = min(T, width_of(self.context))
+            width = width_of(max(T, *(len(s.ids) for _, (s, _) in batch)))
+            places = np.full(self._devices * rows, self._per_device, np.int32)
+            tokens = np.zeros((len(places), T), np.int32)
+            firsts, counts = np.zeros((2, len(places)), np.int32)
+            for at, (sequence, first) in batch:
+                new = sequence.ids[first:-1]
+                places[at], firsts[at], counts[at] = sequence.slot % self._per_device, first, len(new)
+                tokens[at, : len(new)] = new
+                self.prefilled += len(new)
+            arrays = jax.device_put((places, tokens, firsts, counts), self._by_slot)
+            self._cache = make_prefill(self._graphdef, self._mesh, width)(self._weights, self._cache, *arrays)
+
+    def _by_device(self, entries: list, slot_of, rows: int) -> Iterator[list[tuple[int, object]]]:
+        """Calls of up to `rows` entries a device, each with its place in the call; a device's keep their order."""
+        queues = [deque() for _ in range(self._devices)]
+        for entry in entries:
+            queues[self._slots.device(slot_of(entry))].append(entry)
         while any(queues):
-            batch = [
-                (device * PREFILL_ROWS + row, queues[device].popleft())
-                for device in range(devices)
-                for row in range(min(PREFILL_ROWS, len(queues[device])))
+            yield [
+                (device * rows + row, queue.popleft())
+                for device, queue in enumerate(queues)
+                for row in range(min(rows, len(queue)))
             ]
-            longest = max(len(s.ids) - 1 - s.cached for _, s in batch)
-            T = 32 if longest <= 32 else -(-longest // PREFILL_STEP) * PREFILL_STEP
-            rows = np.full(devices * PREFILL_ROWS, per_device, np.int32)
-            tokens = np.zeros((len(rows), T), np.int32)
-            positions = np.full((len(rows), T), np.iinfo(np.int32).max, np.int32)
-            for row, sequence in batch:
-                new = sequence.ids[sequence.cached : -1]
-                rows[row] = sequence.slot % per_device
-                tokens[row, : len(new)] = new
-                positions[row, : len(new)] = np.arange(sequence.cached, len(sequence.ids) - 1)
-                sequence.cached = len(sequence.ids) - 1
-            arrays = jax.device_put((rows, tokens, positions), self._by_slot)
-            self._cache = prefill(self._weights, self._cache, *arrays)
 
-    def _step(self) -> None:
-        """Runs every running slot once through the decode loop, in groups of about the same length, so that
-        a short sequence does not pay for attending over the width of a long one."""
-        groups: dict[int, list[int]] = {}
-        for slot, request in self._running.items():
-            last = len(request.sequence.ids) + min(self.steps, request.limit - len(request.ids))
-            groups.setdefault(-(-last // WIDTH_STEP) * WIDTH_STEP, []).append(slot)
-        self._clock += 1
-        for width, slots in groups.items():
-            self._decode_group(width, slots)
+    def _groups(self) -> Iterator[tuple[int, int, list[list[int]]]]:
+        """(width, slots a device of the call, slots of each device): all running slots, in groups of about the same
+        length, so that a short sequence does not pay for attending over the width of a long one. Where a group leaves
+        places, the next shorter ones take them."""
+        ends = {
+            slot: width_of(len(request.sequence.ids) + min(self.steps, request.left))
+            for slot, request in self._running.items()
+        }
+        queues: list[deque[int]] = [deque() for _ in range(self._devices)]
+        for slot in sorted(ends, key=ends.__getitem__, reverse=True):
+            queues[self._slots.device(slot)].append(slot)
+        while any(queues):
+            width = max(ends[queue[0]] for queue in queues if queue)
+            most = max(sum(ends[slot] == width for slot in queue) for queue in queues)
+            size = min(SMALLEST_GROUP, self._per_device)
+            while size < most:
+                size = min(2 * size, self._per_device)
+            yield width, size, [[queue.popleft() for _ in range(min(size, len(queue)))] for queue in queues]
 
-    def _decode_group(self, width: int, slots: list[int]) -> None:
-        """One call of the decode loop for some slots; hands back what ended."""
-        devices = self._mesh.devices.size
-        per_device = self._slots // devices
-        own = [[slot for slot in slots if slot // per_device == device] for device in range(devices)]
-        size = min(SMALLEST_GROUP, per_device)
-        while size < max(map(len, own)):
-            size = min(2 * size, per_device)
-        S = devices * size
-        places = {slot: device * size + at for device, there in enumerate(own) for at, slot in enumerate(there)}
-        inputs = SlotInputs(np.full(S, per_device, np.int32), *np.zeros((3, S), np.int32), np.zeros((S, 2), np.uint32))
+    def _decode(self, width: int, size: int, slots: list[list[int]]) -> None:
+        """One call of the decode loop for some slots of each device; hands back what ended."""
+        S = self._devices * size
+        places = {slot: device * size + at for device, there in enumerate(slots) for at, slot in enumerate(there)}
+        inputs = SlotInputs(
+            np.full(S, self._per_device, np.int32), *np.zeros((3, S), np.int32), np.zeros((S, 2), np.uint32)
+        )
         for slot, at in places.items():
             request = self._running[slot]
             ids = request.sequence.ids
-            inputs.rows[at] = slot % per_device
+            inputs.rows[at] = slot % self._per_device
             inputs.tokens[at], inputs.positions[at] = ids[-1], len(ids) - 1
-            inputs.steps[at] = min(request.limit - len(request.ids), self.steps)
+            inputs.steps[at] = min(request.left, self.steps)
             inputs.keys[at] = request.sequence.key
+        leave = np.asarray([int(LEAVE * len(there)) for there in slots], np.int32)
         stop = np.zeros(self._config.vocab_size, bool)
         stop[list(request.stop)] = True
-        decode = make_decode(self._graphdef, self._mesh, width, self.steps)
-        temperature = jnp.float32(request.sampling.temperature)
-        self._cache, outputs = decode(
-            self._weights, self._cache, jax.device_put(inputs, self._by_slot), stop, temperature
+        sampling = request.sampling
+        how = Distribution(
+            np.float32(sampling.temperature), np.int32(sampling.top_k or len(stop)), np.float32(sampling.top_p)
         )
-        tokens, logprobs, counts = jax.device_get(outputs)
-        self.slot_steps += int(counts.reshape(devices, size).max(axis=1).sum()) * size
+        decode = make_decode(self._graphdef, self._mesh, width, self.steps, sampling.truncated)
+        inputs, leave = jax.device_put((inputs, leave), self._by_slot)
+        self._cache, outputs = decode(self._weights, self._cache, inputs, leave, stop, how)
+        tokens, logprobs, model_logprobs, counts = jax.device_get(outputs)
+        self.slot_steps += int(counts.reshape(self._devices, size).max(axis=1).sum()) * size
         self.sampled += int(counts.sum())
         for slot, at in places.items():
-            request = self._running[slot]
-            drawn = tokens[at, : counts[at]].tolist()
-            sequence = request.sequence
-            sequence.ids.extend(drawn)
-            sequence.cached = len(sequence.ids) - 1
-            request.ids.extend(drawn)
-            request.logprobs.extend(logprobs[at, : counts[at]].tolist())
-            self._used[slot] = self._clock
+            request, drawn = self._running[slot], slice(0, counts[at])
+            request.sequence.ids.extend(tokens[at, drawn].tolist())
+            self._slots.note(request.sequence, len(request.sequence.ids) - 1)
+            request.ids.extend(tokens[at, drawn].tolist())
+            request.logprobs.extend(logprobs[at, drawn].tolist())
+            request.model_logprobs.extend(model_logprobs[at, drawn].tolist())
             stopped = request.ids[-1] in request.stop
-            if stopped or len(request.ids) == request.limit:
+            if stopped or not request.left:
                 del self._running[slot]
                 if not request.future.done():
-                    request.future.set_result(Decoded(tuple(request.ids), tuple(request.logprobs), stopped))
+                    request.future.set_result(
+                        Decoded(tuple(request.ids), tuple(request.logprobs), stopped, tuple(request.model_logprobs))
+                    )
+
+
+class _Plan:
+    """In what order caches are filled: rounds, each of copies between slots and then prefills. A slot is copied from
+    when what it should hold is there, and not written to before those who copy from it have done so."""
+
+    def __init__(self):
+        self.rounds: list[tuple[list[tuple[int, int, int]], list[tuple[Sequence, int]]]] = []
+        self._filled: dict[int, int] = {}  # by slot: the round after which it holds what it should
+        self._read: dict[int, int] = {}  # by slot: the last round that copies from it
+
+    def add(self, sequence: Sequence, source: int, shared: int) -> None:
+        """`shared` first ids come from `source`; where that is the sequence's own slot they are there. `cached` of the
+        sequence says how many need not be computed."""
+        slot, first = sequence.slot, sequence.cached
+        copies = shared > 0 and source != slot
+        number = max(self._read.get(slot, 0), self._filled.get(source, -1) + 1 if copies else 0)
+        while len(self.rounds) <= number:
+            self.rounds.append(([], []))
+        if copies:
+            self.rounds[number][0].append((source, slot, shared))
+            self._read[source] = max(self._read.get(source, 0), number)
+            self._filled[slot] = number
+        if first < len(sequence.ids) - 1:
+            self.rounds[number][1].append((sequence, first))
+            self._filled[slot] = number

@@ -7,25 +7,39 @@ from typing import Protocol
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. Temperature 0 is greedy."""
+    """How tokens are drawn. Temperature 0 is greedy. `top_k` keeps the likeliest words (0: all), and of those `top_p`
+    the smallest set that has so much of the probability."""
 
     temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
 
     def __post_init__(self):
         if self.temperature < 0:
             raise ValueError(f"temperature is 0 or more, was given {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k is 0 (all) or more, was given {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is above 0 and at most 1, was given {self.top_p}")
+
+    @property
+    def truncated(self) -> bool:
+        """Whether some words cannot be drawn at all."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoded:
     """One consecutive decode. `stopped`: the last id is a stop id (else the limit was reached).
 
-    `logprobs`: of each token under the distribution it was drawn from (the model's own when greedy).
+    `logprobs`: of each token under the distribution it was drawn from (the model's own when greedy);
+    `model_logprobs`: under the model's own, at temperature 1 and with no word left out.
     """
 
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     stopped: bool
+    model_logprobs: tuple[float, ...]
 
 
 class Sequence(Protocol):

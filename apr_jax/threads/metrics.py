@@ -30,7 +30,8 @@ def _length(blocks: Iterable[Block]) -> int:
 
 
 def total_tokens(tree: ThreadTree) -> int:
-    """Every token of every thread once: prompts, what was written, calls and joins.
+    """Every token of every thread once: prompts, what was written, calls and joins. What a child inherits is its
+    parent's, counted there.
 
     Example: 5 + 4 + 3 + 2 + 1 of the root, 6 + 7 and 6 + 2 of its children = 36.
     """
@@ -42,7 +43,7 @@ def sampled_tokens(tree: ThreadTree) -> int:
 
     Example: written 4 + 1 and called 3 in the root, written 7 and 2 in its children = 17.
     """
-    return sum(len(block) for thread in tree.threads() for block in _blocks(thread) if block.sampled)
+    return sum(thread.sampled_tokens for thread in tree.threads())
 
 
 def sequential_tokens(tree: ThreadTree) -> int:
@@ -66,14 +67,16 @@ def longest_context(tree: ThreadTree) -> int:
 
     Example: the root held 5 + 4 + 3 = 12 at its call and 5 + 4 + 2 + 1 = 12 at its end, child 1 held 13.
     """
-    return max(map(_held, tree.threads()))
+    return _held(tree.root, 0)
 
 
-def _held(thread: Thread) -> int:
-    now = most = 0
+def _held(thread: Thread, inherited: int) -> int:
+    """The most that the thread or one below it ever held."""
+    now = most = inherited
     for item in thread.blocks:
         if isinstance(item, Spawn):
-            most = max(most, now + _length(item.call))
+            below = [_held(child, now if child.inherits else 0) for child in item.children]
+            most = max(most, now + _length(item.call), *below)
             now += len(item.join)
         else:
             now += len(item)
@@ -116,8 +119,13 @@ def tree_to_json(tree: ThreadTree, digits: int | None = None) -> dict[str, Any]:
         content = entry.content if isinstance(entry.content, str) else [int(token) for token in entry.content]
         row = {"sampled": entry.sampled, "content": content}
         if entry.logprobs is not None:
-            row["logprobs"] = [float(p) if digits is None else round(float(p), digits) for p in entry.logprobs]
+            row["logprobs"] = shown(entry.logprobs)
+        if entry.model_logprobs is not None:
+            row["model_logprobs"] = shown(entry.model_logprobs)
         return row
+
+    def shown(logprobs: Iterable[float]) -> list[float]:
+        return [float(p) if digits is None else round(float(p), digits) for p in logprobs]
 
     def item(entry: Block | Spawn) -> dict[str, Any]:
         if isinstance(entry, Block):
@@ -129,6 +137,8 @@ def tree_to_json(tree: ThreadTree, digits: int | None = None) -> dict[str, Any]:
         row: dict[str, Any] = {"blocks": list(map(item, entry.blocks))}
         if entry.failure is not None:
             row["failure"] = entry.failure
+        if entry.inherits:
+            row["inherits"] = True
         return row
 
     return {"info": tree.info, "root": thread(tree.root)}
@@ -139,7 +149,8 @@ def tree_from_json(obj: dict[str, Any]) -> ThreadTree:
 
     def block(row: dict[str, Any]) -> Block:
         content = row["content"] if isinstance(row["content"], str) else tuple(row["content"])
-        return Block(content, row["sampled"], tuple(row["logprobs"]) if "logprobs" in row else None)
+        given = {name: tuple(row[name]) for name in ("logprobs", "model_logprobs") if name in row}
+        return Block(content, row["sampled"], **given)
 
     def item(row: dict[str, Any]) -> Block | Spawn:
         if "join" not in row:
@@ -147,7 +158,7 @@ def tree_from_json(obj: dict[str, Any]) -> ThreadTree:
         return Spawn(tuple(map(block, row["call"])), tuple(map(thread, row["children"])), block(row["join"]))
 
     def thread(row: dict[str, Any]) -> Thread:
-        return Thread(tuple(map(item, row["blocks"])), row.get("failure"))
+        return Thread(tuple(map(item, row["blocks"])), row.get("failure"), row.get("inherits", False))
 
     try:
         return ThreadTree(thread(obj["root"]), dict(obj["info"]))

@@ -16,10 +16,12 @@ class MalformedSpawn(ValueError):
 @dataclasses.dataclass(frozen=True)
 class SpawnRequest:
     """A spawn read from a parent's text. `children` are the child prompts; the spawn block begins at
-    character `position` of the text and leaves the parent's context at the join."""
+    character `position` of the text and leaves the parent's context at the join. Where children `inherit`,
+    each begins with the parent's context up to the spawn block, then comes its prompt."""
 
     children: tuple[str, ...]
     position: int
+    inherit: bool = dataclasses.field(default=False, kw_only=True)
 
 
 class TaskProtocol(Protocol):
@@ -38,13 +40,20 @@ class TaskProtocol(Protocol):
         """The first text of the root thread."""
 
     def parse_spawn(self, text: str) -> SpawnRequest | None:
-        """The spawn that `text` ends in, None where it ends in none; raises MalformedSpawn."""
+        """The spawn that `text`, all that the thread sees, ends in, None where it ends in none; raises
+        MalformedSpawn."""
 
     def join(self, text: str, results: Sequence[str | None]) -> str:
-        """The parent's text after the join: what stood before the spawn, then the results."""
+        """The parent's text after the join: what stood before the spawn, then the results, None for a child
+        that found nothing, failed or was not run."""
+
+    def join_nothing(self, text: str) -> str:
+        """The parent's text after a spawn that could not be read, when its children count as failed: what stood
+        before the last `spawn_open`, then a join of no children."""
 
     def result(self, text: str) -> str | None:
-        """What a finished thread gives back, None where it found nothing."""
+        """What a finished thread gives back, None where it found nothing. `text` is what stands in the thread
+        itself: what it inherited is not part of it."""
 
     def correct(self, problem: Any, text: str) -> bool:
         """Whether a finished root thread solved its problem: the reward, and the accuracy."""

@@ -8,33 +8,75 @@ import asyncio
 import dataclasses
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from apr_jax.text.tokenizer import Tokenizer
-from apr_jax.threads.engine import Engine, Sampling
+from apr_jax.threads.engine import Decoded, Engine, Sampling
 from apr_jax.threads.protocol import MalformedSpawn, SpawnRequest, TaskProtocol
 from apr_jax.threads.tree import Block, Spawn, Thread, ThreadTree
+
+MALFORMED = ("stop", "fail")
+_UNLIMITED = 1 << 62
 
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """What one tree may use. A thread at its limit ends as a failure, a spawn over it as malformed."""
+    """What one tree may use. A thread at its limit ends as a failure, a spawn over it is malformed."""
 
     context: int  # tokens of one thread, calls and joins included: the paper's window
     threads: int = 64  # threads of one tree
     depth: int = 1  # levels of children; the authors' traces have one
+    tokens: int | None = None  # sampled by one tree; None: no limit
+    least_children: int = 0  # of a root: one that ends with fewer has its end replaced by the opening of a spawn
+
+    def __post_init__(self):
+        for name, least in (("context", 1), ("threads", 1), ("depth", 0), ("tokens", 1), ("least_children", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} of a budget is at least {least}, was given {value}")
+        if self.least_children >= self.threads:
+            raise ValueError(f"{self.least_children} children at least need more than {self.threads} threads")
+
+
+class _Allowance(NamedTuple):
+    """What a thread and its descendants may still use."""
+
+    threads: int
+    tokens: int
+
+    def share(self, children: int) -> "_Allowance":
+        """What each child gets: an even part, so that what one may use does not depend on how fast another is. A part
+        of the tokens stays for the parent."""
+        return _Allowance((self.threads - children) // children, self.tokens // (children + 1))
+
+    def less(self, children: Sequence[Thread]) -> "_Allowance":
+        below = [thread for child in children for thread in child.walk()]
+        return _Allowance(self.threads - len(below), self.tokens - sum(thread.sampled_tokens for thread in below))
 
 
 class TreeRunner:
-    """Runs trees of one protocol through one engine; `run_all` decodes many at their own pace."""
+    """Runs trees of one protocol through one engine; `run_all` decodes many at their own pace.
+
+    `malformed` says what becomes of a thread whose spawn cannot be run: "stop", it ends as a failure, or "fail", the
+    children that cannot be run count as children that found nothing, and it goes on. Either way it is counted by kind.
+    A spawn that no token opened ends its thread: there is no call to cut out.
+    """
 
     def __init__(
-        self, engine: Engine, protocol: TaskProtocol, tokenizer: Tokenizer, budget: Budget, sampling: Sampling
+        self,
+        engine: Engine,
+        protocol: TaskProtocol,
+        tokenizer: Tokenizer,
+        budget: Budget,
+        sampling: Sampling,
+        malformed: str = "stop",
     ):
         if budget.context > engine.context:
             raise ValueError(f"a window of {budget.context} tokens was asked of an engine that holds {engine.context}")
+        if malformed not in MALFORMED:
+            raise ValueError(f"malformed is one of {', '.join(MALFORMED)}, was given {malformed!r}")
         self.engine, self.protocol, self.tokenizer = engine, protocol, tokenizer
-        self.budget, self.sampling = budget, sampling
+        self.budget, self.sampling, self.malformed = budget, sampling, malformed
         self.spawn_open = tokenizer.token(protocol.spawn_open)
         self.spawn_close = tokenizer.token(protocol.spawn_close)
         self.join_open = tokenizer.token(protocol.join_open)
@@ -43,8 +85,10 @@ class TreeRunner:
     async def run(self, problem: Any, name: Sequence[int], condition: str = "") -> ThreadTree:
         """One tree. `name` is the tree's identity, `condition` goes first on the root's prompt."""
         counts = Counter()
-        prompt = condition + self.protocol.root_prompt(problem)
-        root = await self._thread(prompt, tuple(name), 0, self.budget.threads - 1, counts)
+        prompt = (self.tokenizer.bos, *self.tokenizer.encode(condition + self.protocol.root_prompt(problem)))
+        budget = self.budget
+        allowance = _Allowance(budget.threads - 1, _UNLIMITED if budget.tokens is None else budget.tokens)
+        root = await self._thread(prompt, tuple(name), 0, allowance, counts)
         text = self._text(root)
         correct = root.failure is None and self.protocol.correct(problem, text)
         info = {
@@ -56,76 +100,122 @@ class TreeRunner:
             },
             "guarded": counts["guarded"],
         }
+        if budget.least_children:
+            info["forced_spawns"] = counts["forced_spawns"]
         return ThreadTree(root, info)
 
-    async def _thread(self, prompt: str, name: tuple[int, ...], depth: int, allowance: int, counts: Counter) -> Thread:
-        """`allowance` is how many threads it and its descendants may still open."""
-        ids = (self.tokenizer.bos, *self.tokenizer.encode(prompt))
-        if len(ids) >= self.budget.context:
-            return Thread((Block(ids, sampled=False),), failure="length")
-        live = _LiveThread(self.engine, ids, name)
+    async def _thread(
+        self, prompt: tuple[int, ...], name: tuple[int, ...], depth: int, allowance: _Allowance, counts: Counter,
+        parent: tuple["_LiveThread", int] | None = None,
+    ) -> Thread:  # fmt: skip
+        """One thread to its end. `parent`: the one whose context it inherits, and how many tokens of it."""
+        inherited = 0 if parent is None else parent[1]
+        if inherited + len(prompt) >= self.budget.context:
+            return Thread((Block(prompt, sampled=False),), failure="length", inherits=parent is not None)
+        if parent is None:
+            sequence = self.engine.open(prompt, name)
+        else:
+            sequence = self.engine.fork(parent[0].sequence, inherited, name)
+            self.engine.extend(sequence, prompt)
+        live = _LiveThread(self.engine, sequence, prompt, name, inherits=parent is not None)
         try:
             return await self._turns(live, depth, allowance, counts)
         finally:
             live.close()
 
-    async def _turns(self, live: "_LiveThread", depth: int, allowance: int, counts: Counter) -> Thread:
-        """Writes, spawns, joins, writes again, until the thread ends. What its children leave of the allowance
-        is split among them evenly, so that what one may open does not depend on how fast another is."""
+    async def _turns(self, live: "_LiveThread", depth: int, allowance: _Allowance, counts: Counter) -> Thread:
+        """Writes, spawns, joins, writes again, until the thread ends."""
         for turn in range(self.budget.context):  # every turn grows the context, so the window ends the loop
             start = len(live.ids)
-            failure = await self._write(live, counts)
+            failure, written = await self._write(live, depth, allowance.tokens, counts)
+            allowance = allowance._replace(tokens=allowance.tokens - written)
             if failure is not None or live.ids[-1] != self.spawn_close:
                 return live.thread(failure)
+            call_at = self._opened(live.ids, start)
             try:
-                request, call_at = self._request(live.ids, start, depth, allowance)
+                request = self._request(live.ids, call_at)
+                runnable = self._runnable(request, depth, allowance.threads, counts)
             except MalformedSpawn as error:
                 counts[f"malformed:{error.kind}"] += 1
-                return live.thread(f"malformed:{error.kind}")
-            each = (allowance - len(request.children)) // len(request.children)
-            children = await _gather(
-                self._thread(child, (*live.name, turn, index), depth + 1, each, counts)
-                for index, child in enumerate(request.children)
-            )
-            allowance -= sum(1 for child in children for _ in child.walk())
-            results = [None if child.failure else self.protocol.result(self._text(child)) for child in children]
-            joined = self._join_ids(live.ids, call_at, results)
-            live.join(len(live.ids) - call_at, tuple(children), joined)
+                if self.malformed == "stop" or call_at is None:
+                    return live.thread(f"malformed:{error.kind}")
+                request, runnable = None, 0
+            children: list[Thread] = []
+            if runnable:
+                share = allowance.share(runnable)
+                inherited = (live, call_at) if request.inherit else None
+                first = () if request.inherit else (self.tokenizer.bos,)
+                children = await _gather(
+                    self._thread(
+                        (*first, *self.tokenizer.encode(child)), (*live.name, turn, index), depth + 1, share, counts,
+                        inherited,
+                    )
+                    for index, child in enumerate(request.children[:runnable])
+                )  # fmt: skip
+                allowance = allowance.less(children)
+            live.join(len(live.ids) - call_at, tuple(children), self._join_ids(live.ids, call_at, request, children))
         return live.thread("length")
 
-    async def _write(self, live: "_LiveThread", counts: Counter) -> str | None:
-        """Decodes until the thread ends or has closed a spawn; returns a failure or None. The guard is
-        here: a thread that begins to write a join block itself has that token replaced by the opening of a
-        spawn, as the authors do."""
-        while (limit := self.budget.context - len(live.ids)) > 0:
+    async def _write(self, live: "_LiveThread", depth: int, tokens: int, counts: Counter) -> tuple[str | None, int]:
+        """Decodes until the thread ends, has closed a spawn or has sampled its `tokens`; returns a failure or None, and
+        how many it sampled. The guard is here: a thread that begins to write a join block itself has that token
+        replaced by the opening of a spawn, as the authors do."""
+        written = 0
+        while (room := self.budget.context - len(live.ids)) > 0:
+            if (limit := min(room, tokens - written)) < 1:
+                return "tokens", written
             decoded = await self.engine.decode(live.sequence, self.stop, limit, self.sampling)
-            live.items.append(Block(decoded.ids, sampled=True, logprobs=decoded.logprobs))
+            written += len(decoded.ids)
+            live.add(decoded)
             if not decoded.stopped:
-                return "length"
-            if decoded.ids[-1] != self.join_open:
-                return None
-            counts["guarded"] += 1
+                return ("length" if limit == room else "tokens"), written
+            early = depth == 0 and decoded.ids[-1] == self.tokenizer.eos and live.children < self.budget.least_children
+            if decoded.ids[-1] != self.join_open and not early:
+                return None, written
+            counts["forced_spawns" if early else "guarded"] += 1
             live.replace_last(self.spawn_open)
-        return "length"
+        return "length", written
 
-    def _request(self, ids: list[int], start: int, depth: int, allowance: int) -> tuple[SpawnRequest, int]:
-        """The spawn that `ids` end in and the index where its call begins; raises MalformedSpawn."""
+    def _opened(self, ids: list[int], start: int) -> int | None:
+        """Where the call that `ids` end in begins: at the last opening of a spawn since `start`."""
+        return next((index for index in range(len(ids) - 1, start - 1, -1) if ids[index] == self.spawn_open), None)
+
+    def _request(self, ids: list[int], call_at: int | None) -> SpawnRequest:
+        """The spawn that `ids` end in; raises MalformedSpawn."""
         request = self.protocol.parse_spawn(self.tokenizer.decode(ids))
-        opened = [index for index in range(start, len(ids)) if ids[index] == self.spawn_open]
-        if request is None or not opened or len(self.tokenizer.decode(ids[: opened[-1]])) != request.position:
+        if request is None or call_at is None or len(self.tokenizer.decode(ids[:call_at])) != request.position:
             # Read or not, it was not opened by its own token: the call could not be cut out by ids.
             raise MalformedSpawn("unopened", "a spawn was closed that was not opened")
-        if depth >= self.budget.depth:
-            raise MalformedSpawn("too_deep", f"a spawn at depth {depth}, the limit is {self.budget.depth}")
-        if len(request.children) > allowance:
-            raise MalformedSpawn("too_many", f"{len(request.children)} children, {allowance} more threads are allowed")
-        return request, opened[-1]
+        return request
 
-    def _join_ids(self, ids: list[int], call_at: int, results: Sequence[str | None]) -> tuple[int, ...]:
+    def _runnable(self, request: SpawnRequest, depth: int, threads: int, counts: Counter) -> int:
+        """How many of a spawn's children, the first ones, may be run; raises MalformedSpawn where some may not and the
+        thread is to stop."""
+        wanted = len(request.children)
+        if depth >= self.budget.depth:
+            error = MalformedSpawn("too_deep", f"a spawn at depth {depth}, the limit is {self.budget.depth}")
+            allowed = 0
+        elif wanted > threads:
+            error = MalformedSpawn("too_many", f"{wanted} children, {threads} more threads are allowed")
+            allowed = threads
+        else:
+            return wanted
+        if self.malformed == "stop":
+            raise error
+        counts[f"malformed:{error.kind}"] += 1
+        return allowed
+
+    def _join_ids(
+        self, ids: list[int], call_at: int, request: SpawnRequest | None, children: Sequence[Thread]
+    ) -> tuple[int, ...]:
         """The ids of the join block alone: the parent's own ids before it are never encoded again."""
-        before = self.tokenizer.decode(ids[:call_at])
-        after = self.protocol.join(self.tokenizer.decode(ids), results)
-        return tuple(self.tokenizer.encode(after[len(before) :]))
+        text = self.tokenizer.decode(ids)
+        if request is None:
+            after = self.protocol.join_nothing(text)
+        else:
+            results = [None if child.failure else self.protocol.result(self._text(child)) for child in children]
+            after = self.protocol.join(text, results + [None] * (len(request.children) - len(children)))
+        return tuple(self.tokenizer.encode(after[len(self.tokenizer.decode(ids[:call_at])) :]))
 
     def _text(self, thread: Thread) -> str:
         return self.tokenizer.decode([token for block in thread.context for token in block.content])
@@ -134,23 +224,30 @@ class TreeRunner:
 class _LiveThread:
     """A thread while it runs: its sequence in the engine and its blocks so far, always in step."""
 
-    def __init__(self, engine: Engine, prompt: Sequence[int], name: tuple[int, ...]):
-        self.engine, self.name = engine, name
+    def __init__(self, engine: Engine, sequence, prompt: Sequence[int], name: tuple[int, ...], inherits: bool):
+        self.engine, self.sequence, self.name, self.inherits = engine, sequence, name, inherits
         self.items: list[Block | Spawn] = [Block(tuple(prompt), sampled=False)]
-        self.sequence = engine.open(prompt, name)
         self.forks = 0
 
     @property
     def ids(self) -> list[int]:
         return self.sequence.ids
 
+    @property
+    def children(self) -> int:
+        return sum(len(item.children) for item in self.items if isinstance(item, Spawn))
+
     def thread(self, failure: str | None) -> Thread:
-        return Thread(tuple(item for item in self.items if isinstance(item, Spawn) or len(item)), failure=failure)
+        items = (item for item in self.items if isinstance(item, Spawn) or len(item))
+        return Thread(tuple(items), failure=failure, inherits=self.inherits)
+
+    def add(self, decoded: Decoded) -> None:
+        other = decoded.model_logprobs if decoded.model_logprobs != decoded.logprobs else None
+        self.items.append(Block(decoded.ids, sampled=True, logprobs=decoded.logprobs, model_logprobs=other))
 
     def replace_last(self, token: int) -> None:
         """Puts a forced token in the place of the last sampled one."""
-        block = self.items[-1]
-        self.items[-1] = Block(block.content[:-1], sampled=True, logprobs=block.logprobs[:-1])
+        self.items[-1] = self.items[-1].cut(slice(0, -1))
         self.items.append(Block((token,), sampled=False))
         self._continue(len(self.ids) - 1, (token,))
 
@@ -161,9 +258,9 @@ class _LiveThread:
         while left > 0:
             block = self.items.pop()
             cut = max(len(block) - left, 0)
-            call.insert(0, _slice(block, slice(cut, None)))
+            call.insert(0, block.cut(slice(cut, None)))
             if cut:
-                self.items.append(_slice(block, slice(0, cut)))
+                self.items.append(block.cut(slice(0, cut)))
             left -= len(block) - cut
         self.items.append(Spawn(tuple(call), children, Block(joined, sampled=False)))
         self._continue(len(self.ids) - call_length, joined)
@@ -177,10 +274,6 @@ class _LiveThread:
 
     def close(self) -> None:
         self.engine.free(self.sequence)
-
-
-def _slice(block: Block, part: slice) -> Block:
-    return Block(block.content[part], block.sampled, None if block.logprobs is None else block.logprobs[part])
 
 
 async def _gather(work) -> list:

@@ -2,7 +2,8 @@
 
 A shard's bytes are a function of its trees alone, so it does not matter which process wrote it, or after how many
 kills. A store is a folder of numbered shards; within one, a tree's threads follow each other depth first and a
-thread's own blocks lie together, so that a thread is read without the rest of its tree:
+thread's own blocks lie together, so that a thread is read without the rest of its tree. A child that inherits its
+parent's context is no thread of its own here: it stands among its parent's blocks.
 
     00003/tokens    uint16 or uint32 [tokens]   the ids of all blocks, one after the other
           blocks    int32 [blocks, 3]           role, tokens, children (of a join, else 0)
@@ -15,10 +16,11 @@ thread's own blocks lie together, so that a thread is read without the rest of i
 import array
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,24 +28,33 @@ import tensorstore as ts
 
 from apr_jax.threads.tree import Block, Spawn, Thread, ThreadTree
 
-# What a block is to its thread. A call leaves the thread's context where its join comes in.
-FORCED, SAMPLED, CALL_FORCED, CALL_SAMPLED, JOIN = range(5)
+# What a block is to its thread. A call leaves the thread's context where its join comes in. A child that inherits its
+# parent's context stands in the parent's rows, between the call and the join, from an empty BRANCH to an empty END.
+FORCED, SAMPLED, CALL_FORCED, CALL_SAMPLED, JOIN, BRANCH, END = range(7)
 SAMPLED_ROLES = (SAMPLED, CALL_SAMPLED)
 ARRAYS = ("tokens", "blocks", "threads", "trees", "info")
 _CHUNK = 1 << 16  # elements read and decompressed together
 _CACHE_BYTES = 64 << 20  # of decompressed chunks kept while reading
 
 
-def block_rows(thread: Thread) -> list[tuple[Block, int, int]]:
-    """A thread's own blocks in the order they were written, as (block, role, children of a join)."""
-    rows = []
+def block_rows(thread: Thread) -> Iterator[tuple[Thread, Block, int, int]]:
+    """The blocks of a thread and of the children that inherit from it, in the order they were written, as (whose,
+    block, role, children of a join that have a context of their own)."""
     for item in thread.blocks:
-        if isinstance(item, Spawn):
-            rows += [(block, CALL_SAMPLED if block.sampled else CALL_FORCED, 0) for block in item.call]
-            rows.append((item.join, JOIN, len(item.children)))
-        else:
-            rows.append((item, SAMPLED if item.sampled else FORCED, 0))
-    return rows
+        if not isinstance(item, Spawn):
+            yield thread, item, SAMPLED if item.sampled else FORCED, 0
+            continue
+        for block in item.call:
+            yield thread, block, CALL_SAMPLED if block.sampled else CALL_FORCED, 0
+        for child in item.children:
+            if child.inherits:
+                yield child, _NOTHING, BRANCH, 0
+                yield from block_rows(child)
+                yield child, _NOTHING, END, 0
+        yield thread, item.join, JOIN, sum(not child.inherits for child in item.children)
+
+
+_NOTHING = Block((), sampled=False)
 
 
 def write_shard(folder: Path, trees: Iterable[ThreadTree], counts: dict) -> dict:
@@ -60,9 +71,11 @@ def write_shard(folder: Path, trees: Iterable[ThreadTree], counts: dict) -> dict
         for thread in tree.threads():
             if thread.failure is not None:
                 raise ValueError(f"a store keeps solvers' trees, was given a thread that failed: {thread.failure}")
-            rows = block_rows(thread)
+            if thread.inherits:
+                continue
+            rows = list(block_rows(thread))
             start = len(tokens)
-            for block, role, children in rows:
+            for _, block, role, children in rows:
                 if block.logprobs is not None:
                     raise ValueError("a store keeps solvers' trees, was given log-probabilities")
                 tokens.extend(block.content)
@@ -195,20 +208,27 @@ class TreeStore(Sequence[ThreadTree]):
 
         def build() -> Thread:
             tokens, rows = self.thread(next(following))
+            return within(iter(rows.tolist()), iter(tokens.tolist()), inherits=False)
+
+        def within(rows: Iterator[list[int]], tokens: Iterator[int], inherits: bool) -> Thread:
             items: list[Block | Spawn] = []
             call: list[Block] = []
-            start = 0
-            for role, length, children in rows.tolist():
-                content = tuple(tokens[start : start + length].tolist())
-                start += length
+            branches: list[Thread] = []
+            for role, length, children in rows:
+                content = tuple(itertools.islice(tokens, length))
                 if role in (CALL_FORCED, CALL_SAMPLED):
                     call.append(Block(content, role == CALL_SAMPLED))
+                elif role == BRANCH:
+                    branches.append(within(rows, tokens, inherits=True))
+                elif role == END:
+                    break
                 elif role == JOIN:
-                    items.append(Spawn(tuple(call), tuple(build() for _ in range(children)), Block(content, False)))
-                    call = []
+                    fresh = (build() for _ in range(children))
+                    items.append(Spawn(tuple(call), (*branches, *fresh), Block(content, False)))
+                    call, branches = [], []
                 else:
                     items.append(Block(content, role == SAMPLED))
-            return Thread(tuple(items))
+            return Thread(tuple(items), inherits=inherits)
 
         return ThreadTree(build(), self.info(tree))
 

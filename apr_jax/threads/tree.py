@@ -20,19 +20,28 @@ class Block:
     """Consecutive tokens with one writer: the model (`sampled`) or the system (forced).
 
     `logprobs`, one per token, is present where a model sampled the block: the log-probability of
-    each token under the distribution that it was drawn from.
+    each token under the distribution that it was drawn from. `model_logprobs`: under the model's own
+    distribution, where that is another one.
     """
 
     content: Sequence
     sampled: bool
     logprobs: tuple[float, ...] | None = None
+    model_logprobs: tuple[float, ...] | None = None
 
     def __post_init__(self):
-        if self.logprobs is not None and len(self.logprobs) != len(self.content):
-            raise ValueError(f"{len(self.logprobs)} log-probabilities for {len(self.content)} tokens")
+        for logprobs in (self.logprobs, self.model_logprobs):
+            if logprobs is not None and len(logprobs) != len(self.content):
+                raise ValueError(f"{len(logprobs)} log-probabilities for {len(self.content)} tokens")
 
     def __len__(self) -> int:
         return len(self.content)
+
+    def cut(self, part: slice) -> "Block":
+        """Some of its consecutive tokens."""
+        given = {name: getattr(self, name) for name in ("logprobs", "model_logprobs")}
+        logprobs = {name: None if values is None else values[part] for name, values in given.items()}
+        return Block(self.content[part], self.sampled, **logprobs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +56,15 @@ class Spawn:
 @dataclasses.dataclass(frozen=True)
 class Thread:
     """One thread; `blocks[0]` is its prompt. `failure` names why it ended without an answer of its own
-    making ('length', 'malformed:KIND', ...), None where it ended by itself."""
+    making ('length', 'malformed:KIND', ...), None where it ended by itself.
+
+    A thread that `inherits` begins with its parent's context up to the spawn, which stands in the parent
+    alone: its own blocks follow that, its prompt first.
+    """
 
     blocks: tuple[Block | Spawn, ...]
     failure: str | None = None
+    inherits: bool = False
 
     @property
     def spawns(self) -> tuple[Spawn, ...]:
@@ -62,13 +76,22 @@ class Thread:
 
     @property
     def context(self) -> tuple[Block, ...]:
-        """The blocks a next token would see: joins included, calls left out."""
+        """The blocks of its own that a next token would see: joins included, calls left out."""
         return tuple(item.join if isinstance(item, Spawn) else item for item in self.blocks)
 
     @property
     def text(self) -> str:
         """The thread's whole context (only for trees of text)."""
         return "".join(block.content for block in self.context)
+
+    @property
+    def sampled_tokens(self) -> int:
+        """Tokens that the model wrote in this thread, calls included, children not."""
+
+        def own(item: Block | Spawn) -> int:
+            return sum(map(own, item.call)) if isinstance(item, Spawn) else len(item) * item.sampled
+
+        return sum(map(own, self.blocks))
 
     def walk(self) -> Iterator["Thread"]:
         """This thread, then its descendants, depth first."""
@@ -110,13 +133,14 @@ def decode_tree(tree: ThreadTree, decode: Callable[[Sequence[int]], str]) -> Thr
 
 
 def encode_tree(tree: ThreadTree, encode: Callable[[str], Sequence[int]], bos: int, eos: int) -> ThreadTree:
-    """A tree of text as a tree of ids: every thread starts with `bos` and, where it ended by itself, ends
-    with `eos` as its last written token. Blocks are encoded one by one: the tokenizer is prefix-stable at
-    their ends (design: always true, 2), so the ids are those of the whole text."""
+    """A tree of text as a tree of ids: every thread with a context of its own starts with `bos`, and a thread
+    that ended by itself ends with `eos` as its last written token. Blocks are encoded one by one: the
+    tokenizer is prefix-stable at their ends (design: always true, 2), so the ids are those of the whole text."""
 
     def ends(thread: Thread) -> Thread:
         blocks = list(thread.blocks)
-        blocks[0] = dataclasses.replace(blocks[0], content=(bos, *blocks[0].content))
+        if not thread.inherits:
+            blocks[0] = dataclasses.replace(blocks[0], content=(bos, *blocks[0].content))
         if thread.failure is None:
             blocks[-1] = dataclasses.replace(blocks[-1], content=(*blocks[-1].content, eos))
         for index, entry in enumerate(blocks):

@@ -31,7 +31,7 @@ from flax import nnx
 from apr_jax.model.llama import Llama
 from apr_jax.rollout.engine import JaxEngine
 from apr_jax.text.tokenizer import Tokenizer
-from apr_jax.threads import Block, Spawn, Thread, ThreadTree
+from apr_jax.threads import ThreadTree
 from apr_jax.threads.engine import Sampling
 from apr_jax.threads.metrics import children, sequential_tokens, total_tokens
 from apr_jax.threads.protocol import TaskProtocol
@@ -113,25 +113,15 @@ def grpo_loss(model: Llama, rows: dict, config: GrpoConfig) -> tuple[jax.Array, 
 
 
 def tree_pieces(tree: ThreadTree, advantage: float, aggregate: str) -> list[Piece]:
-    """The threads of a sampled tree, laid out with the weight of each one's tokens."""
+    """The pieces of a sampled tree, laid out with the weight of each thread's tokens."""
     threads = list(tree.threads())
-    written = [_written(thread) for thread in threads]
-    total = max(sum(written), 1)
+    total = max(sum(thread.sampled_tokens for thread in threads), 1)
     share = {
-        "tree": lambda n: 1 / total,
-        "sequence": lambda n: 1 / (max(n, 1) * len(threads)),
-        "token": lambda n: 1.0,
+        "tree": lambda thread: 1 / total,
+        "sequence": lambda thread: 1 / (max(thread.sampled_tokens, 1) * len(threads)),
+        "token": lambda thread: 1.0,
     }[aggregate]
-    return [lay_out(thread, share(n), advantage) for thread, n in zip(threads, written)]
-
-
-def _written(thread: Thread) -> int:
-    """Tokens that the model sampled in this thread, calls included, children not."""
-
-    def own(item: Block | Spawn) -> int:
-        return sum(map(own, item.call)) if isinstance(item, Spawn) else len(item) * item.sampled
-
-    return sum(map(own, thread.blocks))
+    return [lay_out(thread, share, advantage) for thread in threads if not thread.inherits]
 
 
 class GrpoTrainer:

@@ -8,8 +8,9 @@ same prefix. Laid out depth first, every token carries
 * the entry and exit number of its block in the walk: token i sees token j where
   ``enter[j] <= enter[i] < exit[j]`` and j is not later.
 
-A child begins with a context of its own, so every thread is a piece by itself, and the same rule packs the
-pieces of any trees into one row: one mask, one loss, no special case.
+A child that inherits its parent's context is one more branch of the prefix. A child that begins with a context of
+its own is a piece by itself, and the same rule packs the pieces of any trees into one row: one mask, one loss, no
+special case.
 
     prompt P, written W, call C, join J, written X  ->  row   P W C J X
     enter                                                     0 1 2 3 4
@@ -18,19 +19,19 @@ pieces of any trees into one row: one mask, one loss, no special case.
 
 import dataclasses
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
 from apr_jax.threads import Thread, ThreadTree
-from apr_jax.threads.store import CALL_FORCED, CALL_SAMPLED, SAMPLED_ROLES, TreeStore, block_rows
+from apr_jax.threads.store import BRANCH, CALL_FORCED, CALL_SAMPLED, END, SAMPLED_ROLES, TreeStore, block_rows
 
 ROW_FIELDS = ("tokens", "positions", "predecessors", "enter", "exit", "role", "logprobs", "share", "advantage")
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """One thread laid out; every array has its n tokens, `nodes` counts its blocks."""
+    """One thread laid out with those that inherit from it; every array has its n tokens, `nodes` counts its blocks."""
 
     tokens: np.ndarray  # int32
     positions: np.ndarray  # int32
@@ -52,18 +53,19 @@ class Piece:
         return np.isin(self.role, SAMPLED_ROLES)
 
 
-def lay_out(thread: Thread, share: float = 1.0, advantage: float = 0.0) -> Piece:
-    """The piece of one thread of ids, without its children."""
-    rows = block_rows(thread)
-    tokens = [token for block, _, _ in rows for token in block.content]
-    logprobs = [p for block, _, _ in rows for p in (block.logprobs or [0.0] * len(block))]
-    blocks = np.array([(role, len(block), children) for block, role, children in rows], np.int32)
-    return lay_out_blocks(np.asarray(tokens, np.int32), blocks, np.asarray(logprobs, np.float32), share, advantage)
+def lay_out(thread: Thread, share: Callable[[Thread], float] = lambda thread: 1.0, advantage: float = 0.0) -> Piece:
+    """The piece of one thread of ids and the children that inherit from it; `share` weighs the tokens of each."""
+    rows = list(block_rows(thread))
+    tokens = [token for _, block, _, _ in rows for token in block.content]
+    logprobs = [p for _, block, _, _ in rows for p in (block.logprobs or [0.0] * len(block))]
+    blocks = np.array([(role, len(block), children) for _, block, role, children in rows], np.int32)
+    piece = lay_out_blocks(np.asarray(tokens, np.int32), blocks, np.asarray(logprobs, np.float32))
+    piece.share[:] = np.repeat(np.asarray([share(whose) for whose, *_ in rows], np.float32), blocks[:, 1])
+    piece.advantage[:] = advantage
+    return piece
 
 
-def lay_out_blocks(
-    tokens: np.ndarray, blocks: np.ndarray, logprobs: np.ndarray | None = None, share: float = 1, advantage: float = 0
-) -> Piece:
+def lay_out_blocks(tokens: np.ndarray, blocks: np.ndarray, logprobs: np.ndarray | None = None) -> Piece:
     """The piece of a thread's own ids [n] and blocks [blocks, 3] (role, tokens, children; see threads.store)."""
     n, nodes = len(tokens), len(blocks)
     roles, lengths = blocks[:, 0], blocks[:, 1]
@@ -72,7 +74,12 @@ def lay_out_blocks(
     start, last, closes = (np.zeros(nodes, np.int32) for _ in range(3))
     position = ahead = 0  # where the context, and the open call, go on
     path_end = call_end = -1  # index of the last token on the context's path, and on the open call's
-    for node, (length, at, stay) in enumerate(zip(lengths.tolist(), first.tolist(), stays.tolist())):
+    parents: list[tuple[int, int]] = []  # of open branches: where the parent's context goes on, and its path's end
+    for node, (role, length, at, stay) in enumerate(zip(*(x.tolist() for x in (roles, lengths, first, stays)))):
+        if role == BRANCH:
+            parents.append((position, path_end))
+        elif role == END:
+            position, path_end = parents.pop()
         if stay or node == 0 or stays[node - 1]:
             ahead, call_end = position, path_end
         start[node], last[node] = ahead, call_end
@@ -80,10 +87,15 @@ def lay_out_blocks(
         call_end = at + length - 1 if length else call_end
         if stay:
             position, path_end = ahead, call_end
-    join = nodes
+    after = nodes  # where the context goes on after a call
+    ends = [nodes]  # of the whole, and of the branches around a node
     for node in range(nodes - 1, -1, -1):
-        join = node if stays[node] else join
-        closes[node] = nodes if stays[node] else join
+        if roles[node] == BRANCH:
+            ends.pop()
+        closes[node] = ends[-1] if stays[node] else after
+        if roles[node] == END:
+            ends.append(node)
+        after = node if stays[node] else after
     index = np.arange(n, dtype=np.int32)
     predecessors = index - 1
     begun = lengths > 0
@@ -96,15 +108,15 @@ def lay_out_blocks(
         exit=np.repeat(closes, lengths),
         role=np.repeat(roles, lengths),
         logprobs=np.zeros(n, np.float32) if logprobs is None else logprobs,
-        share=np.full(n, share, np.float32),
-        advantage=np.full(n, advantage, np.float32),
+        share=np.ones(n, np.float32),
+        advantage=np.zeros(n, np.float32),
         nodes=nodes,
     )
 
 
 def lay_out_tree(tree: ThreadTree) -> list[Piece]:
-    """The pieces of all threads of a tree, root first."""
-    return [lay_out(thread) for thread in tree.threads()]
+    """The pieces of a tree, its root's first."""
+    return [lay_out(thread) for thread in tree.threads() if not thread.inherits]
 
 
 class StoredPieces(Sequence[Piece]):

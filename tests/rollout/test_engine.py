@@ -12,7 +12,7 @@ from scipy import stats
 
 from apr_jax.countdown import CountdownProtocol, Problem, ProblemRange
 from apr_jax.evaluate.evaluate import evaluate
-from apr_jax.rollout.decode import sample
+from apr_jax.rollout.decode import Distribution, sample
 from apr_jax.rollout.engine import JaxEngine
 from apr_jax.threads import Block, Spawn
 from apr_jax.threads.engine import Sampling
@@ -54,7 +54,7 @@ def plain():
 
 def idle(engine):
     """Nothing is left behind: no request, and no slot in anybody's hands."""
-    return not engine._waiting and not engine._running and not any(engine._owners)
+    return not engine._waiting and not engine._running and not any(engine._slots.owners)
 
 
 def run_trees(engine, protocol, budget, names, order=None, temperature=1.0):
@@ -247,6 +247,10 @@ def test_what_is_forced_is_what_was_asked_for(trees):
 # ---------------------------------------------------------------------- distribution
 
 
+def distribution(temperature, top_k=40, top_p=1.0):
+    return Distribution(jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p))
+
+
 def chi_square(counts, probabilities):
     """p-value; rare tokens are one bin."""
     expected = probabilities * counts.sum()
@@ -261,12 +265,57 @@ def test_draws_follow_the_softmax(temperature):
     n = 20_000
     keys = np.random.default_rng(1).integers(0, 2**32, (n, 2), np.uint32)
     rows = jnp.broadcast_to(jnp.asarray(logits)[None], (n, 40))
-    tokens, logprobs = sample(rows, keys, jnp.full(n, 11, jnp.int32), jnp.float32(temperature))
+    how = distribution(temperature)
+    tokens, logprobs, model_logprobs = sample(rows, keys, jnp.full(n, 11, jnp.int32), how, truncated=False)
     right = log_softmax(logits / temperature)
     assert chi_square(np.bincount(tokens, minlength=40), np.exp(right)) > 1e-3
     np.testing.assert_allclose(logprobs, right[np.asarray(tokens)], atol=1e-5)
-    again, _ = sample(rows, keys[:1].repeat(n, axis=0), jnp.arange(n, dtype=jnp.int32), jnp.float32(temperature))
+    np.testing.assert_allclose(model_logprobs, log_softmax(logits)[np.asarray(tokens)], atol=1e-5)
+    again, *_ = sample(rows, keys[:1].repeat(n, axis=0), jnp.arange(n, dtype=jnp.int32), how, truncated=False)
     assert chi_square(np.bincount(again, minlength=40), np.exp(right)) > 1e-3, "positions of one sequence are as good"
+
+
+def kept(logits, temperature, top_k, top_p):
+    """The words that may be drawn, by the definition: the likeliest first, until there are k, until they have p."""
+    order = np.argsort(-logits, kind="stable")[: top_k or len(logits)]
+    scaled = logits[order] / temperature
+    probabilities = np.exp(scaled - scaled.max()) / np.exp(scaled - scaled.max()).sum()
+    before = np.cumsum(probabilities) - probabilities
+    return order[before < top_p]
+
+
+@pytest.mark.parametrize(
+    "temperature, top_k, top_p", [(1.0, 5, 1.0), (1.0, 0, 0.6), (0.7, 8, 0.8), (1.0, 1, 1.0), (1.0, 0, 1e-6)]
+)
+def test_truncated_draws_follow_the_softmax_of_what_is_kept(temperature, top_k, top_p):
+    logits = np.random.default_rng(0).normal(size=40).astype(np.float32) * 1.5
+    n = 20_000
+    keys = np.random.default_rng(1).integers(0, 2**32, (n, 2), np.uint32)
+    rows = jnp.broadcast_to(jnp.asarray(logits)[None], (n, 40))
+    how = distribution(temperature, top_k or 40, top_p)
+    tokens, logprobs, model_logprobs = map(
+        np.asarray, sample(rows, keys, jnp.full(n, 11, jnp.int32), how, truncated=True)
+    )
+    allowed = kept(logits, temperature, top_k, top_p)
+    assert set(tokens) == set(allowed), "every one of them is drawn, and no other"
+    right = np.full(40, -np.inf)
+    right[allowed] = log_softmax(logits[allowed] / temperature)
+    np.testing.assert_allclose(logprobs, right[tokens], atol=1e-5)
+    np.testing.assert_allclose(model_logprobs, log_softmax(logits)[tokens], atol=1e-5)
+    counts = np.bincount(tokens, minlength=40)[allowed]
+    assert len(allowed) == 1 or chi_square(counts, np.exp(right[allowed])) > 1e-3
+
+
+def test_greedy_takes_the_largest_logit_and_the_model_s_own_log_probability():
+    logits = np.random.default_rng(0).normal(size=(50, 40)).astype(np.float32)
+    keys = np.zeros((50, 2), np.uint32)
+    for truncated in (False, True):
+        tokens, logprobs, model_logprobs = sample(
+            jnp.asarray(logits), keys, jnp.arange(50, dtype=jnp.int32), distribution(0.0, 3, 0.5), truncated
+        )
+        assert (np.asarray(tokens) == logits.argmax(axis=1)).all()
+        np.testing.assert_allclose(logprobs, log_softmax(logits).max(axis=1), atol=1e-5)
+        np.testing.assert_array_equal(logprobs, model_logprobs)
 
 
 def test_an_engine_s_draws_follow_the_model_s_softmax(plain, mesh):
@@ -421,8 +470,9 @@ def test_sequences_that_cannot_be_are_refused(plain, mesh):
     engine.free(sequence)
     with pytest.raises(ValueError, match="freed"):
         decode(sequence)
-    with pytest.raises(ValueError, match="was given -1"):
-        Sampling(-1)
+    for settings, given in (({"temperature": -1}, "-1"), ({"top_k": -2}, "-2"), ({"top_p": 0}, "0"), ({"top_p": 2}, "2")):
+        with pytest.raises(ValueError, match=f"was given {given}"):
+            Sampling(**settings)
     with pytest.raises(ValueError, match="window of 9 tokens was asked of an engine that holds 8"):
         TreeRunner(engine, NonsenseProtocol(), TOKENIZER, Budget(9), Sampling())
 

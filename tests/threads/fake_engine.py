@@ -50,7 +50,8 @@ class FakeEngine:
         while len(ids) < limit and not (ids and ids[-1] in stop):
             ids.append(next(sequence.tape))
         sequence.ids.extend(ids)
-        return Decoded(tuple(ids), tuple(-0.25 * i for i in range(len(ids))), ids[-1] in stop)
+        logprobs = tuple(-0.25 * i for i in range(len(ids)))
+        return Decoded(tuple(ids), logprobs, ids[-1] in stop, logprobs)
 
     def free(self, sequence):
         assert sequence in self.live, "freed twice"
