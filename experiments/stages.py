@@ -15,7 +15,7 @@ import json
 import platform
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence, Set
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -49,6 +49,8 @@ EXECUTION = {
     "devices", "fsdp", "model.attention", "model.remat", "model.scan", "sft.microbatches", "sft.save_every",
     "sft.log_every", "sft.most_skipped", "grpo.batch_rows", "grpo.slots", "grpo.save_every", "evaluate.slots",
 }  # fmt: skip
+# Settings that a run may still change as long as these folders, of the stages that read them, are not there.
+UNTIL = {"grpo": "grpo_*", "evaluate": "evaluate", "export": "export"}
 
 
 class Run:
@@ -84,7 +86,8 @@ class Run:
                 theirs = json.loads(path.read_text())
             except ValueError:
                 raise ValueError(f"{path} is broken: delete it, if the config is the one it was begun with") from None
-            if differences := list(_differences(theirs, mine)):
+            begun = {section for section, folders in UNTIL.items() if any(self.workdir.glob(folders))}
+            if differences := list(_differences(theirs, mine, free=UNTIL.keys() - begun)):
                 raise ValueError(
                     f"{self.workdir} holds a run of another config ({'; '.join(differences[:3])}): "
                     "give another --workdir, or the config it was begun with"
@@ -230,9 +233,10 @@ def _read_json(path: Path) -> dict:
         return {}
 
 
-def _differences(old: dict, new: dict, prefix: str = ""):
+def _differences(old: dict, new: dict, prefix: str = "", free: Set[str] = frozenset()) -> Iterator[str]:
+    """What would make another run; `free` are sections that may differ."""
     for key in sorted(set(old) | set(new)):
-        if f"{prefix}{key}" in EXECUTION:
+        if f"{prefix}{key}" in EXECUTION | free:
             continue
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):

@@ -65,6 +65,9 @@ class NonsenseProtocol:
     def result(self, text):
         return str(sum(map(ord, text)) % 1000)
 
+    def steps(self, text):
+        return 0, 0
+
     def correct(self, problem, text):
         return int(self.result(text)) % 2 == 0
 
@@ -74,29 +77,32 @@ def without_logprobs(tree):
     return map_blocks(tree.root, lambda block: Block(tuple(block.content), block.sampled))
 
 
-def random_thread(rng, depth=2, spawns=2, longest=9, logprobs=False):
+def random_thread(rng, depth=2, spawns=2, longest=9, logprobs=False, inherit=0.0):
     """A thread of random ids with up to `spawns` spawns, its children to `depth`; calls of several writers, empty
-    blocks, and blocks that follow a join at once or not at all."""
+    blocks, and blocks that follow a join at once or not at all. `inherit`: the share of spawns whose children begin
+    with their parent's context."""
 
     def block(sampled, shortest=0):
         content = tuple(rng.randrange(len(TOKENIZER)) for _ in range(rng.randint(shortest, longest)))
         given = tuple(-rng.random() * 5 for _ in content) if sampled and logprobs else None
         return Block(content, sampled, given)
 
-    def thread(depth):
+    def thread(depth, inherits=False):
         items = [block(False, 1), *(block(rng.random() < 0.7) for _ in range(rng.randint(0, 2)))]
         for _ in range(rng.randint(0, spawns) if depth else 0):
             call = tuple(block(sampled) for sampled in rng.choice([(True,), (True, False, True), (False, True)]))
-            items.append(Spawn(call, tuple(thread(depth - 1) for _ in range(rng.randint(1, 2))), block(False)))
+            begun = rng.random() < inherit if inherit else False
+            items.append(Spawn(call, tuple(thread(depth - 1, begun) for _ in range(rng.randint(1, 2))), block(False)))
             items += [block(True) for _ in range(rng.randint(0, 2))]
-        return Thread(tuple(items))
+        return Thread(tuple(items), inherits=inherits)
 
     return thread(depth)
 
 
 def paths(thread):
     """Every path through a thread, as lists of (id, sampled, logprob, counted): for each spawn what came before it and
-    its call, at last the whole context. `counted` marks each token of the thread on one path alone."""
+    its call, and before the paths of a child that inherits it; at last the whole context. `counted` marks each token on
+    one path alone."""
 
     def entries(block, counted=True):
         logprobs = block.logprobs or (0.0,) * len(block)
@@ -106,7 +112,9 @@ def paths(thread):
     for item in thread.blocks:
         if isinstance(item, Spawn):
             called = [entry for block in item.call for entry in entries(block)]
-            found.append([(*entry[:3], False) for entry in before] + called)
+            shared = [(*entry[:3], False) for entry in before]
+            found.append(shared + called)
+            found += [shared + path for child in item.children if child.inherits for path in paths(child)]
             item = item.join
         before = before + entries(item)
     return [*found, before]

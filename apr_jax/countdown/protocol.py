@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from apr_jax.countdown import trace
 from apr_jax.countdown.problem import Problem
-from apr_jax.countdown.verify import check_solution
+from apr_jax.countdown.verify import check_solution, operations
 from apr_jax.threads.protocol import MalformedSpawn, SpawnRequest
 
 SPAWN_ERRORS = (
@@ -124,6 +124,10 @@ class CountdownProtocol:
     def correct(self, problem: Problem, text: str) -> bool:
         """Whether a finished root thread returned a path, and the path solves its problem."""
         return bool(check_solution(problem, self.result(text)))
+
+    def steps(self, text: str) -> tuple[int, int]:
+        """The operations of a text, as `operations` counts them."""
+        return operations(text)
 
 
 class _Nodes:

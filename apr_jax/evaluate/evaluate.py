@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from apr_jax.countdown import operations
 from apr_jax.threads.metrics import (
     children,
     depth,
@@ -96,16 +95,14 @@ def evaluate(
     name: str | None = None,
     condition: str = "",
     progress_title: str | None = None,
-    check_steps: Callable[[str], tuple[int, int]] = operations,
     at_once: int = 256,
 ) -> list[Record]:
     """The records of all problems, in their order, as they then stand in `path` (JSON lines).
 
     `name` says what is evaluated, as ``"sft_apr"`` (default: the file's stem). What an earlier run left at
     `path` is taken over where name, condition and problem are the same, and only there; it knows nothing of
-    weights, so a path is for one checkpoint. `check_steps` counts the right steps and all steps of a written
-    text. `at_once` trees run side by side; it changes no record. A tree that raises becomes a record with the
-    failure "error:TypeName", and the others go on.
+    weights, so a path is for one checkpoint. `at_once` trees run side by side; it changes no record. A tree
+    that raises becomes a record with the failure "error:TypeName", and the others go on.
     """
     path = Path(path)
     name = path.stem if name is None else name
@@ -133,7 +130,7 @@ def evaluate(
                 right = sum(record.correct for record in records.values())
                 progress.update(len(records), f"{right} right")
 
-            asyncio.run(_run(runner, problems, [blank[i] for i in missing], check_steps, at_once, done))
+            asyncio.run(_run(runner, problems, [blank[i] for i in missing], at_once, done))
     ordered = [records[index] for index in range(len(problems))]
     text = "".join(record.line() for record in ordered)
     if not path.exists() or path.read_text() != text:
@@ -142,14 +139,14 @@ def evaluate(
     return ordered
 
 
-async def _run(runner: TreeRunner, problems, blanks: Sequence[Record], check_steps, at_once: int, done) -> None:
+async def _run(runner: TreeRunner, problems, blanks: Sequence[Record], at_once: int, done) -> None:
     gate = asyncio.Semaphore(at_once)
 
     async def one(blank: Record) -> None:
         async with gate:
             try:
                 tree = await runner.run(problems[blank.index], (NAME_TAG, blank.index), blank.condition)
-                record = _record(blank, tree, runner, check_steps)
+                record = _record(blank, tree, runner)
             except Exception as error:  # whatever it is, it is this problem's alone, and it is counted
                 print(f"problem {blank.index}: {type(error).__name__}: {error}", file=sys.stderr)
                 record = dataclasses.replace(blank, failures={f"error:{type(error).__name__}": 1})
@@ -158,8 +155,9 @@ async def _run(runner: TreeRunner, problems, blanks: Sequence[Record], check_ste
     await asyncio.gather(*map(one, blanks))
 
 
-def _record(blank: Record, tree: ThreadTree, runner: TreeRunner, check_steps) -> Record:
-    counts = [check_steps(text) for thread in tree.threads() for text in _written(thread, runner.tokenizer.decode)]
+def _record(blank: Record, tree: ThreadTree, runner: TreeRunner) -> Record:
+    texts = (text for thread in tree.threads() for text in _written(thread, runner.tokenizer.decode))
+    counts = list(map(runner.protocol.steps, texts))
     return dataclasses.replace(
         blank, correct=tree.info["correct"], claimed=tree.info["claimed"], failures=tree.info["failures"],
         malformed=tree.info["malformed"], guarded=tree.info["guarded"],

@@ -57,3 +57,6 @@ class TaskProtocol(Protocol):
 
     def correct(self, problem: Any, text: str) -> bool:
         """Whether a finished root thread solved its problem: the reward, and the accuracy."""
+
+    def steps(self, text: str) -> tuple[int, int]:
+        """How many steps of a written text are right and how many it holds, by whatever the task calls a step."""

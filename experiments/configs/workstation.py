@@ -17,6 +17,6 @@ def get_config():
     c.apr.beam, c.apr.sub_beam = (5, 5), (6, 6)
     c.sosp.beam, c.sosp.promising = (3, 3), 1.0
     c.sft.steps, c.sft.save_every = 10_000, 500
-    c.grpo.steps, c.grpo.prompts, c.grpo.group, c.grpo.inner_steps = 20, 16, 8, 2
+    c.grpo.steps, c.grpo.prompts, c.grpo.group = 40, 16, 8
     c.export.check_trees = 20
     return c

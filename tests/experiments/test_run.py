@@ -237,6 +237,21 @@ def test_a_run_of_another_config_is_left_alone(copy, refused):
     assert snapshot(copy, "**/*") == before
 
 
+def test_settings_of_stages_not_begun_may_change(copy, refused):
+    other = (SMOKE, f"--workdir={copy}", "--config.grpo.steps=3", "--config.evaluate.temperature=0.5")
+    for folder in ("grpo_apr", "evaluate"):
+        (copy / folder).mkdir(exist_ok=True)
+    line = refused(*other, "--stage=report")
+    assert "evaluate.temperature was 0.0, is 0.5; grpo.steps was" in line
+    for folder in copy.glob("grpo_*"):
+        shutil.rmtree(folder)
+    line = refused(*other, "--stage=report")
+    assert "evaluate.temperature" in line and "grpo" not in line
+    shutil.rmtree(copy / "evaluate")
+    assert "another config" not in refused(*other, "--stage=report")  # there is nothing to report on
+    assert json.loads((copy / "config.json").read_text())["grpo"]["steps"] == 3
+
+
 def test_a_broken_checkpoint_is_named(copy, whole_run, refused):
     for name in MODELS[:2]:
         shutil.copytree(whole_run.folder / name / "checkpoints", copy / name / "checkpoints")

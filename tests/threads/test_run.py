@@ -10,6 +10,7 @@ from apr_jax.countdown.solver import SOLVERS, SolverConfig
 from apr_jax.countdown.vocabulary import countdown_tokenizer
 from apr_jax.threads import Spawn, encode_tree, map_blocks
 from apr_jax.threads.engine import Sampling
+from apr_jax.threads.metrics import sampled_tokens
 from apr_jax.threads.run import Budget, TreeRunner, run_all
 from tests.threads.fake_engine import FakeEngine, drawing, scripted, scripts_of
 
@@ -41,8 +42,8 @@ def ids(text, end=True):
     return (*TOKENIZER.encode(text), *([TOKENIZER.eos] if end else []))
 
 
-def runner(engine, context=2048, threads=64, depth=1, protocol=CountdownProtocol()):
-    return TreeRunner(engine, protocol, TOKENIZER, Budget(context, threads, depth), Sampling(1.0))
+def runner(engine, context=2048, protocol=CountdownProtocol(), malformed="stop", **budget):
+    return TreeRunner(engine, protocol, TOKENIZER, Budget(context, **budget), Sampling(1.0), malformed)
 
 
 def play(scripts, problem=PROBLEM, **budget):
@@ -156,6 +157,85 @@ def test_malformed_spawns_end_their_thread_and_are_counted_by_kind(kind, written
     assert tree.info["malformed"] == {kind: 1} and tree.info["failures"] == {f"malformed:{kind}": 1}
     assert not tree.info["correct"]
     assert text_of(tree.root.blocks[-1]) == written, "what was written is kept to be trained on"
+
+
+@pytest.mark.parametrize("kind", ["empty", "bad_line", "unknown_node", "too_deep"])
+def test_malformed_spawns_may_count_as_children_that_failed(kind):
+    """The thread goes on behind a join that tells of nothing found."""
+    written = {
+        "empty": call(),
+        "bad_line": trace.SPAWN_OPEN + "please search\n" + trace.SPAWN_CLOSE,
+        "unknown_node": call("0,7"),
+        "too_deep": call("0,0"),
+    }[kind]
+    tree = play({(7,): BODY + written + trace.reached(9, 9) + ANSWER}, malformed="fail", depth=int(kind != "too_deep"))
+    assert tree.info["malformed"] == {kind: 1} and tree.info["failures"] == {} and tree.info["correct"]
+    (spawn,) = tree.root.spawns
+    nothing = trace.join_line(0, 1, "0,0", False) if kind == "too_deep" else ""
+    assert text_of(spawn.join) == trace.JOIN_OPEN + nothing + trace.JOIN_CLOSE and not spawn.children
+    assert "".join(map(text_of, spawn.call)) == written
+
+
+def test_children_over_the_budget_are_not_run_where_a_malformed_spawn_may_go_on():
+    tree = play(
+        {(7,): BODY + call("0,0", "0,1", "0,0") + NOT_FOUND, (7, 0, 0): FOUND, (7, 0, 1): NOT_FOUND},
+        malformed="fail", threads=3,
+    )  # fmt: skip
+    (spawn,) = tree.root.spawns
+    assert len(spawn.children) == 2 and tree.info["malformed"] == {"too_many": 1} and tree.root.failure is None
+    for line in (trace.join_line(0, 1, "0,0", True), trace.join_line(2, 1, "0,0", False)):
+        assert line in text_of(spawn.join)
+
+
+def test_a_spawn_that_no_token_opened_ends_its_thread_under_either_policy():
+    tree = play({(7,): BODY + trace.SPAWN_CLOSE}, malformed="fail")
+    assert tree.root.failure == "malformed:unopened"
+
+
+def test_the_tokens_of_a_tree_are_shared_out_and_never_passed():
+    """What a tree may sample goes to children in even parts, of which one stays for the parent."""
+    scripts = {(7,): BODY + call("0,0", "0,1") + NOT_FOUND + BODY * 9, (7, 0, 0): BODY * 9, (7, 0, 1): NOT_FOUND}
+    before = len(ids(BODY + call("0,0", "0,1"), end=False))
+    for tokens in (before - 5, before + 2, before + 90, before + 91, before + 200):
+        tree = play(scripts, tokens=tokens)
+        assert sampled_tokens(tree) <= tokens
+        if tokens < before:
+            assert tree.root.failure == "tokens" and sampled_tokens(tree) == tokens
+        else:
+            each = (tokens - before) // 3
+            first, second = tree.root.children
+            assert first.failure == "tokens" and first.sampled_tokens == each
+            assert second.sampled_tokens == min(each, len(ids(NOT_FOUND)))
+            assert tree.root.failure == "tokens" and sampled_tokens(tree) == tokens, "what a child leaves is not lost"
+    assert tree.info["failures"] == {"tokens": 2}
+    whole = play({(7,): BODY + NOT_FOUND}, tokens=len(ids(BODY + NOT_FOUND)))
+    assert whole.root.failure is None
+
+
+def test_a_root_that_ends_with_too_few_children_is_made_to_spawn():
+    asked = call("0,1").removeprefix(trace.SPAWN_OPEN)
+    written = (*ids(BODY + call("0,0") + NOT_FOUND), *ids(asked + NOT_FOUND))
+    scripts = {(7,): written, (7, 0, 0): NOT_FOUND, (7, 1, 0): FOUND}
+    tree = play(scripts, least_children=2)
+    assert [len(spawn.children) for spawn in tree.root.spawns] == [1, 1] and tree.info["forced_spawns"] == 1
+    assert [block.sampled for block in tree.root.spawns[1].call] == [False, True] and tree.root.failure is None
+    assert len(play(scripts, least_children=1).root.spawns) == 1
+    stubborn = play({(7,): ids(BODY) + ids("") * 300}, least_children=1, context=300)
+    assert stubborn.root.failure == "length" and not stubborn.root.spawns
+
+
+@pytest.mark.parametrize(
+    "budget, says",
+    [
+        ({"threads": 0}, "threads of a budget is at least 1, was given 0"),
+        ({"tokens": 0}, "tokens of a budget is at least 1, was given 0"),
+        ({"threads": 3, "least_children": 3}, "3 children at least need more than 3 threads"),
+        ({"malformed": "ignore"}, "malformed is one of stop, fail, was given 'ignore'"),
+    ],
+)
+def test_budgets_and_policies_that_cannot_be_are_named(budget, says):
+    with pytest.raises(ValueError, match=says):
+        runner(scripted({}), **budget)
 
 
 def test_a_spawn_spelled_in_characters_is_no_spawn():

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from apr_jax.threads import Block, Spawn, Thread, ThreadTree, map_blocks
-from apr_jax.threads.store import TreeStore, read_counts, write_shard
+from apr_jax.threads.store import TreeStore, block_rows, read_counts, write_shard
 from tests.tiny import random_thread
 
 
@@ -14,7 +14,8 @@ def random_trees(count, seed=0):
     trees = []
     for index in range(count):
         # The joined form of a store: a spawn's join is always there, failures and log-probabilities never.
-        thread = map_blocks(random_thread(rng, depth=3), lambda block: Block(tuple(block.content), block.sampled))
+        thread = random_thread(rng, depth=3, inherit=index % 3 / 3)
+        thread = map_blocks(thread, lambda block: Block(tuple(block.content), block.sampled))
         trees.append(ThreadTree(_without_failures(thread), {"index": index, "found": [0] * (index % 3)}))
     return trees
 
@@ -26,7 +27,7 @@ def _without_failures(thread):
         else item
         for item in thread.blocks
     )
-    return Thread(blocks)
+    return Thread(blocks, inherits=thread.inherits)
 
 
 def files(folder):
@@ -50,14 +51,10 @@ def test_threads_are_read_alone_and_counted(tmp_path):
     write_shard(tmp_path / "00001", [], {})  # where every tree was dropped
     write_shard(tmp_path / "00002", trees[10:], {})
     store = TreeStore(tmp_path)
-    threads = [thread for tree in trees for thread in tree.threads()]
+    threads = [thread for tree in trees for thread in tree.threads() if not thread.inherits]
     assert len(threads) == len(store.thread_tokens) == store.tree_threads[-1]
     for index, thread in enumerate(threads):
-        own = [
-            block
-            for item in thread.blocks
-            for block in ([*item.call, item.join] if isinstance(item, Spawn) else [item])
-        ]
+        own = [block for _, block, _, _ in block_rows(thread)]
         tokens, blocks = store.thread(index)
         assert tokens.tolist() == [token for block in own for token in block.content]
         assert len(tokens) == store.thread_tokens[index]

@@ -45,7 +45,7 @@ def nested_tree():
 
 def unpacked(tree, mode):
     """Every path of every thread in a row of its own, and the weight of its tokens from who wrote them."""
-    rows = [path for thread in tree.threads() for path in paths(thread)]
+    rows = [path for thread in tree.threads() if not thread.inherits for path in paths(thread)]
     tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
     weight = np.zeros(tokens.shape, np.float32)
     for row, path in enumerate(rows):
@@ -76,11 +76,12 @@ def packed_gradient(rows, mode):
 
 
 @pytest.mark.parametrize("mode", ["sampled", "all"])
-@pytest.mark.parametrize("which", ["nested", "random"])
+@pytest.mark.parametrize("which", ["nested", "random", "inheriting"])
 def test_packed_loss_and_gradient_are_those_of_the_paths_alone(mode, which):
     rng = random.Random(7)
-    tree = nested_tree() if which == "nested" else ThreadTree(random_thread(rng, depth=3))
-    assert depth(tree) == 3
+    inherit = 0.7 if which == "inheriting" else 0.0
+    tree = nested_tree() if which == "nested" else ThreadTree(random_thread(rng, depth=3, inherit=inherit))
+    assert depth(tree) == 3 and any(thread.inherits for thread in tree.threads()) == (which == "inheriting")
     tokens, weight = unpacked(tree, mode)
     right, right_gradient = unpacked_gradient(tokens, weight)
     pieces = lay_out_tree(tree)
@@ -106,9 +107,17 @@ def test_the_example_of_the_module():
     assert (piece.nodes, len(piece)) == (5, 10)
 
 
-@given(st.integers(0, 10**6))
-def test_a_piece_holds_every_token_once_with_its_place_on_its_path(seed):
-    thread = random_thread(random.Random(seed), logprobs=True)
+def test_the_children_that_inherit_are_branches_of_what_came_before_the_call():
+    child = Thread((P, X), inherits=True)
+    piece = lay_out(Thread((P, W, Spawn((C,), (child, child), J), X)))
+    assert piece.tokens.tolist() == [5, 6, 15, 16, 25, 26, 5, 6, 45, 46, 5, 6, 45, 46, 35, 36, 45, 46]
+    assert piece.positions.tolist() == [0, 1, 2, 3, 4, 5, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7]
+    assert piece.predecessors.tolist() == [-1, 0, 1, 2, 3, 4, 3, 6, 7, 8, 3, 10, 11, 12, 3, 14, 15, 16]
+
+
+@given(st.integers(0, 10**6), st.sampled_from([0.0, 0.5]))
+def test_a_piece_holds_every_token_once_with_its_place_on_its_path(seed, inherit):
+    thread = random_thread(random.Random(seed), logprobs=True, inherit=inherit)
     piece = lay_out(thread, lambda _: 0.5, advantage=-2.0)
     found = []
     for path in paths(thread):

@@ -1,0 +1,81 @@
+"""Another task through the same code: factor search in tags, from a solver's trees to a model that spawns.
+
+    python -m experiments.factors --workdir=runs/factors               # children are told the number again
+    python -m experiments.factors --workdir=runs/factors2 --inherit    # children begin with their parent's context
+
+Where a task of one's own differs from this file is its protocol, its tokenizer's words and where its trees come from;
+data on disk, GRPO and the rest take them the same way (README, "Another task").
+"""
+
+import json
+import os
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from absl import flags
+from flax import nnx
+
+from apr_jax.evaluate.evaluate import evaluate, summarise
+from apr_jax.model.llama import Llama, LlamaConfig
+from apr_jax.rollout.engine import JaxEngine
+from apr_jax.tags import WORDS, FactorTask, TagProtocol, solve, spans, tag_tokenizer
+from apr_jax.threads import encode_tree
+from apr_jax.threads.engine import Sampling
+from apr_jax.threads.run import Budget, TreeRunner
+from apr_jax.train.optimizer import OptimizerConfig
+from apr_jax.train.pack import lay_out_tree
+from apr_jax.train.sft import SftConfig, run_sft
+from apr_jax.train.step import data_mesh
+from tools import command
+
+LARGEST = 60  # number
+HELD_OUT = 100  # problems
+WINDOW = 128  # tokens
+
+
+def _define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("workdir", "runs/factors", "Checkpoints, metrics and records.", flag_values=values)
+    flags.DEFINE_integer("steps", 500, "Of supervised training.", lower_bound=1, flag_values=values)
+    flags.DEFINE_boolean("inherit", False, "Children inherit their parent's context.", flag_values=values)
+
+
+def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
+    if arguments:
+        raise ValueError(f"only flags are taken, was given {arguments[0]!r}")
+    workdir, inherit = Path(values["workdir"].value), values["inherit"].value
+    protocol, tokenizer = TagProtocol(FactorTask(), inherit), tag_tokenizer(WORDS, LARGEST)
+    problems = spans(LARGEST)
+    random.Random(0).shuffle(problems)
+    train, held_out = problems[HELD_OUT:], problems[:HELD_OUT]
+    trees = [encode_tree(solve(one, inherit), tokenizer.encode, tokenizer.bos, tokenizer.eos) for one in train]
+    pieces = [piece for tree in trees for piece in lay_out_tree(tree)]
+
+    mesh = data_mesh(jax.device_count())
+    model = Llama(LlamaConfig(len(tokenizer), width=64, layers=2, heads=4, kv_heads=1, context=256), rngs=nnx.Rngs(0))
+    optimizer = OptimizerConfig(
+        name="muon", peak_rate=3e-3, muon_rate=0.02, warmup_steps=20, schedule="linear", end_rate=0.02
+    )
+    config = SftConfig(
+        steps=values["steps"].value, batch_rows=4 * mesh.size, row_length=256, optimizer=optimizer, log_every=100
+    )
+    meta = {"model": vars(model.config), "stage": "sft", "inherit": inherit}
+    model = run_sft(model, pieces, pieces[:64], config, mesh, workdir / "sft", meta)
+
+    engine = JaxEngine(model, mesh, slots=32 * mesh.size, context=WINDOW)
+    runner = TreeRunner(engine, protocol, tokenizer, Budget(WINDOW, depth=3), Sampling(0.0))
+    records = evaluate(runner, held_out, workdir / "evaluate.jsonl", name="factors")
+    summary = summarise(records)
+    print(json.dumps(summary))
+
+
+def main(argv: Sequence[str]) -> int:
+    if jax.config.jax_platforms == "cpu" or not any(name.startswith("jax_cuda") for name in sys.modules):
+        jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+    return command.run(__doc__, _define, _work, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
