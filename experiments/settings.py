@@ -32,7 +32,7 @@ LEAST = {
     "sft.validate_every": 0, "sft.most_skipped": 0,
     "grpo.steps": 0, "grpo.prompts": 1, "grpo.inner_steps": 1, "grpo.batch_rows": 1, "grpo.slots": 1,
     "grpo.clip_low": 0, "grpo.clip_high": 0, "grpo.kl": 0, "grpo.save_every": 1,
-    "budget.threads": 1, "budget.depth": 0, "evaluate.slots": 1, "export.check_trees": 0,
+    "budget.threads": 1, "budget.depth": 0, "budget.tokens": 0, "budget.least_children": 0, "evaluate.slots": 1, "export.check_trees": 0,
 } | {
     f"{stage}.optimizer.{name}": 0
     for stage in ("sft", "grpo")
@@ -132,9 +132,14 @@ def default_config() -> ml_collections.ConfigDict:
     c.budget = ml_collections.ConfigDict()  # of one tree
     c.budget.threads = 64
     c.budget.depth = 1  # levels of children
+    c.budget.tokens = 0  # that the model may sample; 0: no limit but the threads' windows
+    c.budget.least_children = 0  # of a root, which is made to spawn before it may end
+    c.budget.malformed = "stop"  # what a spawn that cannot be run does to its thread, or "fail": its children fail
 
     c.evaluate = ml_collections.ConfigDict()
     c.evaluate.temperature = 0.0  # greedy
+    c.evaluate.top_k = 0  # 0: all words
+    c.evaluate.top_p = 1.0
     c.evaluate.slots = 64  # multiple of devices
 
     c.export = ml_collections.ConfigDict()
@@ -278,8 +283,10 @@ def read_settings(config: ml_collections.ConfigDict) -> Settings:
         max_number=c["tokenizer"]["max_number"], tokenizer=c["tokenizer"]["name"], model=model,
         sft=section("sft", SftConfig), grpo=section("grpo", GrpoConfig, ("styles", "slots")),
         grpo_styles=tuple(c["grpo"]["styles"]), grpo_slots=c["grpo"]["slots"],
-        budget=Budget(window, c["budget"]["threads"], c["budget"]["depth"]),
-        evaluate_sampling=build("evaluate", Sampling, temperature=c["evaluate"]["temperature"]),
+        budget=build("budget", Budget, context=window, **c["budget"] | {"tokens": c["budget"]["tokens"] or None}),
+        evaluate_sampling=build(
+            "evaluate", Sampling, **{key: c["evaluate"][key] for key in ("temperature", "top_k", "top_p")}
+        ),
         evaluate_slots=c["evaluate"]["slots"], export_dtype=c["export"]["dtype"],
         export_check_trees=c["export"]["check_trees"],
     )  # fmt: skip

@@ -33,20 +33,33 @@ from apr_jax.rollout.slots import Sequence, Slots
 from apr_jax.threads.engine import Decoded, Sampling
 
 SHORTEST = 64  # tokens: the least width that slots attend over; longer ones are in `width_of`, each a shape to compile
-SMALLEST_GROUP = 4  # slots per device of the smallest decode; larger ones are its doubles
+SMALLEST_GROUP = 4  # slots per device of the smallest decode call; larger ones have four times as many, up to all
 LEAVE = 0.25  # a decode call ends when no more of its slots run: the others can be refilled
 UNEVEN = 8  # slots that one device may run more than another when nothing waits
 PREFILL_ROWS = (1, 8)  # prompts per device and prefill call
-PREFILL_LENGTH = 32  # tokens of the shortest prefill; longer ones are its doubles
+PREFILL_LENGTH = 32  # tokens of the shortest prefill; longer ones are its doubles, up to all
 
 
 def width_of(tokens: int) -> int:
-    """The width that a context of so many tokens is attended over: 16 multiples of SHORTEST, then eight to a doubling,
-    so that at most an eighth of a long one is padding."""
+    """The width that a context of so many tokens is attended over: eight multiples of SHORTEST, then four to a
+    doubling, so that at most a fifth of a long one is padding."""
     step = SHORTEST
-    while tokens > 16 * step:
+    while tokens > 8 * step:
         step *= 2
     return -(-tokens // step) * step
+
+
+def _doubles(least: int, most: int, times: int = 2) -> list[int]:
+    """`least`, `times` that, and so on below `most`, then `most`."""
+    sizes = []
+    while least < most:
+        sizes.append(least)
+        least *= times
+    return [*sizes, most]
+
+
+def _least(sizes: list[int], needed: int) -> int:
+    return next(size for size in sizes if size >= needed)
 
 
 class _Request:
@@ -78,6 +91,9 @@ class JaxEngine:
         self.context, self.seed, self.steps = context, seed, steps
         self._mesh = mesh = Mesh(mesh.devices.reshape(-1), ("data",))
         self._devices, self._per_device, self._config = devices, slots // devices, model.config
+        self._sizes = _doubles(SMALLEST_GROUP, self._per_device, times=4)
+        # Prefills and copies are short: they have fewer widths than decoding, doubles, up to all.
+        self._lengths, self._wides = (_doubles(least, width_of(context)) for least in (PREFILL_LENGTH, SHORTEST))
         self._by_slot = NamedSharding(mesh, P("data"))
         self._graphdef, weights = nnx.split(model)
         self._slots = Slots(slots, devices)
@@ -96,6 +112,24 @@ class JaxEngine:
         """Takes the weights of a model of the same shape (an `nnx.State`)."""
         self._weights = jax.device_put(weights, NamedSharding(self._mesh, P()))
         self._slots.forget()
+
+    def compile(self, sampling: Sampling) -> int:
+        """Compiles ahead all that rollouts under `sampling` can need; returns how many shapes that were. Without it
+        each is compiled when it first comes up. Either way JAX's persistent compilation cache keeps them."""
+        shapes = 0
+        nowhere = np.full(self._devices * max(PREFILL_ROWS), self._per_device, np.int32)
+        for width in self._wides:
+            self._run_copy(width, nowhere, nowhere)
+            prefills = [(rows, T) for rows in PREFILL_ROWS for T in self._lengths if T <= width]
+            for rows, T in prefills:
+                B = self._devices * rows
+                self._run_prefill(width, nowhere[:B], np.zeros((B, T), np.int32), *np.zeros((2, B), np.int32))
+            shapes += 1 + len(prefills)
+        for width in sorted({width_of(tokens) for tokens in range(1, self.context + 1)}):
+            for size in self._sizes:
+                self._run_decode(width, self._inputs(size), np.zeros(self._devices, np.int32), frozenset(), sampling)
+                shapes += 1
+        return shapes
 
     # ------------------------------------------------------------------ the Engine protocol
 
@@ -203,12 +237,11 @@ class JaxEngine:
         """(source, target, tokens): what a slot holds goes to another of its device, in order."""
         rows = max(PREFILL_ROWS)
         for batch in self._by_device(copies, lambda entry: entry[0], rows):
-            width = width_of(max(count for _, (_, _, count) in batch))
             places = np.full((2, self._devices * rows), self._per_device, np.int32)
             for at, (source, target, count) in batch:
                 places[:, at] = source % self._per_device, target % self._per_device
                 self.copied += count
-            self._cache = make_copy(self._mesh, width)(self._cache, *jax.device_put(tuple(places), self._by_slot))
+            self._run_copy(_least(self._wides, max(count for _, (_, _, count) in batch)), *places)
 
     def _prefill(self, fills: list[tuple[Sequence, int]]) -> None:
         """(sequence, first): caches its ids from `first` on, all but the last, in calls of a few rows per device and
@@ -218,11 +251,8 @@ class JaxEngine:
         rows = next((size for size in PREFILL_ROWS if size >= most), max(PREFILL_ROWS))
         for batch in self._by_device(fills, lambda fill: fill[0].slot, rows):
             longest = max(len(s.ids) - 1 - first for _, (s, first) in batch)
-            T = PREFILL_LENGTH
-            while T < longest:
-                T *= 2
-            T = min(T, width_of(self.context))
-            width = width_of(max(T, *(len(s.ids) for _, (s, _) in batch)))
+            T = _least(self._lengths, longest)
+            width = _least(self._wides, max(T, *(len(s.ids) for _, (s, _) in batch)))
             places = np.full(self._devices * rows, self._per_device, np.int32)
             tokens = np.zeros((len(places), T), np.int32)
             firsts, counts = np.zeros((2, len(places)), np.int32)
@@ -231,8 +261,7 @@ class JaxEngine:
                 places[at], firsts[at], counts[at] = sequence.slot % self._per_device, first, len(new)
                 tokens[at, : len(new)] = new
                 self.prefilled += len(new)
-            arrays = jax.device_put((places, tokens, firsts, counts), self._by_slot)
-            self._cache = make_prefill(self._graphdef, self._mesh, width)(self._weights, self._cache, *arrays)
+            self._run_prefill(width, places, tokens, firsts, counts)
 
     def _by_device(self, entries: list, slot_of, rows: int) -> Iterator[list[tuple[int, object]]]:
         """Calls of up to `rows` entries a device, each with its place in the call; a device's keep their order."""
@@ -260,18 +289,13 @@ class JaxEngine:
         while any(queues):
             width = max(ends[queue[0]] for queue in queues if queue)
             most = max(sum(ends[slot] == width for slot in queue) for queue in queues)
-            size = min(SMALLEST_GROUP, self._per_device)
-            while size < most:
-                size = min(2 * size, self._per_device)
+            size = _least(self._sizes, most)
             yield width, size, [[queue.popleft() for _ in range(min(size, len(queue)))] for queue in queues]
 
     def _decode(self, width: int, size: int, slots: list[list[int]]) -> None:
         """One call of the decode loop for some slots of each device; hands back what ended."""
-        S = self._devices * size
         places = {slot: device * size + at for device, there in enumerate(slots) for at, slot in enumerate(there)}
-        inputs = SlotInputs(
-            np.full(S, self._per_device, np.int32), *np.zeros((3, S), np.int32), np.zeros((S, 2), np.uint32)
-        )
+        inputs = self._inputs(size)
         for slot, at in places.items():
             request = self._running[slot]
             ids = request.sequence.ids
@@ -280,15 +304,7 @@ class JaxEngine:
             inputs.steps[at] = min(request.left, self.steps)
             inputs.keys[at] = request.sequence.key
         leave = np.asarray([int(LEAVE * len(there)) for there in slots], np.int32)
-        stop = np.zeros(self._config.vocab_size, bool)
-        stop[list(request.stop)] = True
-        sampling = request.sampling
-        how = Distribution(
-            np.float32(sampling.temperature), np.int32(sampling.top_k or len(stop)), np.float32(sampling.top_p)
-        )
-        decode = make_decode(self._graphdef, self._mesh, width, self.steps, sampling.truncated)
-        inputs, leave = jax.device_put((inputs, leave), self._by_slot)
-        self._cache, outputs = decode(self._weights, self._cache, inputs, leave, stop, how)
+        outputs = self._run_decode(width, inputs, leave, request.stop, request.sampling)
         tokens, logprobs, model_logprobs, counts = jax.device_get(outputs)
         self.slot_steps += int(counts.reshape(self._devices, size).max(axis=1).sum()) * size
         self.sampled += int(counts.sum())
@@ -306,6 +322,34 @@ class JaxEngine:
                     request.future.set_result(
                         Decoded(tuple(request.ids), tuple(request.logprobs), stopped, tuple(request.model_logprobs))
                     )
+
+    # ------------------------------------------------------------------ the compiled parts
+
+    def _inputs(self, size: int) -> SlotInputs:
+        """Of no slots, to be filled in."""
+        S = self._devices * size
+        return SlotInputs(
+            np.full(S, self._per_device, np.int32), *np.zeros((3, S), np.int32), np.zeros((S, 2), np.uint32)
+        )
+
+    def _run_decode(self, width: int, inputs: SlotInputs, leave, stop: frozenset[int], sampling: Sampling):
+        words = self._config.vocab_size
+        stops = np.zeros(words, bool)
+        stops[list(stop)] = True
+        how = Distribution(
+            np.float32(sampling.temperature), np.int32(sampling.top_k or words), np.float32(sampling.top_p)
+        )
+        decode = make_decode(self._graphdef, self._mesh, width, self.steps, sampling.truncated)
+        inputs, leave = jax.device_put((inputs, leave), self._by_slot)
+        self._cache, outputs = decode(self._weights, self._cache, inputs, leave, stops, how)
+        return outputs
+
+    def _run_prefill(self, width: int, *arrays) -> None:
+        arrays = jax.device_put(arrays, self._by_slot)
+        self._cache = make_prefill(self._graphdef, self._mesh, width)(self._weights, self._cache, *arrays)
+
+    def _run_copy(self, width: int, sources, targets) -> None:
+        self._cache = make_copy(self._mesh, width)(self._cache, *jax.device_put((sources, targets), self._by_slot))
 
 
 class _Plan:

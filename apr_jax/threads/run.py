@@ -21,13 +21,19 @@ _UNLIMITED = 1 << 62
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """What one tree may use. A thread at its limit ends as a failure, a spawn over it is malformed."""
+    """What one tree may use. A thread at its limit ends as a failure, a spawn over it is malformed.
+
+    `malformed` says what becomes of a thread whose spawn cannot be run: "stop", it ends as a failure, or "fail", the
+    children that cannot be run count as children that found nothing, and it goes on. Either way it is counted by kind.
+    A spawn that no token opened ends its thread: there is no call to cut out.
+    """
 
     context: int  # tokens of one thread, calls and joins included: the paper's window
     threads: int = 64  # threads of one tree
     depth: int = 1  # levels of children; the authors' traces have one
     tokens: int | None = None  # sampled by one tree; None: no limit
     least_children: int = 0  # of a root: one that ends with fewer has its end replaced by the opening of a spawn
+    malformed: str = "stop"
 
     def __post_init__(self):
         for name, least in (("context", 1), ("threads", 1), ("depth", 0), ("tokens", 1), ("least_children", 0)):
@@ -36,6 +42,8 @@ class Budget:
                 raise ValueError(f"{name} of a budget is at least {least}, was given {value}")
         if self.least_children >= self.threads:
             raise ValueError(f"{self.least_children} children at least need more than {self.threads} threads")
+        if self.malformed not in MALFORMED:
+            raise ValueError(f"malformed is one of {', '.join(MALFORMED)}, was given {self.malformed!r}")
 
 
 class _Allowance(NamedTuple):
@@ -55,28 +63,15 @@ class _Allowance(NamedTuple):
 
 
 class TreeRunner:
-    """Runs trees of one protocol through one engine; `run_all` decodes many at their own pace.
-
-    `malformed` says what becomes of a thread whose spawn cannot be run: "stop", it ends as a failure, or "fail", the
-    children that cannot be run count as children that found nothing, and it goes on. Either way it is counted by kind.
-    A spawn that no token opened ends its thread: there is no call to cut out.
-    """
+    """Runs trees of one protocol through one engine; `run_all` decodes many at their own pace."""
 
     def __init__(
-        self,
-        engine: Engine,
-        protocol: TaskProtocol,
-        tokenizer: Tokenizer,
-        budget: Budget,
-        sampling: Sampling,
-        malformed: str = "stop",
+        self, engine: Engine, protocol: TaskProtocol, tokenizer: Tokenizer, budget: Budget, sampling: Sampling
     ):
         if budget.context > engine.context:
             raise ValueError(f"a window of {budget.context} tokens was asked of an engine that holds {engine.context}")
-        if malformed not in MALFORMED:
-            raise ValueError(f"malformed is one of {', '.join(MALFORMED)}, was given {malformed!r}")
         self.engine, self.protocol, self.tokenizer = engine, protocol, tokenizer
-        self.budget, self.sampling, self.malformed = budget, sampling, malformed
+        self.budget, self.sampling = budget, sampling
         self.spawn_open = tokenizer.token(protocol.spawn_open)
         self.spawn_close = tokenizer.token(protocol.spawn_close)
         self.join_open = tokenizer.token(protocol.join_open)
@@ -137,7 +132,7 @@ class TreeRunner:
                 runnable = self._runnable(request, depth, allowance.threads, counts)
             except MalformedSpawn as error:
                 counts[f"malformed:{error.kind}"] += 1
-                if self.malformed == "stop" or call_at is None:
+                if self.budget.malformed == "stop" or call_at is None:
                     return live.thread(f"malformed:{error.kind}")
                 request, runnable = None, 0
             children: list[Thread] = []
@@ -200,7 +195,7 @@ class TreeRunner:
             allowed = threads
         else:
             return wanted
-        if self.malformed == "stop":
+        if self.budget.malformed == "stop":
             raise error
         counts[f"malformed:{error.kind}"] += 1
         return allowed

@@ -17,6 +17,8 @@ def get_config():
     c.apr.beam, c.apr.sub_beam = (5, 5), (6, 6)
     c.sosp.beam, c.sosp.promising = (3, 3), 1.0
     c.sft.steps, c.sft.save_every = 10_000, 500
-    c.grpo.steps, c.grpo.prompts, c.grpo.group = 40, 16, 8
+    c.grpo.steps, c.grpo.prompts, c.grpo.group = 30, 16, 8
+    c.grpo.batch_rows, c.grpo.row_length = 4, 1536  # two long threads fill only 70 % of a row of 896
+    c.grpo.slots = 256
     c.export.check_trees = 20
     return c

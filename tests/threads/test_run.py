@@ -42,8 +42,8 @@ def ids(text, end=True):
     return (*TOKENIZER.encode(text), *([TOKENIZER.eos] if end else []))
 
 
-def runner(engine, context=2048, protocol=CountdownProtocol(), malformed="stop", **budget):
-    return TreeRunner(engine, protocol, TOKENIZER, Budget(context, **budget), Sampling(1.0), malformed)
+def runner(engine, context=2048, protocol=CountdownProtocol(), **budget):
+    return TreeRunner(engine, protocol, TOKENIZER, Budget(context, **budget), Sampling(1.0))
 
 
 def play(scripts, problem=PROBLEM, **budget):

@@ -1,0 +1,183 @@
+"""Slots share what they hold: prompts are computed once a device, and nobody's tokens change."""
+
+import asyncio
+import random
+
+import pytest
+
+from apr_jax.rollout import slots
+from apr_jax.rollout.engine import JaxEngine, _Plan, width_of
+from apr_jax.rollout.slots import HEAD, Sequence, Slots
+from apr_jax.threads.engine import Sampling
+from apr_jax.train.step import data_mesh
+from tests.tiny import make_model
+
+NOWHERE = frozenset()
+CONTEXT = 96
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return data_mesh(2)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model(1)
+
+
+def decode_all(engine, sequences, tokens=6):
+    async def run():
+        return await asyncio.gather(*(engine.decode(s, NOWHERE, tokens, Sampling(0.0)) for s in sequences))
+
+    return [decoded.ids for decoded in asyncio.run(run())]
+
+
+def test_a_group_s_prompt_is_prefilled_once_on_every_device(model, mesh):
+    engine = JaxEngine(model, mesh, slots=16, context=CONTEXT)
+    prompt = tuple(range(4, 44))
+    group = [engine.open(prompt, (i,)) for i in range(10)]
+    together = decode_all(engine, group)
+    assert len(set(together)) == 1
+    assert (engine.prefilled, engine.copied) == (2 * 39, 8 * 39)
+    for sequence in group:
+        engine.free(sequence)
+    again = [engine.open((*prompt, 50 + i), (20 + i,)) for i in range(4)]  # whose slots still hold the prompt
+    decode_all(engine, again)
+    assert engine.prefilled - 2 * 39 <= 4, "all but the prompt's last token was there"
+
+
+def test_children_that_inherit_share_their_parent_s_context(model, mesh):
+    engine = JaxEngine(model, mesh, slots=16, context=CONTEXT)
+    prompt = tuple(range(4, 54))
+    parent = engine.open(prompt, (0,))
+    decode_all(engine, [parent])
+    children = [engine.fork(parent, 52, (0, i)) for i in range(5)]
+    for index, child in enumerate(children):
+        engine.extend(child, (60 + index, 5))
+    before = engine.prefilled
+    inherited = decode_all(engine, children)
+    # The other device has not seen the parent: it computes its context once.
+    assert engine.prefilled - before == 53 + 4 * 1 and engine.copied == 4 * 52
+    alone = JaxEngine(model, mesh, slots=2, context=CONTEXT)
+    for index, ids in enumerate(inherited):
+        fresh = alone.open((*prompt, *parent.ids[50:52], 60 + index, 5), (9, index))
+        assert decode_all(alone, [fresh]) == [ids]
+        alone.free(fresh)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_sharing_changes_nobody_s_tokens(model, mesh, monkeypatch, seed):
+    """Prompts with many common beginnings, in an engine of few slots and in one that never shares."""
+    rng = random.Random(seed)
+    stems = [[rng.randrange(4, 60) for _ in range(40)] for _ in range(3)]
+    prompts = []
+    for _ in range(40):
+        stem = rng.choice(stems)[: rng.randint(10, 40)]
+        prompts.append(stem + [rng.randrange(4, 60) for _ in range(rng.randint(1, 20))])
+
+    async def one(engine, name):
+        sequence = engine.open(prompts[name], (name,))
+        first = await engine.decode(sequence, NOWHERE, rng.randint(1, 9) if name % 2 else 5, Sampling(0.0))
+        fork = engine.fork(sequence, len(prompts[name]) + 1, (name, 1))
+        engine.extend(fork, (7, name % 50 + 4))
+        if name % 3:
+            engine.free(sequence)
+        second = await engine.decode(fork, NOWHERE, 4, Sampling(0.0))
+        engine.free(fork)
+        if name % 3 == 0:
+            engine.free(sequence)
+        return first.ids[:1], second.ids
+
+    async def all_of_them(engine):
+        return await asyncio.gather(*(one(engine, name) for name in range(40)))
+
+    engine = JaxEngine(model, mesh, slots=6, context=CONTEXT, steps=4)
+    found = asyncio.run(all_of_them(engine))
+    assert engine.copied > 100
+    monkeypatch.setattr(slots, "HEAD", 10**6)
+    lonely = JaxEngine(model, mesh, slots=80, context=CONTEXT, steps=4)
+    assert asyncio.run(all_of_them(lonely)) == found and lonely.copied == 0
+
+
+def test_new_weights_make_what_is_held_useless(model, mesh):
+    engine = JaxEngine(model, mesh, slots=2, context=CONTEXT)
+    prompt = tuple(range(4, 44))
+    for _ in range(2):
+        sequence = engine.open(prompt, (0,))
+        decode_all(engine, [sequence])
+        engine.free(sequence)
+    assert engine.prefilled == 39
+    engine.load(engine._weights)
+    decode_all(engine, [engine.open(prompt, (0,))])
+    assert engine.prefilled == 2 * 39
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_plan_in_its_order_fills_every_slot_with_what_it_should_hold(seed):
+    """Played on lists: copies read what stands there at their moment, prefills write what they were given."""
+    rng = random.Random(seed)
+    table = Slots(12, devices=2)
+    cache = [[] for _ in range(12)]
+    stems = [[rng.randrange(9) for _ in range(60)] for _ in range(3)]
+    live = []
+    for _ in range(40):
+        plan, filled = _Plan(), []
+        for _ in range(rng.randint(1, 5)):
+            ids = rng.choice(stems)[: rng.randint(1, 60)] + [rng.randrange(9) for _ in range(rng.randint(1, 6))]
+            sequence = Sequence(ids, None, 1)
+            placed = table.place(sequence, busy={s.slot for s in live})
+            if placed is None:
+                break
+            source, shared = placed
+            assert shared == 0 or table.device(source) == table.device(sequence.slot)
+            plan.add(sequence, source, shared)
+            table.note(sequence, len(ids) - 1)
+            live.append(sequence)
+            filled.append(sequence)
+        for copies, prefills in plan.rounds:
+            for source, target, count in copies:
+                assert count >= HEAD
+                cache[target] = cache[source][:count] + cache[target][count:]
+            for sequence, first in prefills:
+                new = sequence.ids[first:-1]
+                cache[sequence.slot][first : first + len(new)] = new
+        for sequence in filled:
+            assert cache[sequence.slot][: len(sequence.ids) - 1] == sequence.ids[:-1]
+        for sequence in rng.sample(live, rng.randint(0, len(live))):
+            live.remove(sequence)
+            sequence.freed = True
+            table.give(sequence)
+
+
+def test_a_device_that_runs_dry_takes_over_from_the_other(model, mesh):
+    """All that is left runs on one device: the shortest move, and nobody's tokens change."""
+
+    def play(uneven):
+        engine = JaxEngine(model, mesh, slots=48, context=CONTEXT, steps=4)
+        tokens = [40 if uneven and i % 2 == 0 else 4 for i in range(44)]
+        sequences = [engine.open((4 + i, 5, 6), (i,)) for i in range(44)]
+        devices = set()
+
+        async def one(sequence, count):
+            decoded = await engine.decode(sequence, NOWHERE, count, Sampling(0.0))
+            if count == 40:
+                devices.add(engine._slots.device(sequence.slot))
+            return decoded.ids
+
+        async def run():
+            return await asyncio.gather(*map(one, sequences, tokens))
+
+        return asyncio.run(run()), devices, engine
+
+    found, devices, engine = play(uneven=True)
+    assert devices == {0, 1}
+    plain, _, _ = play(uneven=False)
+    assert all(ids[:4] == other for ids, other in zip(found, plain))
+
+
+def test_widths_waste_a_fifth_at_most():
+    widths = sorted({width_of(tokens) for tokens in range(1, 9000)})
+    assert widths[:3] == [64, 128, 192] and len(widths) < 48
+    for tokens in range(1, 9000):
+        assert tokens <= width_of(tokens) <= max(tokens + 63, tokens * 5 / 4)
