@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from apr_jax.countdown.dataset import write_text
-from apr_jax.evaluate.evaluate import read_records, summarise
+from apr_jax.evaluate.evaluate import paired_difference, read_records, summarise
 from experiments import figures
 from experiments.dataset import load_manifest
 
@@ -32,6 +32,11 @@ def write_report(workdir: Path) -> str:
     summaries = {title: summarise(rows) for title, rows in records.items()}
     lines = [HEADER, "|" + " --- |" * HEADER.count(" | ") + " --- |"]
     lines += [_row(title, summary, _trained(metrics.get(title, []))) for title, summary in summaries.items()]
+    for style in ("SoS+", "APR"):
+        if {f"{style} SFT", f"{style} SFT+GRPO"} <= records.keys():
+            mean, low, high, gained, lost = paired_difference(records[f"{style} SFT"], records[f"{style} SFT+GRPO"])
+            lines += ["", f"GRPO over {style} SFT on the same problems: {100 * mean:+.1f} points "
+                      f"({100 * low:+.1f} to {100 * high:+.1f}), {gained} gained, {lost} lost."]  # fmt: skip
     check = workdir / "export" / "check.json"
     if check.exists():
         found = json.loads(check.read_text())

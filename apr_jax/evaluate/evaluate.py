@@ -217,6 +217,25 @@ def wilson_interval(right: int, total: int, z: float = 1.96) -> tuple[float, flo
     return low, (centre + half) / (1 + spread) if right < total else 1.0
 
 
+def paired_difference(
+    before: Sequence[Record], after: Sequence[Record], z: float = 1.96
+) -> tuple[float, float, float, int, int]:
+    """How much more often `after` is right than `before` on the same problems: (difference, low, high, problems gained,
+    problems lost), rates from -1 to 1. The interval is that of a mean of paired differences, which is far narrower than
+    those of the two accuracies: most problems are answered the same. Raises ValueError where the problems differ.
+
+    Example: of 100 problems 9 are gained and 4 lost: 0.05, from -0.02 to 0.12.
+    """
+    if not before or [record.problem for record in before] != [record.problem for record in after]:
+        raise ValueError("a paired difference needs the same problems in the same order")
+    n = len(before)
+    gained = sum(b.correct and not a.correct for a, b in zip(before, after))
+    lost = sum(a.correct and not b.correct for a, b in zip(before, after))
+    mean = (gained - lost) / n
+    half = z * math.sqrt(max((gained + lost) / n - mean * mean, 0.0) / n)
+    return mean, mean - half, mean + half, gained, lost
+
+
 def accuracy_by_window(records: Sequence[Record], windows: Iterable[int]) -> list[tuple[int, float]]:
     """The paper's cumulative accuracy (figure 4b): for each window in tokens the share of all problems
     answered right with every thread inside the window.

@@ -18,6 +18,7 @@ from apr_jax.evaluate.evaluate import (
     accuracy_by_window,
     evaluate,
     even_edges,
+    paired_difference,
     read_records,
     summarise,
     wilson_interval,
@@ -181,6 +182,19 @@ def test_wilson_interval_holds_its_rate_and_mirrors(case):
         assert low <= right / total <= high
         mirrored = wilson_interval(total - right, total)
         assert mirrored == pytest.approx((1 - high, 1 - low))
+
+
+def test_a_paired_difference_counts_what_changed():
+    before = [record(i, i < 54, 10, 10, problem={"i": i}) for i in range(100)]
+    after = [record(i, 4 <= i < 63, 10, 10, problem={"i": i}) for i in range(100)]
+    mean, low, high, gained, lost = paired_difference(before, after)
+    assert (gained, lost) == (9, 4) and mean == pytest.approx(0.05)
+    rng, differences = random.Random(0), [int(b.correct) - int(a.correct) for a, b in zip(before, after)]
+    drawn = sorted(sum(rng.choices(differences, k=100)) / 100 for _ in range(4000))  # the bootstrap, as an oracle
+    assert (low, high) == pytest.approx((drawn[100], drawn[3900]), abs=0.015)
+    assert paired_difference(before, before)[:3] == (0, 0, 0)
+    with pytest.raises(ValueError, match="the same problems"):
+        paired_difference(before, after[::-1])
 
 
 def test_wilson_interval_known_values_and_errors():

@@ -27,6 +27,9 @@ def test_every_model_has_a_row_and_a_summary(whole_run):
         assert f"| {found['accuracy']:.1%} (" in row and "n=12" in row
         assert row.count(" | ") == text.splitlines()[0].count(" | ")
     assert "Export of grpo_apr against transformers: " in text
+    before, after = (read_records(folder / "evaluate" / f"{name}.jsonl") for name in ("sft_apr", "grpo_apr"))
+    points = 100 * (sum(r.correct for r in after) - sum(r.correct for r in before)) / 12
+    assert f"GRPO over APR SFT on the same problems: {points:+.1f} points (" in text
     assert text in whole_run.out
 
 
