@@ -8,7 +8,7 @@ Three measurements, each of ratios within this one process:
 
     trees      sampled tokens a second of greedy trees of held-out problems, rounds alternating, medians; slot occupancy
                (tokens sampled of slot steps run, padding of groups included); whether the trees are the same
-    fork       a sequence begun with a prefix that some slot holds, against one that must be prefilled
+    fork       a sequence begun as a fork of 512 tokens, against one whose prompt must be prefilled, 8 at once
     children   the time of one tree of a parent and C children at once, over that of its longest chain as one thread
 """
 
@@ -117,40 +117,39 @@ def _children(engine: JaxEngine, rounds: int) -> dict[str, float]:
     before, each, after = 150, 300, 60
     prompt = tuple(range(4, 24))
     times: dict[str, list[float]] = {}
-    for number in range(rounds + 1):  # the first compiles
+    for _ in range(rounds):
         found = {"chain": timed(chain(engine, prompt, (0,), before + each + after))}
         found |= {str(count): timed(tree(engine, count, before, each, after)) for count in (1, 2, 5, 10, 20)}
-        if number:
-            for name, seconds in found.items():
-                times.setdefault(name, []).append(seconds)
+        for name, seconds in found.items():
+            times.setdefault(name, []).append(seconds)
     alone = statistics.median(times.pop("chain"))
     return {name: round(statistics.median(seconds) / alone, 2) for name, seconds in times.items()}
 
 
-def _fork(engine: JaxEngine, rounds: int, vocabulary: int) -> dict[str, float]:
-    """Seconds to begin a sequence whose prompt of 512 tokens a slot holds, and one that nobody holds."""
+def _fork(engine: JaxEngine, rounds: int, vocabulary: int, tokens: int = 512) -> dict[str, float]:
+    """Milliseconds to begin each of 8 sequences at once (their first token included): prompts that nobody holds, and
+    forks of one that a slot holds."""
     rng = np.random.default_rng(0)
     times: dict[str, list[float]] = {"prefill": [], "fork": []}
-    for number in range(rounds * 3 + 1):
-        prompt = rng.integers(4, vocabulary, 512).tolist()
 
-        async def both(prompt=prompt, number=number) -> tuple[float, float]:
-            parent = engine.open(prompt, (number,))
-            began = time.perf_counter()
-            await engine.decode(parent, NOWHERE, 1, Sampling(0.0))
-            begun = time.perf_counter()
-            forks = [engine.fork(parent, 512, (number, index)) for index in range(8)]
-            await asyncio.gather(*(engine.decode(fork, NOWHERE, 1, Sampling(0.0)) for fork in forks))
-            ended = time.perf_counter()
-            for sequence in (*forks, parent):
-                engine.free(sequence)
-            return begun - began, (ended - begun) / 8
+    async def begin(sequences: list) -> float:
+        began = time.perf_counter()
+        await asyncio.gather(*(engine.decode(sequence, NOWHERE, 1, Sampling(0.0)) for sequence in sequences))
+        return (time.perf_counter() - began) / len(sequences)
 
-        prefill, fork = asyncio.run(both())
-        if number:
-            times["prefill"].append(prefill)
-            times["fork"].append(fork)
-    return {name: round(statistics.median(seconds) * 1e3, 3) for name, seconds in times.items()}
+    async def both(number: int) -> tuple[float, float]:
+        fresh = [engine.open(rng.integers(4, vocabulary, tokens).tolist(), (number, i)) for i in range(8)]
+        prefill = await begin(fresh)
+        forks = [engine.fork(fresh[0], tokens, (number, 8 + i)) for i in range(8)]
+        fork = await begin(forks)
+        for sequence in (*forks, *fresh):
+            engine.free(sequence)
+        return prefill, fork
+
+    for number in range(rounds * 3):
+        for name, seconds in zip(times, asyncio.run(both(number))):
+            times[name].append(seconds * 1e3)
+    return {name: round(statistics.median(found), 3) for name, found in times.items()}
 
 
 def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
@@ -174,10 +173,13 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
         if values["torch"].value:
             export_hf(model, tokenizer, folder, {}, "float32")
             engines["transformers"] = TransformersEngine(load_transformers(folder), window)
-    trees = {"ours": run_trees(engine, tokenizer, problems, budget)[0]}  # compiles
-    engine.sampled = engine.slot_steps = 0
+    began = time.perf_counter()
+    shapes = engine.compile(Sampling(0.0))
+    compiled = time.perf_counter() - began
+    trees: dict[str, list] = {}
     times: dict[str, list[float]] = {name: [] for name in engines}
     for _ in range(rounds):
+        engine.load(nnx.state(model))  # what slots hold of the last round is forgotten
         for name, one in engines.items():
             trees[name], seconds = run_trees(one, tokenizer, problems, budget)
             times[name].append(seconds)
@@ -189,6 +191,7 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
         "children": round(sum(map(children, trees["ours"])) / len(problems), 2),
         "tokens_per_second": rates,
         "occupancy": round(engine.sampled / engine.slot_steps, 3),
+        "compiled": {"shapes": shapes, "seconds": round(compiled, 1)},
         "seconds": {name: [round(time, 2) for time in seconds] for name, seconds in times.items()},
     }
     if "transformers" in trees:

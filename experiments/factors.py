@@ -1,7 +1,7 @@
 """Another task through the same code: factor search in tags, from a solver's trees to a model that spawns.
 
-    python -m experiments.factors --workdir=runs/factors               # children are told the number again
-    python -m experiments.factors --workdir=runs/factors2 --inherit    # children begin with their parent's context
+    python -m experiments.factors               # children are told the number again
+    python -m experiments.factors --inherit     # children begin with their parent's context
 
 Where a task of one's own differs from this file is its protocol, its tokenizer's words and where its trees come from;
 data on disk, GRPO and the rest take them the same way (README, "Another task").
@@ -37,7 +37,7 @@ WINDOW = 128  # tokens
 
 
 def _define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("workdir", "runs/factors", "Checkpoints, metrics and records.", flag_values=values)
+    flags.DEFINE_string("workdir", "runs/factors", "Folder of all such runs.", flag_values=values)
     flags.DEFINE_integer("steps", 500, "Of supervised training.", lower_bound=1, flag_values=values)
     flags.DEFINE_boolean("inherit", False, "Children inherit their parent's context.", flag_values=values)
 
@@ -45,7 +45,8 @@ def _define(values: flags.FlagValues) -> None:
 def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     if arguments:
         raise ValueError(f"only flags are taken, was given {arguments[0]!r}")
-    workdir, inherit = Path(values["workdir"].value), values["inherit"].value
+    inherit, steps = values["inherit"].value, values["steps"].value
+    workdir = Path(values["workdir"].value) / f"{'inherit' if inherit else 'fresh'}_{steps}"
     protocol, tokenizer = TagProtocol(FactorTask(), inherit), tag_tokenizer(WORDS, LARGEST)
     problems = spans(LARGEST)
     random.Random(0).shuffle(problems)
@@ -58,9 +59,7 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     optimizer = OptimizerConfig(
         name="muon", peak_rate=3e-3, muon_rate=0.02, warmup_steps=20, schedule="linear", end_rate=0.02
     )
-    config = SftConfig(
-        steps=values["steps"].value, batch_rows=4 * mesh.size, row_length=256, optimizer=optimizer, log_every=100
-    )
+    config = SftConfig(steps=steps, batch_rows=4 * mesh.size, row_length=256, optimizer=optimizer, log_every=100)
     meta = {"model": vars(model.config), "stage": "sft", "inherit": inherit}
     model = run_sft(model, pieces, pieces[:64], config, mesh, workdir / "sft", meta)
 

@@ -32,7 +32,8 @@ LEAST = {
     "sft.validate_every": 0, "sft.most_skipped": 0,
     "grpo.steps": 0, "grpo.prompts": 1, "grpo.inner_steps": 1, "grpo.batch_rows": 1, "grpo.slots": 1,
     "grpo.clip_low": 0, "grpo.clip_high": 0, "grpo.kl": 0, "grpo.save_every": 1,
-    "budget.threads": 1, "budget.depth": 0, "budget.tokens": 0, "budget.least_children": 0, "evaluate.slots": 1, "export.check_trees": 0,
+    "budget.threads": 1, "budget.depth": 0, "budget.tokens": 0, "budget.least_children": 0,
+    "evaluate.slots": 1, "export.check_trees": 0,
 } | {
     f"{stage}.optimizer.{name}": 0
     for stage in ("sft", "grpo")
@@ -183,6 +184,10 @@ class Settings:
     evaluate_slots: int
     export_dtype: str
     export_check_trees: int
+
+    def budget_of(self, style: str) -> Budget:
+        """What a tree of a style may use: SoS+ has no children that could be asked for."""
+        return self.budget if style == "apr" else dataclasses.replace(self.budget, least_children=0)
 
 
 def read_settings(config: ml_collections.ConfigDict) -> Settings:

@@ -137,7 +137,7 @@ class Run:
                 )
             run_grpo(
                 model, load_problems(self.workdir / "data" / "train.npy"), CountdownProtocol(style), self.tokenizer,
-                self.settings.budget, self.settings.grpo, self.mesh, self.settings.grpo_slots,
+                self.settings.budget_of(style), self.settings.grpo, self.mesh, self.settings.grpo_slots,
                 self.workdir / f"grpo_{style}", self._meta(model.config, style, "grpo"),
             )  # fmt: skip
 
@@ -164,10 +164,11 @@ class Run:
                 engine,
                 CountdownProtocol(meta["style"]),
                 self.tokenizer,
-                self.settings.budget,
+                self.settings.budget_of(meta["style"]),
                 self.settings.evaluate_sampling,
             )
-            evaluate(runner, problems, folder / f"{name}.jsonl", progress_title=f"evaluate {name}")
+            at_once = max(256, self.settings.evaluate_slots)
+            evaluate(runner, problems, folder / f"{name}.jsonl", progress_title=f"evaluate {name}", at_once=at_once)
 
     def export(self) -> None:
         models = self.models()

@@ -70,7 +70,9 @@ class TransformersEngine:
                 decoded = self._generate(requests)
             except Exception as error:
                 for request in (*requests, *self._waiting):
-                    request.future.set_exception(RuntimeError(f"the engine stopped: {error!r}"))
+                    if not request.future.done():
+                        request.future.set_exception(RuntimeError(f"the engine stopped: {error!r}"))
+                self._waiting.clear()
                 raise
             for request, result in zip(requests, decoded):
                 request.sequence.ids.extend(result.ids)

@@ -60,14 +60,17 @@ def sample(
     if truncated:
         scaled_SxV = jnp.where(greedy, scaled_SxV, truncate(scaled_SxV, how))
     normaliser_S = jax.nn.logsumexp(scaled_SxV, axis=1)
-    cumulated_SxV = jnp.cumsum(jnp.exp(scaled_SxV - normaliser_S[:, None]), axis=1)
+    probabilities_SxV = jnp.exp(scaled_SxV - normaliser_S[:, None])
+    # Sums of different words are rounded differently, so a cumulated one may rise at a word of probability 0: such
+    # words are left out by name.
+    possible_SxV = probabilities_SxV > 0
+    cumulated_SxV = jnp.where(possible_SxV, jnp.cumsum(probabilities_SxV, axis=1), 0)
 
     def uniform(key, position):
         return jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(key), position))
 
-    u_S = jax.vmap(uniform)(keys_Sx2, positions_S) * cumulated_SxV[:, -1]
-    # The first word whose cumulated probability is above u: never one of probability 0.
-    drawn_S = jnp.argmax(cumulated_SxV > u_S[:, None], axis=1)
+    u_S = jax.vmap(uniform)(keys_Sx2, positions_S) * jnp.max(cumulated_SxV, axis=1)
+    drawn_S = jnp.argmax(possible_SxV & (cumulated_SxV > u_S[:, None]), axis=1)
     tokens_S = jnp.where(greedy, jnp.argmax(scaled_SxV, axis=1), drawn_S).astype(jnp.int32)
 
     def chosen(x_SxV):

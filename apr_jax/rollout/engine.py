@@ -10,7 +10,9 @@ Always true:
   decodes, decoding ends, and nothing deadlocks with any number of slots.
 * A fork takes over its parent's slot when the parent is freed: truncation, no copy. Else it shares like anybody else
   (`apr_jax.rollout.slots`): what a slot of its device holds is copied, not computed again.
-* Draws depend on (seed, name, position) alone, not on slots, order or company.
+* Draws depend on (seed, name, position) alone, not on slots, order or company. So do tokens in float32; in bfloat16 the
+  last bit of a logit depends on how its context was computed (prefilled, decoded, in which width), and a draw near a
+  border with it.
 """
 
 import asyncio
@@ -77,10 +79,7 @@ class _Request:
 
 class JaxEngine:
     """An `Engine` on the devices of a mesh, each with slots and a copy of the weights. One stop set and one
-    `Sampling` at a time.
-
-    `weights` may be replaced between rollouts (`load`); sequences must be freed before.
-    """
+    `Sampling` at a time. `weights` may be replaced between decodes (`load`)."""
 
     def __init__(self, model: Llama, mesh: Mesh, *, slots: int, context: int, seed: int = 0, steps: int = 64):
         devices = mesh.devices.size
@@ -98,20 +97,26 @@ class JaxEngine:
         self._graphdef, weights = nnx.split(model)
         self._slots = Slots(slots, devices)
         self.load(weights)
-        self._cache = jax.device_put(make_cache(self._config, slots, width_of(context)), self._by_slot)
+        self._cache = self._blank_cache()
         # Longer names first: children and parents that go on come before new roots, so that trees end
         # rather than pile up as parents whose slots are taken from them.
         self._waiting: list[tuple[int, int, _Request]] = []
         self._arrivals = 0
         self._running: dict[int, _Request] = {}  # by slot
         self._loop: asyncio.Task | None = None
+        self._how: tuple[frozenset[int], Sampling] | None = None  # of all that waits and runs
         self.sampled = self.slot_steps = 0  # tokens drawn and slots stepped: their ratio is the occupancy
         self.prefilled = self.copied = 0  # tokens computed before they are attended to, and tokens copied instead
+        self.prefills = self.copies = 0  # calls
 
     def load(self, weights) -> None:
         """Takes the weights of a model of the same shape (an `nnx.State`)."""
         self._weights = jax.device_put(weights, NamedSharding(self._mesh, P()))
         self._slots.forget()
+
+    def _blank_cache(self):
+        slots = self._devices * self._per_device
+        return jax.device_put(make_cache(self._config, slots, width_of(self.context)), self._by_slot)
 
     def compile(self, sampling: Sampling) -> int:
         """Compiles ahead all that rollouts under `sampling` can need; returns how many shapes that were. Without it
@@ -143,7 +148,7 @@ class JaxEngine:
         if not 1 <= length <= len(sequence.ids):
             raise ValueError(f"a fork keeps 1 to {len(sequence.ids)} tokens, was given {length}")
         sequence.heir = heir = self.open(sequence.ids[:length], name)
-        heir.shared = length
+        heir.parent, heir.shared = sequence, length
         return heir
 
     def extend(self, sequence: Sequence, ids: Ids[int]) -> None:
@@ -155,6 +160,11 @@ class JaxEngine:
         limit = min(limit, self.context - len(sequence.ids))
         if limit < 1:
             raise ValueError(f"no room to decode: {len(sequence.ids)} of {self.context} tokens")
+        if (self._waiting or self._running) and self._how != (stop, sampling):
+            raise ValueError(
+                f"one stop set and one Sampling at a time: {self._how} decode, was given {stop}, {sampling}"
+            )
+        self._how = stop, sampling
         request = _Request(sequence, stop, limit, sampling)
         self._arrivals += 1
         heapq.heappush(self._waiting, (-sequence.depth, self._arrivals, request))
@@ -183,12 +193,18 @@ class JaxEngine:
                     request.future.set_exception(RuntimeError(f"the engine stopped: {error!r}"))
             self._waiting.clear()
             self._running.clear()
+            # Slots may not hold what they were to be filled with, and a donated cache may be gone.
+            self._slots.forget()
+            if any(leaf.is_deleted() for leaf in jax.tree.leaves(self._cache)):
+                self._cache = self._blank_cache()
             raise
 
     def _admit(self) -> None:
         """Gives slots to waiting sequences and fills their caches. A request that was cancelled goes."""
         for slot in [slot for slot, request in self._running.items() if request.future.done()]:
             del self._running[slot]
+            if self._slots.owners[slot] is not None:
+                self._slots.wait(slot)
         plan = _Plan()
         if not self._waiting:
             self._even_out(plan)
@@ -198,7 +214,7 @@ class JaxEngine:
             if not request.future.done():
                 if sequence.slot is not None:
                     self._fill(plan, request, sequence.slot, 0)
-                elif (placed := self._slots.place(sequence, self._running)) is not None:
+                elif (placed := self._slots.place(sequence)) is not None:
                     self._fill(plan, request, *placed)
                 else:
                     break
@@ -211,6 +227,7 @@ class JaxEngine:
         """Lets a sequence run in its slot, after the plan has brought in what is missing there."""
         sequence = request.sequence
         self._running[sequence.slot] = request
+        self._slots.run(sequence.slot)
         plan.add(sequence, source, shared)
         self._slots.note(sequence, len(sequence.ids) - 1)
 
@@ -304,7 +321,7 @@ class JaxEngine:
             inputs.steps[at] = min(request.left, self.steps)
             inputs.keys[at] = request.sequence.key
         leave = np.asarray([int(LEAVE * len(there)) for there in slots], np.int32)
-        outputs = self._run_decode(width, inputs, leave, request.stop, request.sampling)
+        outputs = self._run_decode(width, inputs, leave, *self._how)
         tokens, logprobs, model_logprobs, counts = jax.device_get(outputs)
         self.slot_steps += int(counts.reshape(self._devices, size).max(axis=1).sum()) * size
         self.sampled += int(counts.sum())
@@ -318,6 +335,7 @@ class JaxEngine:
             stopped = request.ids[-1] in request.stop
             if stopped or not request.left:
                 del self._running[slot]
+                self._slots.wait(slot)
                 if not request.future.done():
                     request.future.set_result(
                         Decoded(tuple(request.ids), tuple(request.logprobs), stopped, tuple(request.model_logprobs))
@@ -345,10 +363,12 @@ class JaxEngine:
         return outputs
 
     def _run_prefill(self, width: int, *arrays) -> None:
+        self.prefills += 1
         arrays = jax.device_put(arrays, self._by_slot)
         self._cache = make_prefill(self._graphdef, self._mesh, width)(self._weights, self._cache, *arrays)
 
     def _run_copy(self, width: int, sources, targets) -> None:
+        self.copies += 1
         self._cache = make_copy(self._mesh, width)(self._cache, *jax.device_put((sources, targets), self._by_slot))
 
 

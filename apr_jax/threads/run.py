@@ -25,14 +25,16 @@ class Budget:
 
     `malformed` says what becomes of a thread whose spawn cannot be run: "stop", it ends as a failure, or "fail", the
     children that cannot be run count as children that found nothing, and it goes on. Either way it is counted by kind.
-    A spawn that no token opened ends its thread: there is no call to cut out.
+    A spawn that no token opened ends its thread: there is no call to cut out; so does a thread's malformed spawn number
+    `threads`, since each may be as long as the window and leaves nothing behind.
     """
 
     context: int  # tokens of one thread, calls and joins included: the paper's window
     threads: int = 64  # threads of one tree
     depth: int = 1  # levels of children; the authors' traces have one
     tokens: int | None = None  # sampled by one tree; None: no limit
-    least_children: int = 0  # of a root: one that ends with fewer has its end replaced by the opening of a spawn
+    # Of a root: one that ends with fewer, and may have more, has its end replaced by the opening of a spawn.
+    least_children: int = 0
     malformed: str = "stop"
 
     def __post_init__(self):
@@ -42,6 +44,8 @@ class Budget:
                 raise ValueError(f"{name} of a budget is at least {least}, was given {value}")
         if self.least_children >= self.threads:
             raise ValueError(f"{self.least_children} children at least need more than {self.threads} threads")
+        if self.least_children and not self.depth:
+            raise ValueError(f"{self.least_children} children at least need a depth of 1 or more")
         if self.malformed not in MALFORMED:
             raise ValueError(f"malformed is one of {', '.join(MALFORMED)}, was given {self.malformed!r}")
 
@@ -120,9 +124,10 @@ class TreeRunner:
 
     async def _turns(self, live: "_LiveThread", depth: int, allowance: _Allowance, counts: Counter) -> Thread:
         """Writes, spawns, joins, writes again, until the thread ends."""
+        unread = 0
         for turn in range(self.budget.context):  # every turn grows the context, so the window ends the loop
             start = len(live.ids)
-            failure, written = await self._write(live, depth, allowance.tokens, counts)
+            failure, written = await self._write(live, depth, allowance, counts)
             allowance = allowance._replace(tokens=allowance.tokens - written)
             if failure is not None or live.ids[-1] != self.spawn_close:
                 return live.thread(failure)
@@ -132,7 +137,8 @@ class TreeRunner:
                 runnable = self._runnable(request, depth, allowance.threads, counts)
             except MalformedSpawn as error:
                 counts[f"malformed:{error.kind}"] += 1
-                if self.budget.malformed == "stop" or call_at is None:
+                unread += 1
+                if self.budget.malformed == "stop" or call_at is None or unread >= self.budget.threads:
                     return live.thread(f"malformed:{error.kind}")
                 request, runnable = None, 0
             children: list[Thread] = []
@@ -151,20 +157,27 @@ class TreeRunner:
             live.join(len(live.ids) - call_at, tuple(children), self._join_ids(live.ids, call_at, request, children))
         return live.thread("length")
 
-    async def _write(self, live: "_LiveThread", depth: int, tokens: int, counts: Counter) -> tuple[str | None, int]:
-        """Decodes until the thread ends, has closed a spawn or has sampled its `tokens`; returns a failure or None, and
-        how many it sampled. The guard is here: a thread that begins to write a join block itself has that token
+    async def _write(
+        self, live: "_LiveThread", depth: int, allowance: _Allowance, counts: Counter
+    ) -> tuple[str | None, int]:
+        """Decodes until the thread ends, has closed a spawn or has sampled what it may; returns a failure or None, and
+        how many tokens it sampled. The guard is here: a thread that begins to write a join block itself has that token
         replaced by the opening of a spawn, as the authors do."""
         written = 0
         while (room := self.budget.context - len(live.ids)) > 0:
-            if (limit := min(room, tokens - written)) < 1:
+            if (limit := min(room, allowance.tokens - written)) < 1:
                 return "tokens", written
             decoded = await self.engine.decode(live.sequence, self.stop, limit, self.sampling)
             written += len(decoded.ids)
             live.add(decoded)
             if not decoded.stopped:
                 return ("length" if limit == room else "tokens"), written
-            early = depth == 0 and decoded.ids[-1] == self.tokenizer.eos and live.children < self.budget.least_children
+            early = (
+                depth == 0
+                and decoded.ids[-1] == self.tokenizer.eos
+                and live.children < self.budget.least_children
+                and allowance.threads > 0
+            )
             if decoded.ids[-1] != self.join_open and not early:
                 return None, written
             counts["forced_spawns" if early else "guarded"] += 1
@@ -206,7 +219,7 @@ class TreeRunner:
         """The ids of the join block alone: the parent's own ids before it are never encoded again."""
         text = self.tokenizer.decode(ids)
         if request is None:
-            after = self.protocol.join_nothing(text)
+            after = self.protocol.join_nothing(self.tokenizer.decode(ids[: call_at + 1]))
         else:
             results = [None if child.failure else self.protocol.result(self._text(child)) for child in children]
             after = self.protocol.join(text, results + [None] * (len(request.children) - len(children)))

@@ -46,11 +46,15 @@ class Block:
 
 @dataclasses.dataclass(frozen=True)
 class Spawn:
-    """A call of children: `call` leaves the thread's context, `join` enters it."""
+    """A call of children: `call` leaves the thread's context, `join` enters it. All children inherit, or none."""
 
     call: tuple[Block, ...]
     children: tuple["Thread", ...]
     join: Block
+
+    def __post_init__(self):
+        if len({child.inherits for child in self.children}) > 1:
+            raise ValueError("all children of a spawn inherit its context, or none")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -176,7 +176,7 @@ class GrpoTrainer:
             if gains.any():
                 for tree, gain in zip(group, gains):
                     pieces += tree_pieces(tree, gain, config.aggregate)
-        # A call may carry a thread's piece past its window by the length of the call: cut by no one, so counted.
+        # A piece holds calls, and children that inherit, beside its thread's window: cut by no one, so counted.
         fitting = [piece for piece in pieces if len(piece) <= config.row_length]
         metrics = {"train/threads": len(fitting), "train/threads_too_long": len(pieces) - len(fitting)}
         if not fitting:

@@ -6,6 +6,7 @@ import random
 import pytest
 
 from apr_jax.rollout import slots
+from apr_jax.rollout.decode import make_copy, make_decode, make_prefill
 from apr_jax.rollout.engine import JaxEngine, _Plan, width_of
 from apr_jax.rollout.slots import HEAD, Sequence, Slots
 from apr_jax.threads.engine import Sampling
@@ -40,6 +41,7 @@ def test_a_group_s_prompt_is_prefilled_once_on_every_device(model, mesh):
     together = decode_all(engine, group)
     assert len(set(together)) == 1
     assert (engine.prefilled, engine.copied) == (2 * 39, 8 * 39)
+    assert engine.prefills == 1 and engine.copies == 1, "no slot waits for another that is copied to"
     for sequence in group:
         engine.free(sequence)
     again = [engine.open((*prompt, 50 + i), (20 + i,)) for i in range(4)]  # whose slots still hold the prompt
@@ -126,11 +128,12 @@ def test_a_plan_in_its_order_fills_every_slot_with_what_it_should_hold(seed):
         for _ in range(rng.randint(1, 5)):
             ids = rng.choice(stems)[: rng.randint(1, 60)] + [rng.randrange(9) for _ in range(rng.randint(1, 6))]
             sequence = Sequence(ids, None, 1)
-            placed = table.place(sequence, busy={s.slot for s in live})
+            placed = table.place(sequence)
             if placed is None:
                 break
             source, shared = placed
             assert shared == 0 or table.device(source) == table.device(sequence.slot)
+            table.run(sequence.slot)
             plan.add(sequence, source, shared)
             table.note(sequence, len(ids) - 1)
             live.append(sequence)
@@ -144,6 +147,10 @@ def test_a_plan_in_its_order_fills_every_slot_with_what_it_should_hold(seed):
                 cache[sequence.slot][first : first + len(new)] = new
         for sequence in filled:
             assert cache[sequence.slot][: len(sequence.ids) - 1] == sequence.ids[:-1]
+        for sequence in [s for s in live if s.slot is None or rng.random() < 0.2]:
+            live.remove(sequence)  # evicted, or waiting: it may be
+            if sequence.slot is not None:
+                table.wait(sequence.slot)
         for sequence in rng.sample(live, rng.randint(0, len(live))):
             live.remove(sequence)
             sequence.freed = True
@@ -174,6 +181,79 @@ def test_a_device_that_runs_dry_takes_over_from_the_other(model, mesh):
     assert devices == {0, 1}
     plain, _, _ = play(uneven=False)
     assert all(ids[:4] == other for ids, other in zip(found, plain))
+
+
+def test_a_long_prefix_draws_its_children_to_its_device():
+    table = Slots(32, devices=2)
+    parent = Sequence(range(300), None, 1)
+    table.place(parent)
+    table.note(parent, 299)
+    for _ in range(6):
+        child = Sequence([*range(290), 7, 8], None, 2)
+        child.parent = parent
+        assert table.place(child) == (parent.slot, 290)
+    short = Sequence([*range(40), 7, 8], None, 2)
+    assert table.place(short) == (-1, 0) and table.device(short.slot) != table.device(parent.slot)
+
+
+def test_a_child_finds_its_parent_among_many_with_the_same_head():
+    table = Slots(40, devices=1)
+    roots = [Sequence([*range(20), *([i] * 30)], None, 1) for i in range(20)]
+    for root in roots:
+        table.place(root)
+        table.note(root, 49)
+    for root in (roots[0], roots[13], roots[19]):
+        child = Sequence([*root.ids[:45], 3], None, 2)
+        child.parent = root
+        assert table.place(child) == (root.slot, 45)
+
+
+def test_a_failure_in_a_prefill_leaves_no_slot_that_is_believed_to_be_filled(model, mesh):
+    engine = JaxEngine(model, mesh, slots=4, context=CONTEXT)
+    prompt = tuple(range(4, 44))
+    [right] = decode_all(engine, [engine.open(prompt, (0,))])
+    broken = JaxEngine(model, mesh, slots=4, context=CONTEXT)
+    kept, broken._run_prefill = broken._run_prefill, None
+    sequence = broken.open(prompt, (0,))
+    with pytest.raises(RuntimeError, match="the engine stopped"):
+        decode_all(broken, [sequence])
+    broken._run_prefill = kept
+    assert decode_all(broken, [sequence]) == [right]
+
+
+def test_two_ways_of_sampling_at_once_are_refused(model, mesh):
+    engine = JaxEngine(model, mesh, slots=4, context=CONTEXT)
+
+    async def both():
+        first, second = (engine.open((4, 5, 6), (i,)) for i in range(2))
+        return await asyncio.gather(
+            engine.decode(first, NOWHERE, 4, Sampling(0.0)), engine.decode(second, NOWHERE, 4, Sampling(1.0)),
+            return_exceptions=True,
+        )  # fmt: skip
+
+    decoded, error = asyncio.run(both())
+    assert len(decoded.ids) == 4 and "one Sampling at a time" in str(error)
+
+
+def test_what_is_compiled_ahead_is_all_that_rollouts_need(mesh):
+    """A model of sizes of its own, whose functions nobody has compiled."""
+    engine = JaxEngine(make_model(1, width=16, feed_forward=32), mesh, slots=8, context=CONTEXT, steps=3)
+    model, on, widths = engine._graphdef, engine._mesh, (64, 128)
+    made = [make_decode(model, on, width, 3, False) for width in widths]
+    made += [make_prefill(model, on, width) for width in widths]
+    copies = [make_copy(on, width) for width in widths]  # of any model
+    shapes = engine.compile(Sampling(1.0))
+    assert sum(function._cache_size() for function in made) == shapes - len(copies)
+    made += copies
+    before = [function._cache_size() for function in made]
+    prompts = [[4 + i % 3] * (i + 1) for i in range(40)]
+    sequences = [engine.open(prompt, (i,)) for i, prompt in enumerate(prompts)]
+
+    async def run():
+        return await asyncio.gather(*(engine.decode(s, NOWHERE, 50, Sampling(1.0)) for s in sequences))
+
+    asyncio.run(run())
+    assert [function._cache_size() for function in made] == before
 
 
 def test_widths_waste_a_fifth_at_most():

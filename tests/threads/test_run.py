@@ -187,6 +187,21 @@ def test_children_over_the_budget_are_not_run_where_a_malformed_spawn_may_go_on(
         assert line in text_of(spawn.join)
 
 
+def test_a_join_of_nothing_stands_in_the_place_of_the_whole_call():
+    """Also where the call spells another opening in characters."""
+    spelled = tuple(TOKENIZER.token(character) for character in trace.SPAWN_OPEN)
+    opened = ids(trace.SPAWN_OPEN, end=False)
+    written = ids(BODY, end=False) + opened + spelled + ids(trace.SPAWN_CLOSE, end=False) + ids(NOT_FOUND)
+    (spawn,) = play({(7,): written}, malformed="fail").root.spawns
+    assert text_of(spawn.join) == trace.JOIN_OPEN + trace.JOIN_CLOSE
+    assert spawn.call[0].content[0] == opened[0] and not spawn.children
+
+
+def test_a_thread_that_writes_nothing_but_bad_spawns_ends():
+    tree = play({(7,): ids(call(), end=False) * 500}, malformed="fail", threads=5)
+    assert tree.root.failure == "malformed:empty" and tree.info["malformed"] == {"empty": 5}
+
+
 def test_a_spawn_that_no_token_opened_ends_its_thread_under_either_policy():
     tree = play({(7,): BODY + trace.SPAWN_CLOSE}, malformed="fail")
     assert tree.root.failure == "malformed:unopened"
@@ -220,6 +235,8 @@ def test_a_root_that_ends_with_too_few_children_is_made_to_spawn():
     assert [len(spawn.children) for spawn in tree.root.spawns] == [1, 1] and tree.info["forced_spawns"] == 1
     assert [block.sampled for block in tree.root.spawns[1].call] == [False, True] and tree.root.failure is None
     assert len(play(scripts, least_children=1).root.spawns) == 1
+    full = play({(7,): written, (7, 0, 0): NOT_FOUND}, least_children=1, threads=2)
+    assert full.root.failure is None and full.info["forced_spawns"] == 0
     stubborn = play({(7,): ids(BODY) + ids("") * 300}, least_children=1, context=300)
     assert stubborn.root.failure == "length" and not stubborn.root.spawns
 
@@ -230,6 +247,7 @@ def test_a_root_that_ends_with_too_few_children_is_made_to_spawn():
         ({"threads": 0}, "threads of a budget is at least 1, was given 0"),
         ({"tokens": 0}, "tokens of a budget is at least 1, was given 0"),
         ({"threads": 3, "least_children": 3}, "3 children at least need more than 3 threads"),
+        ({"depth": 0, "least_children": 1}, "1 children at least need a depth of 1 or more"),
         ({"malformed": "ignore"}, "malformed is one of stop, fail, was given 'ignore'"),
     ],
 )
