@@ -41,8 +41,8 @@ class NonsenseProtocol:
 
     spawn_open, spawn_close, join_open = trace.SPAWN_OPEN, trace.SPAWN_CLOSE, trace.JOIN_OPEN
 
-    def __init__(self, width=3):
-        self.width = width
+    def __init__(self, width=3, inherit=False):
+        self.width, self.inherit = width, inherit
 
     def root_prompt(self, problem):
         return f"{problem}\n"
@@ -53,7 +53,8 @@ class NonsenseProtocol:
         position = text.rfind(self.spawn_open)
         if position < 0:
             raise MalformedSpawn("unopened", "nothing was opened")
-        return SpawnRequest(tuple(f"{position} {index}\n" for index in range(self.width)), position)
+        children = tuple(f"{position} {index}\n" for index in range(self.width))
+        return SpawnRequest(children, position, inherit=self.inherit)
 
     def join(self, text, results):
         results = ["none" if result is None else result for result in results]

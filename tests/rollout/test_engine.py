@@ -20,7 +20,7 @@ from apr_jax.threads.metrics import children, depth
 from apr_jax.threads.run import Budget, TreeRunner, run_all
 from apr_jax.threads.store import SAMPLED_ROLES
 from apr_jax.train.loss import row_logits, token_logprobs
-from apr_jax.train.pack import first_fit, lay_out, pack_rows
+from apr_jax.train.pack import first_fit, lay_out, lay_out_tree, pack_rows
 from apr_jax.train.step import data_mesh
 from tests.tiny import (
     SIZES,
@@ -167,6 +167,45 @@ def test_the_training_forward_finds_the_log_probabilities_of_the_engine_again(tr
     assert sampled.sum() > 500
     assert np.abs(np.asarray(logprobs) - packed["logprobs"])[sampled].max() < 1e-4
     assert (packed["logprobs"][sampled] < 0).all()
+
+
+def test_children_that_inherit_decode_behind_their_parent_s_context(spawning, mesh):
+    """The packed forward finds the engine's log-probabilities again, and slots change no token."""
+    protocol = NonsenseProtocol(2, inherit=True)
+    found = run_trees(JaxEngine(spawning, mesh, slots=16, context=CONTEXT, seed=3, steps=8), protocol, BUDGET, NAMES)
+    inheriting = [thread for tree in found for thread in tree.threads() if thread.inherits]
+    assert len(inheriting) > 20 and max(map(depth, found)) >= 2
+    pieces = [piece for tree in found for piece in lay_out_tree(tree)]
+    assert len(pieces) == len(found)
+    length = max(map(len, pieces))
+    packed = pack_rows([[piece] for piece in pieces], -(-length // 64) * 64)
+    logprobs = jax.jit(lambda rows: token_logprobs(row_logits(spawning, rows), rows["tokens"]))(packed)
+    sampled = np.isin(packed["role"], SAMPLED_ROLES)
+    assert sampled.sum() > 300
+    assert np.abs(np.asarray(logprobs) - packed["logprobs"])[sampled].max() < 1e-4
+    few = run_trees(JaxEngine(spawning, mesh, slots=2, context=CONTEXT, seed=3, steps=8), protocol, BUDGET, NAMES)
+    assert list(map(without_logprobs, few)) == list(map(without_logprobs, found))
+
+
+def test_the_model_s_own_log_probabilities_come_with_the_tokens_where_they_differ(spawning, mesh):
+    def trees(sampling):
+        engine = JaxEngine(spawning, mesh, slots=16, context=CONTEXT, seed=3, steps=8)
+        runner = TreeRunner(engine, NonsenseProtocol(), TOKENIZER, BUDGET, sampling)
+        return asyncio.run(run_all([lambda name=name: runner.run(0, name) for name in NAMES[:4]]))
+
+    for sampling in (Sampling(0.7), Sampling(1.0, top_k=20), Sampling(1.3, top_p=0.8)):
+        blocks = [b for tree in trees(sampling) for t in tree.threads() for b in t.context if b.sampled and len(b) > 2]
+        assert blocks and all(b.model_logprobs is not None and b.model_logprobs != b.logprobs for b in blocks)
+        assert all(np.isfinite(b.logprobs).all() for b in blocks)
+        tree = trees(sampling)[0]
+        ids = [token for block in tree.root.context for token in block.content]
+        if not tree.root.spawns:
+            logits = log_softmax(plain_logits(spawning, ids))
+            first = len(tree.root.blocks[0])
+            right = [logits[first + i - 1, token] for i, token in enumerate(tree.root.blocks[1].content)]
+            np.testing.assert_allclose(tree.root.blocks[1].model_logprobs, right, atol=1e-4)
+    plain = [b for tree in trees(Sampling(1.0)) for t in tree.threads() for b in t.context if b.sampled]
+    assert all(b.model_logprobs is None for b in plain)
 
 
 @pytest.mark.parametrize("devices, slots", [(1, 1), (2, 2), (1, 7), (2, 64)])

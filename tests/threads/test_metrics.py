@@ -1,5 +1,6 @@
 """Costs of a tree against a slow oracle that counts tokens one by one, and the tree's JSON."""
 
+import dataclasses
 import itertools
 import json
 
@@ -11,8 +12,10 @@ from apr_jax.threads import Block, Spawn, Thread, ThreadTree, metrics
 
 IDS = st.lists(st.integers(0, 5), max_size=4).map(tuple)
 SAMPLED = IDS.flatmap(
-    lambda ids: st.lists(st.floats(-20, 0, allow_nan=False), min_size=len(ids), max_size=len(ids)).map(
-        lambda logprobs: Block(ids, True, tuple(logprobs))
+    lambda ids: st.lists(st.floats(-20, 0, allow_nan=False), min_size=len(ids), max_size=len(ids)).flatmap(
+        lambda logprobs: st.sampled_from([None, tuple(logprobs[::-1])]).map(
+            lambda other: Block(ids, True, tuple(logprobs), other)
+        )
     )
 )
 FORCED = IDS.map(lambda ids: Block(ids, False))
@@ -22,7 +25,10 @@ FAILURES = st.sampled_from([None, "length", "malformed:empty"])
 def threads(levels):
     item = SAMPLED
     if levels:
-        child = st.lists(threads(levels - 1), min_size=1, max_size=3).map(tuple)
+        children = st.lists(threads(levels - 1), min_size=1, max_size=3)
+        child = st.tuples(children, st.booleans()).map(
+            lambda drawn: tuple(dataclasses.replace(child, inherits=drawn[1]) for child in drawn[0])
+        )
         call = st.lists(st.one_of(SAMPLED, FORCED), min_size=1, max_size=2).map(tuple)
         item = st.one_of(SAMPLED, FORCED, st.builds(Spawn, call, child, FORCED))
     rest = st.lists(item, max_size=4)
@@ -54,8 +60,8 @@ def events(thread, number=itertools.count()):
     """The oracle: every token of the tree as (id, ids that must be there before it, tokens held with it)."""
     out = []
 
-    def run(thread, before):
-        context, last = [], before
+    def run(thread, before, inherited=()):
+        context, last = list(inherited), before
         for item in thread.blocks:
             blocks = [*item.call] if isinstance(item, Spawn) else [item]
             start = len(context)
@@ -67,7 +73,9 @@ def events(thread, number=itertools.count()):
                     last = [me]
             if isinstance(item, Spawn):
                 # No token of the join before every child has ended.
-                last = last + [end for child in item.children for end in run(child, last)]
+                shared = context[:start]
+                ends = [run(child, last, shared if child.inherits else ()) for child in item.children]
+                last = last + [end for one in ends for end in one]
                 del context[start:]
                 for _ in range(len(item.join)):
                     me = next(number)
