@@ -2,6 +2,8 @@
 
 import pytest
 
+from apr_jax.threads.engine import Sampling
+from apr_jax.threads.run import Budget
 from experiments.command import PRESETS, change_setting, load_config
 from experiments.settings import default_config, read_settings
 
@@ -27,6 +29,17 @@ def test_changes_are_read_as_the_type_of_what_they_replace(config):
     assert config.sft.optimizer.peak_rate == 1.0 and isinstance(config.sft.optimizer.peak_rate, float)
     settings = read_settings(config)
     assert settings.grpo_styles == ("apr", "sosp") and settings.solvers["apr"].beam == (2, 3)
+
+
+def test_budgets_and_sampling_reach_those_who_run_trees(config):
+    assert read_settings(config).budget.tokens is None
+    for change in ("budget.tokens=900", "budget.least_children=2", "budget.malformed=fail", "evaluate.top_k=5",
+                   "evaluate.top_p=0.9", "evaluate.temperature=0.7"):  # fmt: skip
+        change_setting(config, change)
+    settings = read_settings(config)
+    assert settings.evaluate_sampling == Sampling(0.7, 5, 0.9)
+    assert settings.budget_of("apr") == Budget(settings.window, 64, 1, 900, 2, "fail")
+    assert settings.budget_of("sosp").least_children == 0
 
 
 @pytest.mark.parametrize(
@@ -79,6 +92,11 @@ def test_wrong_changes_are_refused(config, change, says):
         ("apr.beam=5,4", "apr: beam needs 1 <= lowest <= highest, was given (5, 4)"),
         ("apr.promising=2", "apr: promising is a probability from 0 to 1, was given 2.0"),
         ("evaluate.temperature=-1", "evaluate: temperature is 0 or more, was given -1.0"),
+        ("evaluate.top_p=0", "evaluate: top_p is above 0 and at most 1, was given 0.0"),
+        ("evaluate.top_k=-1", "evaluate: top_k is 0 (all) or more, was given -1"),
+        ("budget.malformed=ignore", "budget: malformed is one of stop, fail, was given 'ignore'"),
+        ("budget.least_children=64", "budget: 64 children at least need more than 64 threads"),
+        ("budget.tokens=-1", "budget.tokens is at least 0, was given -1"),
         ("export.dtype=int8", "export.dtype is float32 or bfloat16, was given 'int8'"),
         ("seed=-1", "seed is at least 0, was given -1"),
         ("seed=2147483648", "seed is less than 2147483648, was given 2147483648"),
