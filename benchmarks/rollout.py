@@ -51,7 +51,10 @@ NOWHERE: frozenset[int] = frozenset()  # no stop
 
 
 def _define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("checkpoint", "experiments/results/workstation", "A published run.", flag_values=values)
+    flags.DEFINE_string(
+        "checkpoint", "experiments/results/workstation", "A folder with checkpoints and tokenizer.json.",
+        flag_values=values,
+    )  # fmt: skip
     flags.DEFINE_integer("widen", 1, "Times the width, the function unchanged.", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("trees", 64, "Trees of a round.", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("slots", 128, "Slots of the engine.", lower_bound=1, flag_values=values)

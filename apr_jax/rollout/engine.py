@@ -35,7 +35,8 @@ from apr_jax.rollout.slots import Sequence, Slots
 from apr_jax.threads.engine import Decoded, Sampling
 
 SHORTEST = 64  # tokens: the least width that slots attend over; longer ones are in `width_of`, each a shape to compile
-SMALLEST_GROUP = 4  # slots per device of the smallest decode call; larger ones have four times as many, up to all
+SMALLEST_GROUP = 4  # slots per device of the smallest decode call; larger ones are its doubles, up to all
+FILLED = 0.75  # of a call's places that slots of its width take at least, but of the smallest
 LEAVE = 0.25  # a decode call ends when no more of its slots run: the others can be refilled
 UNEVEN = 8  # slots that one device may run more than another when nothing waits
 PREFILL_ROWS = (1, 8)  # prompts per device and prefill call
@@ -51,12 +52,12 @@ def width_of(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
-def _doubles(least: int, most: int, times: int = 2) -> list[int]:
-    """`least`, `times` that, and so on below `most`, then `most`."""
+def _doubles(least: int, most: int) -> list[int]:
+    """`least` and its doubles below `most`, then `most`."""
     sizes = []
     while least < most:
         sizes.append(least)
-        least *= times
+        least *= 2
     return [*sizes, most]
 
 
@@ -90,7 +91,7 @@ class JaxEngine:
         self.context, self.seed, self.steps = context, seed, steps
         self._mesh = mesh = Mesh(mesh.devices.reshape(-1), ("data",))
         self._devices, self._per_device, self._config = devices, slots // devices, model.config
-        self._sizes = _doubles(SMALLEST_GROUP, self._per_device, times=4)
+        self._sizes = _doubles(SMALLEST_GROUP, self._per_device)
         # Prefills and copies are short: they have fewer widths than decoding, doubles, up to all.
         self._lengths, self._wides = (_doubles(least, width_of(context)) for least in (PREFILL_LENGTH, SHORTEST))
         self._by_slot = NamedSharding(mesh, P("data"))
@@ -306,7 +307,7 @@ class JaxEngine:
         while any(queues):
             width = max(ends[queue[0]] for queue in queues if queue)
             most = max(sum(ends[slot] == width for slot in queue) for queue in queues)
-            size = _least(self._sizes, most)
+            size = max(size for size in self._sizes if size == self._sizes[0] or FILLED * size <= most)
             yield width, size, [[queue.popleft() for _ in range(min(size, len(queue)))] for queue in queues]
 
     def _decode(self, width: int, size: int, slots: list[list[int]]) -> None:
