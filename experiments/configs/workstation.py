@@ -16,6 +16,8 @@ def get_config():
     c.problems.train, c.problems.held_out = 20_000, 500
     c.apr.beam, c.apr.sub_beam = (5, 5), (6, 6)
     c.sosp.beam, c.sosp.promising = (3, 3), 1.0
+    # One key head, as on the laptop, copies less exactly: of what the model claimed 12 % was wrong instead of 4 %.
+    c.model.kv_heads = 4
     c.sft.steps, c.sft.save_every = 10_000, 500
     c.grpo.steps, c.grpo.prompts, c.grpo.group = 30, 16, 8
     c.grpo.batch_rows, c.grpo.row_length = 4, 1536  # two long threads fill only 70 % of a row of 896

@@ -72,14 +72,15 @@ def test_a_prefill_and_then_one_token_at_a_time_is_the_plain_forward(sizes):
 
     @jax.jit
     def prefill(cache):
-        hidden, cache = model.hidden(TOKENS[:, :24], positions, cached_attention(slots, positions), cache)
-        return model.logits(hidden), cache
+        part = take(cache, slots, 32)
+        hidden, part = model.hidden(TOKENS[:, :24], positions, cached_attention(positions), part)
+        return model.logits(hidden), put(cache, slots, part, np.zeros(3, np.int32), 24)
 
     @jax.jit
     def decode(cache, tokens, positions):
         part = take(cache, rows, 48)
-        hidden, part = model.hidden(tokens, positions, cached_attention(None, positions), part)
-        return model.logits(hidden[:, 0]), put(cache, rows, part)
+        hidden, part = model.hidden(tokens, positions, cached_attention(positions), part)
+        return model.logits(hidden[:, 0]), put(cache, rows, part, positions[:, 0], 1)
 
     logits, cache = prefill(cache)
     for row, length in enumerate(lengths):
@@ -104,7 +105,7 @@ def test_what_a_slot_held_before_leaves_no_trace():
 
     def hidden(cache, positions):
         T = positions.shape[1]
-        return model.hidden(TOKENS[:1, :T], positions, cached_attention(np.array([0]), positions), cache)
+        return model.hidden(TOKENS[:1, :T], positions, cached_attention(positions), cache)
 
     (right, cache), (other, _) = hidden(clean, positions), hidden(dirty, positions)
     padded, cache_padded = hidden(clean, positions_and_padding)
