@@ -53,7 +53,7 @@ class FactorTask:
 
     def steps(self, text: str) -> tuple[int, int]:
         found = _STEP.findall(text)
-        right = sum((int(d) > 0 and int(n) % int(d) == 0) == (said == "yes") for n, d, said in found)
+        right = sum(int(d) > 0 and (int(n) % int(d) == 0) == (said == "yes") for n, d, said in found)
         return right, len(found)
 
 

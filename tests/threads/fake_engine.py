@@ -8,12 +8,13 @@ from apr_jax.threads.engine import Decoded
 
 
 class FakeSequence:
-    def __init__(self, ids, name, tape):
-        self.ids, self.name, self.tape, self.freed = list(ids), tuple(name), tape, False
+    def __init__(self, ids, name, tape, thread):
+        self.ids, self.name, self.tape, self.thread = list(ids), tuple(name), tape, tuple(thread)
 
 
 class FakeEngine:
-    """`tape(name, ids)` gives the tokens that a thread will write, as an iterator that its forks go on with.
+    """`tape(name, ids)` gives the tokens that a thread will write, as an iterator that its forks go on with; a child
+    that inherits its parent's context, a fork by a child's name, has its own.
 
     Trees end in an order that `shuffle` decides: every decode waits some turns of the event loop first.
     """
@@ -31,11 +32,14 @@ class FakeEngine:
 
     def open(self, ids, name):
         assert ids
-        return self._add(FakeSequence(ids, name, self.tape(tuple(name), tuple(ids))))
+        return self._add(FakeSequence(ids, name, self.tape(tuple(name), tuple(ids)), thread=name))
 
     def fork(self, sequence, length, name):
         assert sequence in self.live and 1 <= length <= len(sequence.ids)
-        return self._add(FakeSequence(sequence.ids[:length], name, sequence.tape))
+        ids = sequence.ids[:length]
+        if len(name) == len(sequence.thread) + 1:  # the same thread goes on
+            return self._add(FakeSequence(ids, name, sequence.tape, sequence.thread))
+        return self._add(FakeSequence(ids, name, self.tape(tuple(name), tuple(ids)), thread=name))
 
     def extend(self, sequence, ids):
         assert sequence in self.live

@@ -77,9 +77,7 @@ def test_a_run_tells_losses_by_kind_and_its_rate(tmp_path, monkeypatch):
 
 
 def test_microbatches_change_nothing_but_the_order_of_addition(tmp_path):
-    found = [
-        runs.sft(tmp_path / str(parts), batch_rows=4, microbatches=parts, validation=False) for parts in (1, 2)
-    ]
+    found = [runs.sft(tmp_path / str(parts), batch_rows=4, microbatches=parts, validation=False) for parts in (1, 2)]
     for a, b in zip(*(jax.tree.leaves(nnx.state(model)) for model in found), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
     logs = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()] for name in "12"]
@@ -90,4 +88,3 @@ def test_microbatches_change_nothing_but_the_order_of_addition(tmp_path):
 def test_microbatches_that_do_not_come_out_even_are_refused(tmp_path):
     with pytest.raises(ValueError, match="batch_rows .2. must be a multiple of the 2 devices times 2 microbatches"):
         runs.sft(tmp_path / "run", microbatches=2)
-
