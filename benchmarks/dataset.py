@@ -7,7 +7,6 @@ Everything is the paper's: 4 numbers of 1 to 99, targets 10 to 100, its solvers'
 the largest sum over all processes of what each holds for itself (proportional set size), looked at twice a second.
 """
 
-import json
 import os
 import platform
 import shutil
@@ -100,10 +99,7 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     }
     for name, value in found.items():
         print(f"{name.replace('_', ' '):<24} {value}")
-    if values["out"].value:
-        out = Path(values["out"].value)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(found, indent=1) + "\n")
+    command.write_json(values["out"].value, found)
     if not values["folder"].value:
         shutil.rmtree(folder)
 

@@ -15,7 +15,6 @@ Three measurements, each of ratios within this one process:
 import asyncio
 import dataclasses
 import functools
-import json
 import math
 import os
 import platform
@@ -215,15 +214,11 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     }
     for name, value in found.items():
         print(f"{name}: {value}")
-    if values["out"].value:
-        out = Path(values["out"].value)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(found, indent=1) + "\n")
+    command.write_json(values["out"].value, found)
 
 
 def main(argv: Sequence[str]) -> int:
-    if jax.config.jax_platforms == "cpu" or not any(name.startswith("jax_cuda") for name in sys.modules):
-        jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+    command.use_all_cores()
     return command.run(__doc__, _define, _work, argv)
 
 

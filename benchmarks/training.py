@@ -16,7 +16,6 @@ between ours and torch: the same model on the same rows.
 """
 
 import dataclasses
-import json
 import math
 import os
 import platform
@@ -26,7 +25,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -238,15 +236,11 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     for name in ("packed_over_repeated", "packed_over_torch", "row_tokens_ratio", "filled", "model_flops_utilisation"):
         if name in found:
             print(f"{name}: {found[name]}")
-    if values["out"].value:
-        out = Path(values["out"].value)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(found, indent=1) + "\n")
+    command.write_json(values["out"].value, found)
 
 
 def main(argv: Sequence[str]) -> int:
-    if jax.config.jax_platforms == "cpu" or not any(name.startswith("jax_cuda") for name in sys.modules):
-        jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+    command.use_all_cores()
     return command.run(__doc__, _define, _work, argv)
 
 

@@ -8,7 +8,6 @@ data on disk, GRPO and the rest take them the same way (README, "Another task").
 """
 
 import json
-import os
 import random
 import sys
 from collections.abc import Sequence
@@ -71,8 +70,7 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    if jax.config.jax_platforms == "cpu" or not any(name.startswith("jax_cuda") for name in sys.modules):
-        jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+    command.use_all_cores()
     return command.run(__doc__, _define, _work, argv)
 
 

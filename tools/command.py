@@ -1,8 +1,10 @@
 """What the tools' command lines share: flags of their own, a --help for newcomers, errors in one line."""
 
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from absl import flags
 
@@ -30,6 +32,21 @@ def run(doc: str, define: Callable[[flags.FlagValues], None], work: Callable[...
     except (ValueError, OSError) as error:
         return fail(_first_line(error))
     return 0
+
+
+def use_all_cores() -> None:
+    """Makes a virtual device of every core where JAX has no GPU; before its first device is asked for."""
+    import jax  # here: --help of other tools need not wait for it
+
+    if jax.config.jax_platforms == "cpu" or not any(name.startswith("jax_cuda") for name in sys.modules):
+        jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+
+
+def write_json(path: str | None, found: dict) -> None:
+    """Writes figures to a file, if one is named."""
+    if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(found, indent=1) + "\n")
 
 
 def fail(message: str) -> int:
