@@ -10,8 +10,8 @@ from apr_jax.threads import decode_tree, encode_tree
 from apr_jax.threads.engine import Sampling
 from apr_jax.threads.metrics import depth
 from apr_jax.threads.run import Budget, TreeRunner, run_all
-from experiments import factors
 from tests.threads.fake_engine import scripted, scripts_of
+from tools import factors
 
 TOKENIZER = tag_tokenizer(WORDS, 60)
 PROBLEMS = random.Random(0).sample(spans(60), 60)

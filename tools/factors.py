@@ -1,7 +1,7 @@
 """Another task through the same code: factor search in tags, from a solver's trees to a model that spawns.
 
-    python -m experiments.factors               # children are told the number again
-    python -m experiments.factors --inherit     # children begin with their parent's context
+    python -m tools.factors               # children are told the number again
+    python -m tools.factors --inherit     # children begin with their parent's context
 
 Where a task of one's own differs from this file is its protocol, its tokenizer's words and where its trees come from;
 data on disk, GRPO and the rest take them the same way (README, "Another task").
