@@ -42,7 +42,7 @@ from apr_jax.threads import map_blocks
 from apr_jax.threads.engine import Engine, Sampling
 from apr_jax.threads.metrics import children, sampled_tokens
 from apr_jax.threads.run import Budget, TreeRunner, run_all
-from apr_jax.train.checkpoint import load_model
+from apr_jax.train.checkpoint import CheckpointError, load_model
 from apr_jax.train.step import data_mesh
 from tools import command
 
@@ -158,7 +158,10 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     if arguments:
         raise ValueError(f"only flags are taken, was given {arguments[0]!r}")
     published = Path(values["checkpoint"].value)
-    model, meta = load_model(published / "checkpoints")
+    try:
+        model, meta = load_model(published / "checkpoints")
+    except CheckpointError as error:
+        raise ValueError(str(error)) from None
     model = widened(model, values["widen"].value)
     tokenizer = Tokenizer.load(published / "tokenizer.json")
     given = meta["config"]

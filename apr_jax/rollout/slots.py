@@ -4,8 +4,7 @@ A slot's content outlives its owner: until another sequence overwrites it, whoev
 over where it is, or copies it from where it is. So the prompt of a GRPO group is prefilled once on every device that
 has a part of the group, and children that inherit find their parent's context.
 
-Rows are copied, never shared: an attention over pages would gather them at every token, which on the CPU costs as much
-as attending, while copying a row once costs less than one step of decoding does.
+Rows are copied, never shared: in XLA an attention over pages gathers them at every token, a copied row is copied once.
 """
 
 from collections.abc import Sequence as Ids
