@@ -101,25 +101,31 @@ def sft_losses(runs: Mapping[str, Sequence[dict[str, float]]], path: str | Path)
 
 
 def grpo_rewards(runs: Mapping[str, Sequence[dict[str, float]]], path: str | Path) -> None:
-    """(d) Mean reward of each GRPO step's rollouts, faint, and its mean over about a tenth of the run."""
+    """(d) How many of each GRPO step's rollouts are right, faint, its mean over about a tenth of the run, and
+    validation where there is some."""
 
     def draw(axes: Axes) -> None:
         highest = 0.0
         for i, (name, rows) in enumerate(runs.items()):
-            steps, rewards = _series(rows, "rollout/reward")
+            steps, rewards = _series(rows, "rollout/correct")
             highest = max([highest, *rewards])
             axes.plot(steps, rewards, lw=1, alpha=0.35, color=COLOURS[i % len(COLOURS)])
             width = max(1, len(steps) // 10)
             label = name if width == 1 else f"{name}, mean of {width} steps"
             single = {"marker": MARKERS[i % len(MARKERS)]} if len(steps) < 30 else {}
             axes.plot(steps, _running_mean(rewards, width), label=label, lw=2.2, **_style(i), **single)
+            if validated := _series(rows, "validation/accuracy")[0]:
+                values = _series(rows, "validation/accuracy")[1]
+                highest = max([highest, *values])
+                axes.plot(validated, values, lw=1, ls=":", marker="D", color=COLOURS[i % len(COLOURS)],
+                          label=f"{name}, validation")  # fmt: skip
         _percent(axes, max(1.15 * highest, 0.05))
         axes.set_xlabel("GRPO step")
         axes.set_ylabel("rollouts answered right (%)")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _legend(axes, "lower right")
 
-    _figure(path, "Reinforcement learning: reward of the sampled trees (faint: each step)", draw)
+    _figure(path, "Reinforcement learning: sampled trees that are right (faint: each step)", draw)
 
 
 # ---------------------------------------------------------------------- parts

@@ -14,8 +14,9 @@ from apr_jax.countdown.solver import SolverConfig
 from apr_jax.model.llama import PRESETS, LlamaConfig
 from apr_jax.threads.engine import Sampling
 from apr_jax.threads.run import Budget
-from apr_jax.train.grpo import GrpoConfig
+from apr_jax.train.objective import GrpoConfig
 from apr_jax.train.optimizer import OptimizerConfig
+from apr_jax.train.reward import Prices
 from apr_jax.train.sft import SftConfig
 
 STYLES = ("sosp", "apr")
@@ -31,7 +32,8 @@ LEAST = {
     "sft.steps": 0, "sft.batch_rows": 1, "sft.microbatches": 1, "sft.save_every": 1, "sft.log_every": 1,
     "sft.validate_every": 0, "sft.most_skipped": 0,
     "grpo.steps": 0, "grpo.prompts": 1, "grpo.inner_steps": 1, "grpo.batch_rows": 1, "grpo.slots": 1,
-    "grpo.clip_low": 0, "grpo.clip_high": 0, "grpo.kl": 0, "grpo.save_every": 1,
+    "grpo.clip_low": 0, "grpo.clip_high": 0, "grpo.kl": 0, "grpo.save_every": 1, "grpo.importance_cap": 0,
+    "grpo.child_credit": 0, "grpo.fresh_rounds": 0, "grpo.validate_every": 0, "grpo.validation": 1,
     "budget.threads": 1, "budget.depth": 0, "budget.tokens": 0, "budget.least_children": 0,
     "evaluate.slots": 1, "export.check_trees": 0,
 } | {
@@ -124,10 +126,17 @@ def default_config() -> ml_collections.ConfigDict:
     c.grpo.clip_low = 0.2
     c.grpo.clip_high = 0.2
     c.grpo.kl = 0.0
+    c.grpo.kl_estimator = "k3"  # or k1, in the advantage
     c.grpo.normalise = True
-    c.grpo.aggregate = "tree"  # tree, sequence (the paper's), token
+    c.grpo.aggregate = "tree"  # tree, sequence, paper (as the authors' code), token, constant (Dr. GRPO)
+    c.grpo.importance_cap = 0.0  # of weights between engine and trainer; 0: none
+    c.grpo.child_credit = 0.0  # weight of a child's own advantage against its siblings
+    c.grpo.prices = ml_collections.ConfigDict({field.name: 0.0 for field in dataclasses.fields(Prices)})
+    c.grpo.fresh_rounds = 0  # most times that groups without a signal are replaced by those of fresh prompts
     c.grpo.temperature = 1.0
     c.grpo.save_every = 5
+    c.grpo.validate_every = 0  # steps; 0: never. Else the weights that did best are kept, evaluated and exported
+    c.grpo.validation = 200  # training problems held back from GRPO for it
     c.grpo.optimizer = _optimizer()
 
     c.budget = ml_collections.ConfigDict()  # of one tree
@@ -224,9 +233,11 @@ def read_settings(config: ml_collections.ConfigDict) -> Settings:
         )
     for section in ("sft", "grpo"):
         at_least(f"{section}.row_length", c[section]["row_length"], window)
-    if c["grpo"]["prompts"] > c["problems"]["train"]:
+    held_back = c["grpo"]["validation"] if c["grpo"]["validate_every"] else 0
+    if c["grpo"]["prompts"] + held_back > c["problems"]["train"]:
+        also = f" less the {held_back} of grpo.validation" if held_back else ""
         raise ValueError(
-            f"grpo.prompts is at most problems.train ({c['problems']['train']}), was given {c['grpo']['prompts']}"
+            f"grpo.prompts is at most problems.train ({c['problems']['train']}){also}, was given {c['grpo']['prompts']}"
         )
     if c["sosp"]["search"] not in ("sosp", "sos"):
         raise ValueError(f"sosp.search is sosp or sos, was given {c['sosp']['search']!r}")
@@ -271,6 +282,8 @@ def read_settings(config: ml_collections.ConfigDict) -> Settings:
     def section(name: str, kind, leave_out: tuple[str, ...] = ()):
         values = {key: value for key, value in c[name].items() if key not in leave_out}
         values["optimizer"] = build(f"{name}.optimizer", OptimizerConfig, **values["optimizer"])
+        if "prices" in values:
+            values["prices"] = build(f"{name}.prices", Prices, **values["prices"])
         return build(name, kind, **values, seed=c["seed"])
 
     problems = {field.name: c["problems"][field.name] for field in dataclasses.fields(ProblemRange)}

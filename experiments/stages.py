@@ -4,7 +4,7 @@ A run folder holds:
 
     config.json versions.json      what was run, by what
     data/                          problems, traces, tokenizer.json, manifest.json
-    sft_STYLE/ grpo_STYLE/         checkpoints/, metrics.jsonl, tensorboard/
+    sft_STYLE/ grpo_STYLE/         checkpoints/, metrics.jsonl, tensorboard/; of GRPO with validation best/
     evaluate/MODEL.jsonl           one record per held-out problem, in their order
     export/                        the last APR model in Hugging Face format
     report.md summary.json figures/
@@ -139,6 +139,7 @@ class Run:
                 model, load_problems(self.workdir / "data" / "train.npy"), CountdownProtocol(style), self.tokenizer,
                 self.settings.budget_of(style), self.settings.grpo, self.mesh, self.settings.grpo_slots,
                 self.workdir / f"grpo_{style}", self._meta(model.config, style, "grpo"),
+                self.settings.evaluate_sampling,
             )  # fmt: skip
 
     def evaluate(self) -> None:
@@ -211,9 +212,11 @@ class Run:
         return LlamaConfig(vocab_size=len(self.tokenizer), **self.settings.model)
 
     def models(self) -> dict[str, tuple[Llama, dict]]:
-        """Every trained model of the run with its meta, by the name of its stage: sft_sosp, sft_apr, ..."""
+        """Every trained model of the run with its meta, by the name of its stage: sft_sosp, sft_apr, ... Of GRPO with
+        validation what validated best."""
         names = (f"{kind}_{style}" for kind in ("sft", "grpo") for style in STYLES)
         folders = {name: self.workdir / name / "checkpoints" for name in names}
+        folders |= {name: best for name in folders if (best := self.workdir / name / "best").is_dir()}
         return {
             name: load_model(folder) for name, folder in folders.items() if folder.is_dir() and any(folder.iterdir())
         }

@@ -30,7 +30,8 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     run, out = map(Path, arguments)
     if missing := [name for name in (*FILES, "figures") if not (run / name).exists()]:
         raise FileNotFoundError(f"{run} is no finished run: it has no {missing[0]}")
-    model = next((run / name / "checkpoints" for name in MODELS if (run / name / "checkpoints").is_dir()), None)
+    folders = (run / name / kind for name in MODELS for kind in ("best", "checkpoints"))
+    model = next((folder for folder in folders if folder.is_dir()), None)
     if values["model"].value and model is None:
         raise FileNotFoundError(f"{run} has no APR checkpoint")
     out.mkdir(parents=True, exist_ok=True)

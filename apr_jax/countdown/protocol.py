@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from apr_jax.countdown import trace
 from apr_jax.countdown.problem import Problem
-from apr_jax.countdown.verify import check_solution, operations
+from apr_jax.countdown.verify import check_path, check_solution, operations
 from apr_jax.threads.protocol import MalformedSpawn, SpawnRequest
 
 SPAWN_ERRORS = (
@@ -124,6 +124,11 @@ class CountdownProtocol:
     def correct(self, problem: Problem, text: str) -> bool:
         """Whether a finished root thread returned a path, and the path solves its problem."""
         return bool(check_solution(problem, self.result(text)))
+
+    def child_correct(self, text: str) -> bool:
+        """Whether a child returned a path that leads from its prompt's numbers to the target."""
+        asked = next(filter(None, map(trace.read_state, text.split("\n"))), None)
+        return asked is not None and bool(check_path(asked.numbers, asked.target, self.result(text)))
 
     def steps(self, text: str) -> tuple[int, int]:
         """The operations of a text, as `operations` counts them."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections import Counter
+from collections.abc import Sequence
 
 from apr_jax.countdown import trace
 from apr_jax.countdown.problem import Problem
@@ -31,26 +32,31 @@ def check_solution(problem: Problem, text: str | None) -> Verdict:
     ...                                     "24,24 equal: Goal Reached").right
     True
     """
+    return check_path(problem.numbers, problem.target, text)
+
+
+def check_path(numbers: Sequence[int], target: int, text: str | None) -> Verdict:
+    """As `check_solution` from any numbers on, those of a child thread's state, 0 among them."""
     if not isinstance(text, str):
         return Verdict(False, "no path was returned")
     path = trace.read_path(text)
-    left = Counter(problem.numbers)
+    left = Counter(numbers)
     for number, line in enumerate((text if path is None else path).split("\n"), 1):
         if _EXPLORING in line:
             parsed = trace.read_exploring(line)
             if parsed is None:
                 return _wrong(number, line, "is no operation line")
-            operation, numbers = parsed
+            operation, resulting = parsed
             used = Counter((operation.left, operation.right))
             if not used <= left:
                 return _wrong(number, line, "uses a number that is not left")
             if not _is_right(operation):
                 return _wrong(number, line, "is wrong arithmetic")
             left = left - used + Counter((operation.value,))
-            if left != Counter(numbers):
+            if left != Counter(resulting):
                 return _wrong(number, line, "does not give these numbers")
         if trace.GOAL_REACHED in line:
-            if left == Counter((problem.target,)):
+            if left == Counter((target,)):
                 return Verdict(True)
             return _wrong(number, line, "claims the goal, but the target is not all that is left")
     return Verdict(False, f'never says "{trace.GOAL_REACHED}"')

@@ -33,6 +33,9 @@ class Task(Protocol):
     def correct(self, problem: Any, result: str | None) -> bool:
         """Whether what the root returned, None for nothing, is right."""
 
+    def child_correct(self, text: str, result: str | None) -> bool:
+        """Whether a child found a right answer to what its text begins with."""
+
     def steps(self, text: str) -> tuple[int, int]:
         """How many steps of a written text are right, and how many it holds."""
 
@@ -78,6 +81,9 @@ class TagProtocol:
 
     def correct(self, problem: Any, text: str) -> bool:
         return self.task.correct(problem, self.result(text))
+
+    def child_correct(self, text: str) -> bool:
+        return self.task.child_correct(text, self.result(text))
 
     def steps(self, text: str) -> tuple[int, int]:
         return self.task.steps(text)

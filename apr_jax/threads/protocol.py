@@ -58,5 +58,9 @@ class TaskProtocol(Protocol):
     def correct(self, problem: Any, text: str) -> bool:
         """Whether a finished root thread solved its problem: the reward, and the accuracy."""
 
+    def child_correct(self, text: str) -> bool:
+        """Whether a finished child thread found a right answer to what its own prompt, which `text` begins with, asks:
+        GRPO's credit below the tree. Whether it had one to find does not matter: False for a right "nothing"."""
+
     def steps(self, text: str) -> tuple[int, int]:
         """How many steps of a written text are right and how many it holds, by whatever the task calls a step."""

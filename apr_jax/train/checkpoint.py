@@ -73,6 +73,10 @@ class Checkpoints:
             raise CheckpointError(f"step {step} under {self.folder} cannot be read: {_first_line(error)}") from None
         return step, found["state"]
 
+    def meta(self, step: int) -> dict:
+        """What was saved beside a step."""
+        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
     def close(self) -> None:
         """Waits for what is being written. Raises CheckpointError as `save` does."""
         try:

@@ -1,30 +1,17 @@
-"""GRPO on whole thread trees (paper, section 3.2): sample groups, reward roots, update on every thread.
+"""GRPO on whole thread trees in one process: sample groups, reward roots, update on every thread.
 
-Which GRPO this is: the advantage of a tree is its reward minus the mean of its group (divided by the
-group's deviation where `normalise` says so), the same for all its threads; per sampled token, with
-r = exp(logprob - logprob when sampled),
-
-    loss = - min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + kl (exp(q - p) - (q - p) - 1)
-
-where p is the model's log-probability and q the reference's (k3). What it is not: no critic, no
-importance weights beyond r, no reward but the correctness of the root's answer. Groups whose rewards are
-all equal have no gradient and are left out of the update (kl aside, which then sees fewer trees).
-
-`aggregate` weighs tokens: "tree" (default) gives every tree 1, spread over its sampled tokens;
-"sequence" the paper's: every thread of a tree the same share; "token" every token of the step the same.
+Engine and trainer share the devices of one mesh, and weights go from one to the other without leaving them. What is
+maximised is in `objective`, what a tree is worth in `reward`; here is what happens in which order.
 """
 
 import asyncio
 import dataclasses
 import random
 import time
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -33,99 +20,25 @@ from apr_jax.rollout.engine import JaxEngine
 from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.threads import ThreadTree
 from apr_jax.threads.engine import Sampling
-from apr_jax.threads.metrics import children, sequential_tokens, total_tokens
 from apr_jax.threads.protocol import TaskProtocol
 from apr_jax.threads.run import Budget, TreeRunner, run_all
 from apr_jax.train.checkpoint import Checkpoints
-from apr_jax.train.loss import row_logits, token_logprobs, trained_tokens
 from apr_jax.train.metrics import MetricsLog, Progress
-from apr_jax.train.optimizer import OptimizerConfig, make_optimizer
-from apr_jax.train.pack import Piece, first_fit, lay_out, pack_rows
+from apr_jax.train.objective import GrpoConfig, advantages, grpo_loss, policy_logprobs, tree_pieces
+from apr_jax.train.optimizer import make_optimizer
+from apr_jax.train.pack import Piece, first_fit, pack_rows
+from apr_jax.train.reward import Groups, rewards, rollout_metrics
 from apr_jax.train.step import Trainer
 from apr_jax.train.termination import Notice, Terminated
 
-AGGREGATES = ("tree", "sequence", "token")
-
-
-@dataclasses.dataclass(frozen=True)
-class GrpoConfig:
-    """The paper: 64 prompts x 5 rollouts, 150 steps of 2 inner steps, rate 1e-5, clip 0.2, kl 0.001."""
-
-    steps: int
-    prompts: int  # per step
-    group: int  # rollouts of each prompt
-    optimizer: OptimizerConfig
-    batch_rows: int  # rows of one microbatch, over all devices
-    row_length: int  # tokens
-    inner_steps: int = 2
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    kl: float = 0.0  # coefficient against the model that GRPO began with; 0: no reference is kept
-    normalise: bool = True  # divide advantages by the group's deviation
-    aggregate: str = "tree"
-    temperature: float = 1.0
-    seed: int = 0
-    save_every: int = 5  # steps
-
-    def __post_init__(self):
-        if self.aggregate not in AGGREGATES:
-            raise ValueError(f"aggregate is one of {AGGREGATES}, was given {self.aggregate!r}")
-        if self.group < 2:
-            raise ValueError(f"a group needs at least 2 rollouts to compare, was given {self.group}")
-        if self.temperature <= 0:
-            raise ValueError(f"rollouts need a temperature above 0, was given {self.temperature}")
-
-
-def advantages(rewards: Sequence[float], normalise: bool) -> np.ndarray:
-    """Group-relative advantages [G] of one group; all 0 where its rewards are equal."""
-    if min(rewards) == max(rewards):
-        return np.zeros(len(rewards))
-    centred = np.asarray(rewards, np.float64) - np.mean(rewards)
-    return centred / centred.std() if normalise else centred
-
-
-def grpo_loss(model: Llama, rows: dict, config: GrpoConfig) -> tuple[jax.Array, dict]:
-    """(sum of weighted token losses, sums for metrics) of packed rows; see the module's equation."""
-    logits = row_logits(model, rows) / config.temperature
-    logprobs_BxT = token_logprobs(logits, rows["tokens"])
-    trained = trained_tokens(rows, "sampled")
-    weight = trained * rows["share"]
-    # Outside the mask the difference would be of unrelated numbers, and its exponential could overflow.
-    difference = jnp.where(trained > 0, logprobs_BxT - rows["logprobs"], 0.0)
-    ratio = jnp.exp(difference)
-    clipped = jnp.clip(ratio, 1 - config.clip_low, 1 + config.clip_high)
-    gain = jnp.minimum(ratio * rows["advantage"], clipped * rows["advantage"])
-    loss = -gain
-    kl = jnp.zeros_like(loss)
-    if config.kl:
-        ahead = jnp.where(trained > 0, rows["reference"] - logprobs_BxT, 0.0)
-        kl = jnp.exp(ahead) - ahead - 1
-        loss = loss + config.kl * kl
-    plain = jax.nn.log_softmax(logits, axis=-1)
-    return jnp.sum(weight * loss), {
-        "weight": jnp.sum(weight),
-        "trained": jnp.sum(trained),
-        "difference": jnp.sum(trained * jnp.abs(difference)),
-        "clipped": jnp.sum(trained * (ratio != clipped)),
-        "kl": jnp.sum(trained * kl),
-        "entropy": -jnp.sum(trained * jnp.sum(jnp.exp(plain) * plain, axis=-1)),
-    }
-
-
-def tree_pieces(tree: ThreadTree, advantage: float, aggregate: str) -> list[Piece]:
-    """The pieces of a sampled tree, laid out with the weight of each thread's tokens."""
-    threads = list(tree.threads())
-    total = max(sum(thread.sampled_tokens for thread in threads), 1)
-    share = {
-        "tree": lambda thread: 1 / total,
-        "sequence": lambda thread: 1 / (max(thread.sampled_tokens, 1) * len(threads)),
-        "token": lambda thread: 1.0,
-    }[aggregate]
-    return [lay_out(thread, share, advantage) for thread in threads if not thread.inherits]
+VALIDATION_TAG = -2  # first in the names of validation's trees; a step's begin with the step
 
 
 class GrpoTrainer:
-    """The parts of one GRPO run, and one step of it: `sample`, then `update`."""
+    """The parts of one GRPO run, and one step of it: `sample`, then `update`. `validate` measures between steps.
+
+    The model is what GRPO begins with: the reference of the divergence, if there is one.
+    """
 
     def __init__(
         self,
@@ -141,47 +54,116 @@ class GrpoTrainer:
             raise ValueError(f"batch_rows ({config.batch_rows}) must be a multiple of the {mesh.devices.size} devices")
         self.config = config
         self.engine = JaxEngine(model, mesh, slots=slots, context=budget.context, seed=config.seed)
-        self.runner = TreeRunner(self.engine, protocol, tokenizer, budget, Sampling(config.temperature))
-        optimizer = make_optimizer(config.optimizer, config.steps * config.inner_steps)
+        self._runner = lambda sampling: TreeRunner(self.engine, protocol, tokenizer, budget, sampling)
+        self._protocol, self._tokenizer, self._window = protocol, tokenizer, budget.context
         self.trainer = Trainer(
-            model, lambda model, rows: grpo_loss(model, rows, config), optimizer, mesh,
+            model,
+            lambda model, rows: grpo_loss(model, rows, config),
+            make_optimizer(config.optimizer, config.steps * config.inner_steps),
+            mesh,
             whole_layers=config.optimizer.name == "muon",
-        )  # fmt: skip
-        self.reference = nnx.to_pure_dict(nnx.state(model)) if config.kl else None
-        self._score = jax.jit(
-            lambda weights, rows: token_logprobs(
-                row_logits(self.trainer.rebuild(weights), rows) / config.temperature, rows["tokens"]
-            )
         )
+        self._score = self.trainer.per_row(lambda model, rows: policy_logprobs(model, rows, config.temperature))
+        self.reference = self.trainer.init(model).weights if config.kl else None
 
-    def sample(self, state, step: int, problems: Sequence[Any]) -> list[list[ThreadTree]]:
-        """A group of trees for each problem. A tree's name, and so its draws, hold the step: a step that is
-        done again after a kill samples the same."""
-        self.engine.load(nnx.state(self.trainer.model(state)))
+    # ------------------------------------------------------------------ sampling
+
+    def sample(self, state, step: int, problems: Sequence[Any]) -> tuple[list[list[ThreadTree]], list]:
+        """(groups, replaced): a group of trees for each of the first `config.prompts` problems. The problems behind
+        those are fresh ones: in each of `config.fresh_rounds` they take the place of those whose trees were all worth
+        the same, as far as they last. A tree's name, and so its draws, hold step and problem: a step that is done again
+        after a kill samples the same."""
+        config = self.config
+        self._load(state)
+        first = min(config.prompts, len(problems))
+        groups, replaced = self._groups(step, problems, range(first)), []
+        for _ in range(config.fresh_rounds):
+            blank = [i for i, group in enumerate(groups) if len(set(rewards(group, config.prices))) == 1]
+            fresh = range(first, min(first + len(blank), len(problems)))
+            for i, group in zip(blank, self._groups(step, problems, fresh)):
+                replaced.append(groups[i])
+                groups[i] = group
+            first = fresh.stop
+        return groups, replaced
+
+    def _groups(self, step: int, problems: Sequence[Any], prompts: range) -> list[list[ThreadTree]]:
+        runner, G = self._runner(Sampling(self.config.temperature)), self.config.group
 
         def job(prompt: int, rollout: int):
-            return lambda: self.runner.run(problems[prompt], (step, prompt, rollout))
+            return lambda: runner.run(problems[prompt], (step, prompt, rollout))
 
-        G = self.config.group
-        jobs = [job(prompt, rollout) for prompt in range(len(problems)) for rollout in range(G)]
-        trees = asyncio.run(run_all(jobs))
+        trees = asyncio.run(run_all([job(prompt, rollout) for prompt in prompts for rollout in range(G)]))
+        if self.config.child_credit:
+            for tree in trees:
+                tree.info["children_correct"] = [
+                    thread.failure is None and self._protocol.child_correct(thread_text(thread, self._tokenizer))
+                    for thread in tree.threads()
+                    if thread is not tree.root
+                ]
         return [trees[start : start + G] for start in range(0, len(trees), G)]
 
-    def update(self, state, groups: Sequence[Sequence[ThreadTree]]):
-        """The inner steps on one batch of groups: (state, metrics). A batch without a signal is no update."""
+    def validate(self, state, problems: Sequence[Any], sampling: Sampling) -> float:
+        """The share of problems whose tree is right."""
+        self._load(state)
+        runner = self._runner(sampling)
+        jobs = [lambda i=i: runner.run(problems[i], (VALIDATION_TAG, i)) for i in range(len(problems))]
+        return float(np.mean([tree.info["correct"] for tree in asyncio.run(run_all(jobs))]))
+
+    def _load(self, state) -> None:
+        self.engine.load(nnx.state(self.trainer.model(state)))
+
+    # ------------------------------------------------------------------ updating
+
+    def update(self, state, groups: Groups, between: Callable[[int], None] = lambda inner: None):
+        """The inner steps on one batch of groups: (state, metrics). A batch without a signal is no update.
+        `between(n)` is called after the n-th inner step."""
+        config, clock = self.config, _Clock()
+        batches, metrics = self._batches(groups)
+        clock.lap("pack")
+        if not batches:
+            return state, metrics | clock.laps
+        for batch in batches:
+            if self.reference is not None:
+                batch["reference"] = np.asarray(self._score(self.reference, batch))
+            if config.importance_cap:
+                batch["old"] = np.asarray(self._score(state.weights, batch))
+        clock.lap("score")
+        trees = [tree for group in groups for tree in group]
+        threads = sum(1 for tree in trees for _ in tree.threads())
+        divisor = {"token": None, "paper": threads}.get(config.aggregate, len(trees))
+        for inner in range(config.inner_steps):
+            state, sums = self.trainer.step(state, batches, divisor)
+            if inner == 0:
+                # Before any update the trainer must find the engine's own log-probabilities again.
+                metrics["train/engine_difference"] = float(sums["difference"] / sums["trained"])
+                metrics["train/engine_difference_most"] = float(sums["max_difference"])
+            between(inner + 1)
+        sums = {name: float(value) for name, value in sums.items()}
+        if sums["skipped"]:
+            raise FloatingPointError(f"a gradient of the GRPO updates up to {int(state.step)} is not finite")
+        for name in ("clipped_low", "clipped_high", "importance", "kl", "entropy"):
+            metrics[f"train/{name}"] = sums[name] / sums["trained"]
+        metrics |= {"train/gradient_norm": sums["gradient_norm"], "train/tokens": sums["trained"]}
+        clock.lap("update")
+        return state, metrics | clock.laps
+
+    def _batches(self, groups: Groups) -> tuple[list[dict[str, np.ndarray]], dict[str, float]]:
+        """Packed rows of all that has a gradient, all of one shape, and how many threads they hold. Rows of a batch
+        cost about the same, so that no device waits for another."""
         config = self.config
         pieces: list[Piece] = []
         for group in groups:
-            gains = advantages([float(tree.info["correct"]) for tree in group], config.normalise)
-            if gains.any():
+            gains = advantages(rewards(group, config.prices), config.normalise)
+            if gains.any() or config.child_credit or config.kl:
                 for tree, gain in zip(group, gains):
-                    pieces += tree_pieces(tree, gain, config.aggregate)
+                    pieces += tree_pieces(tree, gain, config, self._window)
+        if not config.kl:
+            pieces = [piece for piece in pieces if piece.advantage.any()]
         # A piece holds calls, and children that inherit, beside its thread's window: cut by no one, so counted.
         fitting = [piece for piece in pieces if len(piece) <= config.row_length]
-        metrics = {"train/threads": len(fitting), "train/threads_too_long": len(pieces) - len(fitting)}
-        if not fitting:
-            return state, metrics
-        rows = first_fit([len(piece) for piece in fitting], config.row_length)
+        counts = {"train/threads": len(fitting), "train/threads_too_long": len(pieces) - len(fitting)}
+        rows = first_fit([len(piece) for piece in fitting], config.row_length) if fitting else []
+        rows.sort(key=lambda row: sum(int(fitting[i].positions.sum()) for i in row), reverse=True)
         batches = [
             pack_rows(
                 [[fitting[i] for i in row] for row in rows[at : at + config.batch_rows]],
@@ -190,77 +172,114 @@ class GrpoTrainer:
             )
             for at in range(0, len(rows), config.batch_rows)
         ]
-        if self.reference is not None:
-            for batch in batches:
-                batch["reference"] = np.asarray(self._score(self.reference, batch))
-        divisor = sum(map(len, groups)) if config.aggregate != "token" else None
-        for inner in range(config.inner_steps):
-            state, sums = self.trainer.step(state, batches, divisor)
-            if inner == 0:
-                # Before any update the trainer must find the engine's own log-probabilities again.
-                metrics["train/engine_difference"] = float(sums["difference"] / sums["trained"])
-        sums = {name: float(value) for name, value in sums.items()}
-        if sums["skipped"]:
-            raise FloatingPointError(f"a gradient of the GRPO updates up to {int(state.step)} is not finite")
-        for name in ("clipped", "kl", "entropy"):
-            metrics[f"train/{name}"] = sums[name] / sums["trained"]
-        metrics |= {"train/gradient_norm": sums["gradient_norm"], "train/tokens": sums["trained"]}
-        metrics["train/rows"] = len(rows)
-        return state, metrics
+        return batches, counts | {"train/rows": len(rows)}
 
 
-def rollout_metrics(groups: Sequence[Sequence[ThreadTree]]) -> dict[str, float]:
-    """What a step's trees were like: reward, size, shape, and what went wrong in them."""
-    trees = [tree for group in groups for tree in group]
-    n = len(trees)
-    failures = Counter(kind for tree in trees for kind in tree.info["failures"])
-    return {
-        "rollout/reward": sum(tree.info["correct"] for tree in trees) / n,
-        "rollout/claimed": sum(tree.info["claimed"] for tree in trees) / n,
-        "rollout/groups_with_signal": sum(0 < sum(t.info["correct"] for t in g) < len(g) for g in groups) / len(groups),
-        "rollout/children": sum(children(tree) for tree in trees) / n,
-        "rollout/total_tokens": sum(total_tokens(tree) for tree in trees) / n,
-        "rollout/sequential_tokens": sum(sequential_tokens(tree) for tree in trees) / n,
-        "rollout/guarded": sum(tree.info["guarded"] for tree in trees) / n,
-        **{f"rollout/failed_{kind}": count / n for kind, count in sorted(failures.items())},
-    }
+def _last(items: Sequence, count: int) -> list:
+    return [items[i] for i in range(len(items) - count, len(items))]
+
+
+def thread_text(thread, tokenizer: Tokenizer) -> str:
+    return tokenizer.decode([token for block in thread.context for token in block.content])
+
+
+class _Clock:
+    """Seconds of a step's parts, as metrics."""
+
+    def __init__(self):
+        self.laps: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.laps[f"seconds/{name}"] = now - self._last
+        self._last = now
+
+
+class _Best:
+    """The weights that validated best so far, in a folder of their own, with what they reached."""
+
+    def __init__(self, folder: Path):
+        self._checkpoints = Checkpoints(folder, keep=1)
+        step = self._checkpoints.latest
+        self.reached = -1.0 if step is None else self._checkpoints.meta(step)["validation_accuracy"]
+
+    def offer(self, step: int, state, meta: dict, accuracy: float) -> None:
+        if accuracy > self.reached:
+            self.reached = accuracy
+            self._checkpoints.save(
+                step, {"weights": state.weights}, {**meta, "step": step, "validation_accuracy": accuracy}
+            )
+
+    def close(self) -> None:
+        self._checkpoints.close()
 
 
 def run_grpo(
     model: Llama, problems: Sequence[Any], protocol: TaskProtocol, tokenizer: Tokenizer, budget: Budget,
-    config: GrpoConfig, mesh, slots: int, folder: Path, meta: dict,
+    config: GrpoConfig, mesh, slots: int, folder: Path, meta: dict, validation: Sampling = Sampling(0.0),
 ) -> Llama:  # fmt: skip
     """Trains to the last step, from the newest checkpoint under `folder` where there is one. A step is a
-    pure function of (weights, optimiser, step, seed), so a killed run ends in the same bits."""
+    pure function of (weights, optimiser, step, seed), so a run killed at any moment ends in the same bits.
+
+    With `validate_every` some of the problems are held back from sampling and tried with `validation` before the first
+    step, every so many steps and after the last; `folder`/best keeps the weights that did best.
+    """
     trainer = GrpoTrainer(model, protocol, tokenizer, budget, config, mesh, slots)
     state = trainer.trainer.init(model)
+    meta = {"model": dataclasses.asdict(model.config), **meta}
     checkpoints = Checkpoints(folder / "checkpoints")
     start = 0
     if checkpoints.latest is not None:
         start, state = checkpoints.restore(state)
-    log = MetricsLog(folder, start)
+    log = MetricsLog(folder, start if start else -1)  # -1: what validation said before the first step comes again
     progress = Progress(f"grpo {folder.name}", config.steps, "steps", start)
+    held_back = _last(problems, config.validation if config.validate_every else 0)
+    known = set(held_back)
+    sampled = [problem for problem in problems if problem not in known] if known else problems
+    best = _Best(folder / "best") if config.validate_every else None
+
+    def validate(step: int) -> dict[str, float]:
+        began = time.monotonic()
+        accuracy = trainer.validate(state, held_back, validation)
+        best.offer(step, state, meta, accuracy)
+        return {"validation/accuracy": accuracy, "seconds/validate": time.monotonic() - began}
+
     try:
         with Notice() as notice:
+            if best is not None and not start:
+                log.write(0, validate(0))
+            told, ended = False, time.monotonic()
             for step in range(start + 1, config.steps + 1):
-                began = time.monotonic()
-                chosen = random.Random(f"{config.seed}/{step}").sample(range(len(problems)), config.prompts)
-                groups = trainer.sample(state, step, [problems[i] for i in chosen])
-                sampled = time.monotonic()
-                state, metrics = trainer.update(state, groups)
-                metrics = rollout_metrics(groups) | metrics
-                metrics |= {"seconds/sample": sampled - began, "seconds/update": time.monotonic() - sampled}
-                log.write(step, metrics)
-                progress.update(step, f"reward {metrics['rollout/reward']:.3f}")
+                clock = _Clock()
+                count = min(config.prompts * (1 + config.fresh_rounds), len(sampled))
+                chosen = random.Random(f"{config.seed}/{step}").sample(range(len(sampled)), count)
+                groups, replaced = trainer.sample(state, step, [sampled[i] for i in chosen])
+                clock.lap("sample")
+                metrics = rollout_metrics(groups + replaced, config.prices)
+                metrics["rollout/groups_replaced"] = len(replaced)
+                state, trained = trainer.update(state, groups)
+                metrics |= clock.laps | trained
+                last = step == config.steps
+                if best is not None and (last or step % config.validate_every == 0):
+                    metrics |= validate(step)
+                # The line comes before the save, whose time is the next step's: a step saved without its line would
+                # never get one.
+                parts = sum(value for name, value in metrics.items() if name.startswith("seconds/"))
+                whole, ended = time.monotonic() - ended, time.monotonic()
+                log.write(step, metrics | {"seconds/step": whole, "seconds/rest": whole - parts})
                 told = notice.given
-                if told or step == config.steps or step % config.save_every == 0:
+                if told or last or step % config.save_every == 0:
                     checkpoints.save(step, state, {**meta, "step": step})
+                progress.update(step, f"right {metrics['rollout/correct']:.3f}")
                 if told:
                     break
             checkpoints.wait()
-            if notice.given:
+            if told or notice.given:
                 raise Terminated(f"grpo {folder.name} is saved at step {step} of {config.steps}")
         return trainer.trainer.model(state)
     finally:
         log.close()
         checkpoints.close()
+        if best is not None:
+            best.close()

@@ -26,7 +26,9 @@ import numpy as np
 from apr_jax.threads import Thread, ThreadTree
 from apr_jax.threads.store import BRANCH, CALL_FORCED, CALL_SAMPLED, END, SAMPLED_ROLES, TreeStore, block_rows
 
-ROW_FIELDS = ("tokens", "positions", "predecessors", "enter", "exit", "role", "logprobs", "share", "advantage")
+ROW_FIELDS = (
+    "tokens", "positions", "predecessors", "enter", "exit", "role", "logprobs", "share", "kl_share", "advantage",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Piece:
     role: np.ndarray  # int32: who wrote it and where, a role of threads.store
     logprobs: np.ndarray  # float32: under the distribution it was drawn from; 0 where forced or unknown
     share: np.ndarray  # float32: weight of each of its trained tokens (1 in SFT, GRPO's aggregation)
+    kl_share: np.ndarray  # float32: the same for the divergence from a reference
     advantage: np.ndarray  # float32: GRPO's, 0 in SFT
     nodes: int
 
@@ -53,15 +56,22 @@ class Piece:
         return np.isin(self.role, SAMPLED_ROLES)
 
 
-def lay_out(thread: Thread, share: Callable[[Thread], float] = lambda thread: 1.0, advantage: float = 0.0) -> Piece:
-    """The piece of one thread of ids and the children that inherit from it; `share` weighs the tokens of each."""
+PerThread = Callable[[Thread], float]
+
+
+def lay_out(
+    thread: Thread, share: PerThread = lambda thread: 1.0, advantage: PerThread = lambda thread: 0.0,
+    kl_share: PerThread | None = None,
+) -> Piece:  # fmt: skip
+    """The piece of one thread of ids and the children that inherit from it. Of each, `share` weighs the tokens,
+    `kl_share` (default: the same) their divergence, and `advantage` says how well it did."""
     rows = list(block_rows(thread))
     tokens = [token for _, block, _, _ in rows for token in block.content]
     logprobs = [p for _, block, _, _ in rows for p in (block.logprobs or [0.0] * len(block))]
     blocks = np.array([(role, len(block), children) for _, block, role, children in rows], np.int32)
     piece = lay_out_blocks(np.asarray(tokens, np.int32), blocks, np.asarray(logprobs, np.float32))
-    piece.share[:] = np.repeat(np.asarray([share(whose) for whose, *_ in rows], np.float32), blocks[:, 1])
-    piece.advantage[:] = advantage
+    for values, of in ((piece.share, share), (piece.kl_share, kl_share or share), (piece.advantage, advantage)):
+        values[:] = np.repeat(np.asarray([of(whose) for whose, *_ in rows], np.float32), blocks[:, 1])
     return piece
 
 
@@ -109,6 +119,7 @@ def lay_out_blocks(tokens: np.ndarray, blocks: np.ndarray, logprobs: np.ndarray 
         role=np.repeat(roles, lengths),
         logprobs=np.zeros(n, np.float32) if logprobs is None else logprobs,
         share=np.ones(n, np.float32),
+        kl_share=np.ones(n, np.float32),
         advantage=np.zeros(n, np.float32),
         nodes=nodes,
     )
@@ -168,9 +179,7 @@ def pack_rows(rows: Iterable[Sequence[Piece]], row_length: int, row_count: int |
     B, T = row_count or len(rows), row_length
     packed = {name: np.zeros((B, T), np.int32) for name in ("tokens", "positions")}
     packed |= {name: np.full((B, T), -1, np.int32) for name in ("predecessors", "enter", "exit", "role")}
-    packed["logprobs"] = np.zeros((B, T), np.float32)
-    packed["share"] = np.zeros((B, T), np.float32)
-    packed["advantage"] = np.zeros((B, T), np.float32)
+    packed |= {name: np.zeros((B, T), np.float32) for name in ("logprobs", "share", "kl_share", "advantage")}
     for b, pieces in enumerate(rows):
         at = nodes = 0
         for piece in pieces:

@@ -28,7 +28,8 @@ from apr_jax.train.optimizer import path_name
 
 Array = jax.Array
 Rows = dict[str, np.ndarray]
-# (model, rows) -> (loss as a sum, sums that make metrics; "weight" divides the loss)
+# (model, rows) -> (loss as a sum, sums that make metrics; "weight" divides the loss; a name that begins with "max_" is
+# no sum but the largest of all)
 Loss = Callable[[Llama, dict[str, Array]], tuple[Array, dict[str, Array]]]
 AXES = ("data", "fsdp")
 
@@ -91,15 +92,10 @@ class Trainer:
         self._shapes = jax.eval_shape(lambda: nnx.to_pure_dict(nnx.state(model)))
         self._axes = {path_name(path): split_axis(path_name(path), leaf.shape, mesh.shape["fsdp"])
                       for path, leaf in jax.tree.leaves_with_path(self._shapes)}  # fmt: skip
-        specs = self._by_parameter(lambda name, leaf: self._spec(name, leaf.ndim))
+        self._specs = specs = self._by_parameter(lambda name, leaf: self._spec(name, leaf.ndim))
         own_specs = self._by_parameter(lambda name, leaf: self._own_spec(name, leaf.ndim))
         own_at = jax.tree.map(self._at, own_specs)
         replicated = self._at(P())
-
-        def varying(weights):
-            """Of each device its own, so that gradients are, too."""
-            axes = self._by_parameter(lambda name, _: AXES if self._axes[name] is None else AXES[:1])
-            return jax.tree.map(lambda x, axes: jax.lax.pcast(x, axes, to="varying"), weights, axes)
 
         def summed(weights, rows):
             total, metrics = loss(self._sharded(weights), rows)
@@ -113,18 +109,18 @@ class Trainer:
             jax.shard_map, mesh=mesh, in_specs=(specs, own_specs, P(AXES)), out_specs=(own_specs, P(AXES))
         )
         def accumulate(weights, sums, rows):
-            gradient, metrics = jax.grad(summed, has_aux=True)(varying(weights), rows)
+            gradient, metrics = jax.grad(summed, has_aux=True)(self._varying(weights), rows)
             return jax.tree.map(jnp.add, sums, own(gradient)), own(metrics)
 
         @jax.jit
         @functools.partial(jax.shard_map, mesh=mesh, in_specs=(specs, P(AXES)), out_specs=P(AXES))
         def measure(weights, rows):
-            weights = varying(weights)
+            weights = self._varying(weights)
             return own(summed(weights, rows)[1] if measures is None else measures(self._sharded(weights), rows))
 
         @functools.partial(jax.jit, donate_argnums=(0, 1))
         def update(state: TrainState, sums, metrics, divisor, flags):
-            totals = jax.tree.map(lambda x: x.sum(axis=0), dict(metrics, flags=flags))
+            totals = _over_devices(dict(metrics, flags=flags))
             weight = totals["weight"] if divisor is None else divisor
             gradient = jax.tree.map(lambda x: x.sum(axis=0) / weight, sums)
             gradient = jax.lax.with_sharding_constraint(gradient, self._by_parameter(self._updated_at))
@@ -147,7 +143,7 @@ class Trainer:
             lambda: self._by_parameter(lambda name, leaf: jnp.zeros((self._copies(name), *leaf.shape), jnp.float32)),
             out_shardings=own_at,
         )
-        self._total = jax.jit(lambda x: jax.tree.map(lambda x: x.sum(axis=0), x), out_shardings=replicated)
+        self._total = jax.jit(_over_devices, out_shardings=replicated)
         state = jax.eval_shape(self._fresh, self._shapes)
         self._state_at = jax.tree.map_with_path(self._state_leaf_at, state)
 
@@ -188,6 +184,11 @@ class Trainer:
     def _fresh(self, weights) -> TrainState:
         zero = jnp.zeros((), jnp.int32)
         return TrainState(jax.tree.map(jnp.copy, weights), self.optimizer.init(weights), zero, zero)
+
+    def _varying(self, weights):
+        """Inside `shard_map`, of each device its own, so that gradients are, too."""
+        axes = self._by_parameter(lambda name, _: AXES if self._axes[name] is None else AXES[:1])
+        return jax.tree.map(lambda x, axes: jax.lax.pcast(x, axes, to="varying"), weights, axes)
 
     def _sharded(self, weights) -> Llama:
         """The model whose weights are this device's shares, inside `shard_map`."""
@@ -235,7 +236,7 @@ class Trainer:
         sums, metrics = self._zeros(), None
         for rows in batches:
             sums, more = self._accumulate(state.weights, sums, self.put(rows))
-            metrics = more if metrics is None else _add(metrics, more)
+            metrics = more if metrics is None else _both(metrics, more)
         flags = self.put({"flags": np.full(self.mesh.local_mesh.size, flag, np.float32)})["flags"]
         return self._update(state, sums, metrics, None if divisor is None else jnp.float32(divisor), flags)
 
@@ -243,7 +244,25 @@ class Trainer:
         """The sums of one batch without an update."""
         return self._total(self._measure(state.weights, self.put(rows)))
 
+    def per_row(self, function: Callable[[Llama, dict[str, Array]], Array]):
+        """`function(model, rows)`, an array [B, ...] of B rows, compiled as (weights, rows) -> array: every device does
+        its own rows. The weights are a state's."""
+
+        @jax.jit
+        @functools.partial(
+            jax.shard_map, mesh=self.mesh, in_specs=(self._specs, P(AXES)), out_specs=P(AXES)
+        )  # fmt: skip
+        def mapped(weights, rows):
+            return function(self._sharded(self._varying(weights)), rows)
+
+        return lambda weights, rows: mapped(weights, self.put(rows))
+
+
+def _over_devices(metrics: dict[str, Array]) -> dict[str, Array]:
+    """What each device has [devices], as one number."""
+    return {name: x.max(axis=0) if name.startswith("max_") else x.sum(axis=0) for name, x in metrics.items()}
+
 
 @jax.jit
-def _add(a, b):
-    return jax.tree.map(jnp.add, a, b)
+def _both(a: dict[str, Array], b: dict[str, Array]) -> dict[str, Array]:
+    return {name: (jnp.maximum if name.startswith("max_") else jnp.add)(a[name], b[name]) for name in a}

@@ -32,7 +32,7 @@ def get_config():
     c.grpo.styles = ("apr", "sosp")
     c.grpo.steps, c.grpo.prompts, c.grpo.group, c.grpo.inner_steps = 150, 64, 5, 2
     c.grpo.batch_rows, c.grpo.row_length, c.grpo.slots = 64, 4608, 1024
-    c.grpo.aggregate, c.grpo.kl = "sequence", 0.001
+    c.grpo.aggregate, c.grpo.kl = "paper", 0.001  # for SoS+ the paper has a kl of 0.01: a run of its own
     o = c.grpo.optimizer
     o.name, o.peak_rate, o.schedule, o.weight_decay, o.clip = "adamw", 1e-5, "constant", 0.01, 1.0
     c.evaluate.slots = 1024

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import random
 import time
 
 import pytest
@@ -9,6 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apr_jax.countdown import SPAWN_ERRORS, CountdownProtocol, MalformedSpawn, Problem, trace
+from apr_jax.countdown.problem import ProblemRange
+from apr_jax.countdown.recipe import gave_up
+from apr_jax.countdown.solver import SolverConfig, solve_apr
 
 GOLDEN = json.loads(pathlib.Path(__file__).with_name("golden_traces.json").read_text())
 PROTOCOL = CountdownProtocol()
@@ -247,3 +251,19 @@ def test_changed_and_cut_traces_raise_nothing_else(text, data):
     cut = data.draw(st.sampled_from([None, -1, -3, len(text) // 2]))
     check_only_malformed(text[:cut])
     check_only_malformed(text[:cut] + trace.SPAWN_CLOSE)
+
+
+def test_a_child_is_right_where_its_path_leads_from_its_own_numbers_to_the_target():
+    """Of the solver's children those that found the target, and none whose path is another's or is changed."""
+    config, found = SolverConfig(beam=(5, 5), sub_beam=(5, 5)), []
+    for i in range(40):
+        rng = random.Random(i)
+        tree = solve_apr(ProblemRange(max_number=12, max_target=30).draw(rng), config, rng)
+        for child in tree.root.children:
+            found.append((PROTOCOL.child_correct(child.text), not gave_up(child), child.text))
+    assert [said for said, *_ in found] == [right for _, right, _ in found]
+    assert 10 < sum(right for _, right, _ in found) < len(found) - 10
+    good = [text for said, _, text in found if said]
+    assert not any(PROTOCOL.child_correct(text.replace(trace.GOAL_REACHED, "Goal")) for text in good)
+    assert not PROTOCOL.child_correct(CHILD_0 + "\n" + PROTOCOL.result(good[0]))
+    assert not PROTOCOL.child_correct("") and not PROTOCOL.child_correct("Current State: 9:[9], Operations: []")

@@ -1,6 +1,6 @@
 """The tiny runs that the tests of resuming start, stop and start again, also as a process that kills itself:
 
-python -m tests.train.runs KIND FOLDER MOMENT    (sft or grpo; the moment "log" or "save", or "long": a longer run that
+python -m tests.train.runs KIND FOLDER MOMENT    (sft or grpo; a moment of `kill_on`, or "long": a longer run that
                                                   somebody else kills)
 """
 
@@ -13,9 +13,10 @@ import threading
 import time
 from pathlib import Path
 
-from apr_jax.threads.run import Budget
-from apr_jax.train.grpo import GrpoConfig, run_grpo
+from apr_jax.threads.run import Budget, TreeRunner
+from apr_jax.train.grpo import GrpoTrainer, run_grpo
 from apr_jax.train.metrics import MetricsLog
+from apr_jax.train.objective import GrpoConfig
 from apr_jax.train.optimizer import OptimizerConfig
 from apr_jax.train.pack import lay_out
 from apr_jax.train.sft import SftConfig, run_sft
@@ -36,10 +37,11 @@ def sft(folder, steps=6, validation=True, **changes):
 
 def grpo(folder, steps=3, **changes):
     values = {"steps": steps, "prompts": 2, "group": 6, "inner_steps": 2, "kl": 0.01, "save_every": 1}
+    values |= {"importance_cap": 2.0, "child_credit": 0.5, "fresh_rounds": 1, "validate_every": 1, "validation": 3}
     values |= {"batch_rows": 2, "row_length": 64, "optimizer": OPTIMIZER} | changes
     model, budget = spawning_model(0, opens=3.0, closes=2.0, ends=4.0), Budget(40, 6, 1)
     return run_grpo(
-        model, range(5), NonsenseProtocol(2), TOKENIZER, budget, GrpoConfig(**values), data_mesh(2), 8, Path(folder), {}
+        model, range(9), NonsenseProtocol(2), TOKENIZER, budget, GrpoConfig(**values), data_mesh(2), 8, Path(folder), {}
     )
 
 
@@ -53,12 +55,14 @@ def long_sft(folder):
 LONG = {"sft": long_sft}
 
 
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def kill_on(moment, kind, folder):
-    """SIGKILL as the last step but one is logged, or in the middle of a save of the one before."""
-
-    def kill():
-        os.kill(os.getpid(), signal.SIGKILL)
-
+    """SIGKILL in the last step but one (of GRPO's phases in the last): as it is logged, in the middle of a save of the
+    one before, in the middle of a rollout, before and between the inner steps, in a validation, as the best weights are
+    saved."""
     last = KINDS[kind]
     if moment == "log":
         write = MetricsLog.write
@@ -69,15 +73,52 @@ def kill_on(moment, kind, folder):
                 kill()
 
         MetricsLog.write = log
-    else:
+    elif moment == "save":
         saved = last - 2 if kind == "sft" else last - 1
+        kill_when(lambda: any(path.name.startswith(f"{saved}.") for path in (folder / "checkpoints").glob("*")))
+    elif moment == "best":  # the first: which steps improve on it is chance
+        kill_when(lambda: any(path.name.startswith("0.") for path in (folder / "best").glob("*")))
+    else:
+        kill_in(moment, last)
 
-        def watch():
-            while not any(path.name.startswith(f"{saved}.") for path in (folder / "checkpoints").glob("*")):
-                time.sleep(0.0005)
+
+def kill_when(told):
+    def watch():
+        while not told():
+            time.sleep(0.0005)
+        kill()
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def kill_in(phase, last):
+    """In a phase of GRPO's last step: "sample", "update", "inner" (between two inner steps) or "validate"."""
+    sample, update, validate, run = GrpoTrainer.sample, GrpoTrainer.update, GrpoTrainer.validate, TreeRunner.run
+    reached = {"step": 0, "trees": 0}
+
+    async def run_tree(self, *arguments):
+        tree = await run(self, *arguments)
+        reached["trees"] += 1
+        if reached["step"] == last and phase == reached.get("phase") and reached["trees"] == 2:
             kill()
+        return tree
 
-        threading.Thread(target=watch, daemon=True).start()
+    def sampling(self, state, step, problems):
+        reached.update(step=step, trees=0, phase="sample")
+        return sample(self, state, step, problems)
+
+    def updating(self, state, groups):
+        if reached["step"] == last and phase == "update":
+            kill()
+        between = lambda inner: kill() if reached["step"] == last and phase == "inner" else None  # noqa: E731
+        return update(self, state, groups, between)
+
+    def validating(self, *arguments):
+        reached.update(trees=0, phase="validate")
+        return validate(self, *arguments)
+
+    GrpoTrainer.sample, GrpoTrainer.update, GrpoTrainer.validate = sampling, updating, validating
+    TreeRunner.run = run_tree
 
 
 if __name__ == "__main__":

@@ -1,0 +1,184 @@
+"""What GRPO maximises: advantages, the weight of every token, and the loss (paper, section 3.2).
+
+The advantage of a tree is its reward minus the mean of its group (divided by the group's deviation where `normalise`
+says so), the same for all its threads. Per sampled token, with the model's log-probability p, the sampler's b and the
+reference's q, and r = exp(p - b),
+
+    loss = - min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + kl (exp(q - p) - (q - p) - 1)         (kl_estimator k3)
+
+The sampler's are what the engine drew with. With `importance_cap` the ratio is against the trainer's own p before the
+update, o, and what the engine's differ from those is a weight of its own, cut off above:
+
+    r = exp(p - o),    loss = - min(exp(o - b), importance_cap) min(r A, clip(r, ..) A) + ...
+
+The estimator "k1" goes where its gradient is that of the divergence, into the advantage: A - kl (b - q). (As a term of
+the loss, p - q has a gradient of 0 on average.)
+
+What it is not: no critic, no importance weights but these.
+
+`aggregate` weighs tokens:
+
+    tree      every tree 1, spread over its sampled tokens; the default
+    sequence  every tree 1, every thread of it the same share, spread over its tokens
+    paper     as the authors' code: as "sequence", but divided by the step's threads instead of its trees, and the
+              k3 term of every thread counts in full: it is not divided by its tree's threads
+    token     every token of the step the same
+    constant  every token the same, divided by trees and the window (Dr. GRPO: with `normalise` off, longer answers
+              are no longer favoured)
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from apr_jax.model.llama import Llama
+from apr_jax.threads import Thread, ThreadTree
+from apr_jax.train.loss import row_logits, token_logprobs, trained_tokens
+from apr_jax.train.optimizer import OptimizerConfig
+from apr_jax.train.pack import Piece, lay_out
+from apr_jax.train.reward import Prices
+
+AGGREGATES = ("tree", "sequence", "paper", "token", "constant")
+KL_ESTIMATORS = ("k1", "k3")
+
+
+@dataclasses.dataclass(frozen=True)
+class GrpoConfig:
+    """The paper: 64 prompts x 5 rollouts, 150 steps of 2 inner steps, rate 1e-5, clip 0.2, kl 0.001."""
+
+    steps: int
+    prompts: int  # per step
+    group: int  # rollouts of each prompt
+    optimizer: OptimizerConfig
+    batch_rows: int  # rows of one microbatch, over all devices
+    row_length: int  # tokens
+    inner_steps: int = 2
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    kl: float = 0.0  # coefficient against the model that GRPO began with; 0: no reference is kept
+    kl_estimator: str = "k3"
+    normalise: bool = True  # divide advantages by the group's deviation
+    aggregate: str = "tree"
+    importance_cap: float = 0.0  # of the weights between engine and trainer; 0: none, ratios are against the engine
+    child_credit: float = 0.0  # weight of a child's own advantage, against its siblings, on top of its tree's
+    prices: Prices = Prices()
+    fresh_rounds: int = 0  # most times that groups without a signal are replaced by those of fresh prompts
+    temperature: float = 1.0
+    seed: int = 0
+    save_every: int = 5  # steps
+    validate_every: int = 0  # steps; 0: never. The best weights are kept beside the last
+    validation: int = 200  # training problems that no step samples, for that
+
+    def __post_init__(self):
+        for name, choices in (("aggregate", AGGREGATES), ("kl_estimator", KL_ESTIMATORS)):
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f"{name} is one of {', '.join(choices)}, was given {value!r}")
+        if self.group < 2:
+            raise ValueError(f"a group needs at least 2 rollouts to compare, was given {self.group}")
+        if self.temperature <= 0:
+            raise ValueError(f"rollouts need a temperature above 0, was given {self.temperature}")
+        if self.validate_every and self.validation < 1:
+            raise ValueError(f"validation needs at least 1 problem, was given {self.validation}")
+
+
+def advantages(rewards: Sequence[float], normalise: bool) -> np.ndarray:
+    """Group-relative advantages [G] of one group; all 0 where its rewards are equal."""
+    if min(rewards) == max(rewards):
+        return np.zeros(len(rewards))
+    centred = np.asarray(rewards, np.float64) - np.mean(rewards)
+    return centred / centred.std() if normalise else centred
+
+
+def child_advantages(tree: ThreadTree, normalise: bool) -> list[float]:
+    """Of each thread, depth first, what its own subtree achieved against its siblings' (`info["children_correct"]`,
+    whether each child's result answers its own prompt), summed over the threads above it: a grandchild has its parent's
+    part, too. 0 for the root, and where siblings did equally well."""
+    correct = iter(tree.info["children_correct"])
+    values = {id(thread): float(next(correct)) for thread in tree.threads() if thread is not tree.root}
+    found: list[float] = []
+
+    def walk(thread: Thread, own: float) -> None:
+        found.append(own)
+        for spawn in thread.spawns:
+            if spawn.children:
+                gains = advantages([values[id(child)] for child in spawn.children], normalise)
+                for child, gain in zip(spawn.children, gains):
+                    walk(child, own + gain)
+
+    walk(tree.root, 0.0)
+    return found
+
+
+def tree_pieces(tree: ThreadTree, advantage: float, config: GrpoConfig, window: int) -> list[Piece]:
+    """The pieces of a sampled tree, laid out with the weight and the advantage of each thread's tokens."""
+    threads = list(tree.threads())
+    total = max(sum(thread.sampled_tokens for thread in threads), 1)
+    per_thread = lambda thread: 1 / max(thread.sampled_tokens, 1)  # noqa: E731
+    share = {
+        "tree": lambda thread: 1 / total,
+        "sequence": lambda thread: per_thread(thread) / len(threads),
+        "paper": lambda thread: per_thread(thread) / len(threads),
+        "token": lambda thread: 1.0,
+        "constant": lambda thread: 1 / window,
+    }[config.aggregate]
+    kl_share = per_thread if config.aggregate == "paper" else share
+    own = [0.0] * len(threads)
+    if config.child_credit:
+        own = child_advantages(tree, config.normalise)
+    gains = {id(thread): advantage + config.child_credit * gain for thread, gain in zip(threads, own)}
+    return [
+        lay_out(thread, share, lambda thread: gains[id(thread)], kl_share)
+        for thread in threads
+        if not thread.inherits
+    ]  # fmt: skip
+
+
+def policy_logprobs(model: Llama, rows: dict, temperature: float) -> jax.Array:
+    """The trainer's log-probability of each token [B, T] under the distribution that rollouts are drawn from."""
+    return token_logprobs(row_logits(model, rows) / temperature, rows["tokens"])
+
+
+def grpo_loss(model: Llama, rows: dict, config: GrpoConfig) -> tuple[jax.Array, dict]:
+    """(sum of weighted token losses, sums for metrics) of packed rows; see the module's equations. `rows` hold
+    "reference" where there is a kl, and "old" where there is an importance cap."""
+    logits = row_logits(model, rows) / config.temperature
+    logprobs_BxT = token_logprobs(logits, rows["tokens"])
+    trained = trained_tokens(rows, "sampled")
+
+    def ahead(of, over):
+        """of - over where a token is trained: elsewhere they are unrelated, and an exponential could overflow."""
+        return jnp.where(trained > 0, of - over, 0.0)
+
+    old, importance = rows["logprobs"], jnp.ones_like(trained)
+    if config.importance_cap:
+        old = rows["old"]
+        importance = jnp.minimum(jnp.exp(ahead(old, rows["logprobs"])), config.importance_cap)
+    advantage = rows["advantage"]
+    if config.kl and config.kl_estimator == "k1":
+        advantage = advantage - config.kl * ahead(rows["logprobs"], rows["reference"])
+    ratio = jnp.exp(ahead(logprobs_BxT, old))
+    clipped = jnp.clip(ratio, 1 - config.clip_low, 1 + config.clip_high)
+    gain = importance * jnp.minimum(ratio * advantage, clipped * advantage)
+    loss = -jnp.sum(trained * rows["share"] * gain)
+    kl = jnp.zeros_like(ratio)
+    if config.kl:
+        behind = ahead(rows["reference"], logprobs_BxT)
+        kl = jnp.exp(behind) - behind - 1
+        if config.kl_estimator == "k3":
+            loss = loss + config.kl * jnp.sum(trained * rows["kl_share"] * kl)
+    plain = jax.nn.log_softmax(logits, axis=-1)
+    difference = jnp.abs(ahead(logprobs_BxT, rows["logprobs"]))
+    return loss, {
+        "weight": jnp.sum(trained * rows["share"]),
+        "trained": jnp.sum(trained),
+        "difference": jnp.sum(difference),
+        "max_difference": jnp.max(difference),
+        "clipped_low": jnp.sum(trained * (ratio < 1 - config.clip_low)),
+        "clipped_high": jnp.sum(trained * (ratio > 1 + config.clip_high)),
+        "importance": jnp.sum(trained * importance),
+        "kl": jnp.sum(trained * kl),
+        "entropy": -jnp.sum(trained * jnp.sum(jnp.exp(plain) * plain, axis=-1)),
+    }

@@ -1,0 +1,92 @@
+"""What a sampled tree is worth: whether its answer is right, less what it cost.
+
+Every price is 0 by default, which is the paper's reward. A price on tokens or on children favours narrow trees, one on
+sequential tokens those that search at the same time. With prices every group has a signal, also where all of its trees
+are right; dividing advantages by the deviation would then make that small difference as large as the one between right
+and wrong, so turn `normalise` off.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+
+from apr_jax.threads import ThreadTree
+from apr_jax.threads.metrics import (
+    children,
+    depth,
+    duplicate_children,
+    longest_context,
+    sampled_tokens,
+    sequential_tokens,
+    total_tokens,
+)
+
+Groups = Sequence[Sequence[ThreadTree]]  # of each prompt its trees
+
+
+@dataclasses.dataclass(frozen=True)
+class Prices:
+    """What is taken off a reward of 1 for each of these; 0.0001 a token takes 0.1 off a tree of 1,000."""
+
+    token: float = 0.0  # that the model sampled, in all threads
+    sequential_token: float = 0.0  # of the longest chain of threads
+    child: float = 0.0
+    malformed: float = 0.0  # spawn that could not be run
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"a price is a number from 0 on, was given {value} for {name}")
+
+
+def reward_terms(tree: ThreadTree, prices: Prices) -> dict[str, float]:
+    """The parts of a tree's reward by name; those without a price are left out. Their sum is the reward."""
+    costs = {
+        "token": sampled_tokens,
+        "sequential_token": sequential_tokens,
+        "child": children,
+        "malformed": lambda tree: sum(tree.info["malformed"].values()),
+    }
+    priced = {name: price for name, price in vars(prices).items() if price}
+    return {"correct": float(tree.info["correct"])} | {name: -p * costs[name](tree) for name, p in priced.items()}
+
+
+def rewards(group: Sequence[ThreadTree], prices: Prices) -> list[float]:
+    """Of each tree of a group."""
+    return [sum(reward_terms(tree, prices).values()) for tree in group]
+
+
+def rollout_metrics(groups: Groups, prices: Prices) -> dict[str, float]:
+    """What a step's trees were like, as means over trees: reward and its terms, size, shape, and what went wrong. A
+    collapse to serial shows in `spawned` and `children`, one to noise in the failures."""
+    trees = [tree for group in groups for tree in group]
+    n = len(trees)
+    failures, malformed, terms = Counter(), Counter(), Counter()
+    for tree in trees:
+        failures.update(tree.info["failures"])
+        malformed.update(tree.info["malformed"])
+        terms.update(reward_terms(tree, prices))
+    given = [rewards(group, prices) for group in groups]
+    threads = sum(1 + children(tree) for tree in trees)
+
+    def mean(count) -> float:
+        return sum(map(count, trees)) / n
+
+    return {
+        "rollout/reward": sum(map(sum, given)) / n,
+        "rollout/correct": mean(lambda tree: tree.info["correct"]),
+        "rollout/claimed": mean(lambda tree: tree.info["claimed"]),
+        "rollout/groups_with_signal": sum(min(one) < max(one) for one in given) / len(groups),
+        "rollout/spawned": mean(lambda tree: bool(tree.root.spawns)),
+        "rollout/children": mean(children),
+        "rollout/duplicate_children": mean(duplicate_children),
+        "rollout/depth": mean(depth),
+        "rollout/total_tokens": mean(total_tokens),
+        "rollout/sequential_tokens": mean(sequential_tokens),
+        "rollout/tokens_per_thread": sum(map(total_tokens, trees)) / threads,
+        "rollout/longest_context": mean(longest_context),
+        "rollout/guarded": mean(lambda tree: tree.info["guarded"]),
+        **{f"rollout/reward_{name}": total / n for name, total in terms.items() if len(terms) > 1},
+        **{f"rollout/malformed_{kind}": count / n for kind, count in sorted(malformed.items())},
+        **{f"rollout/failed_{kind}": count / n for kind, count in sorted(failures.items())},
+    }

@@ -1,0 +1,19 @@
+"""What the tests of GRPO's objective, of its reward and of its loop share."""
+
+from apr_jax.threads import Block, Spawn, Thread, ThreadTree
+from apr_jax.train.objective import GrpoConfig
+from apr_jax.train.optimizer import OptimizerConfig
+
+OPTIMIZER = OptimizerConfig(peak_rate=1e-2, schedule="constant", weight_decay=0.0)
+
+
+def make_config(**changes):
+    values = {"steps": 2, "prompts": 3, "group": 4, "optimizer": OPTIMIZER, "batch_rows": 4, "row_length": 128}
+    return GrpoConfig(**values | {"inner_steps": 1} | changes)
+
+
+def hand_made_tree(**info):
+    """Root 3 + 2 sampled (its call counts), first child 4, second child none."""
+    prompt, four = Block((5, 6), False), Block((7, 8, 9, 10), True)
+    spawn = Spawn((Block((12, 13), True),), (Thread((prompt, four)), Thread((prompt,))), Block((14, 15, 16), False))
+    return ThreadTree(Thread((prompt, Block((7, 8, 9), True), spawn)), info)

@@ -1,0 +1,265 @@
+"""The objective is the equation of its module: advantages, token weights, ratios, clips and divergence, in NumPy."""
+
+import dataclasses
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from apr_jax.threads import Block, Spawn, Thread, ThreadTree
+from apr_jax.train.objective import (
+    advantages,
+    child_advantages,
+    grpo_loss,
+    policy_logprobs,
+    tree_pieces,
+)
+from apr_jax.train.pack import lay_out_tree, pack_rows
+from tests.tiny import causal_logits, log_softmax, make_model, plain_logits, random_thread
+from tests.train.objectives import hand_made_tree, make_config
+
+
+def plain_logprobs(model, piece, temperature):
+    """Log-probability and entropy behind every token of a piece, each path forwarded alone."""
+    logprobs, entropy = np.zeros(len(piece)), np.zeros(len(piece))
+    for last in set(range(len(piece))) - set(piece.predecessors.tolist()):
+        path = [last]
+        while piece.predecessors[path[0]] >= 0:
+            path.insert(0, int(piece.predecessors[path[0]]))
+        table = log_softmax(plain_logits(model, piece.tokens[path]).astype(np.float64)[:-1] / temperature)
+        logprobs[path[1:]] = table[np.arange(len(path) - 1), piece.tokens[path[1:]]]
+        entropy[path[1:]] = -(np.exp(table) * table).sum(axis=-1)
+    return logprobs, entropy
+
+
+def test_advantages_are_rewards_against_their_group():
+    np.testing.assert_allclose(advantages([1, 0, 0, 0], normalise=False), [0.75, -0.25, -0.25, -0.25])
+    np.testing.assert_allclose(advantages([1, 0, 0, 0], normalise=True), np.array([3, -1, -1, -1]) / 3**0.5)
+    np.testing.assert_allclose(advantages([0, 1], normalise=True), [-1, 1])
+    for normalise in (True, False):
+        for equal in ([0, 0, 0], [1.0, 1.0], [0.1] * 7):
+            assert not advantages(equal, normalise).any()
+        assert abs(advantages(np.random.default_rng(0).random(9), normalise).sum()) < 1e-9
+
+
+def token_terms(config, piece, advantage, p, b, o, q, t):
+    """Loss of token t of a piece and its derivative by p, as numbers: the module's equations, one token at a time."""
+    old, weight = b[t], 1.0
+    if config.importance_cap:
+        old, weight = o[t], min(np.exp(o[t] - b[t]), config.importance_cap)
+    if config.kl_estimator == "k1":
+        advantage = advantage - config.kl * (b[t] - q[t])
+    ratio = np.exp(p[t] - old)
+    clipped = min(max(ratio, 1 - config.clip_low), 1 + config.clip_high)
+    inside = ratio * advantage <= clipped * advantage  # the clip does not bind
+    loss = -piece.share[t] * weight * min(ratio * advantage, clipped * advantage)
+    slope = -piece.share[t] * weight * ratio * advantage * inside
+    k3 = np.exp(q[t] - p[t]) - (q[t] - p[t]) - 1
+    if config.kl_estimator == "k3":
+        loss += piece.kl_share[t] * config.kl * k3
+        slope += piece.kl_share[t] * config.kl * (1 - np.exp(q[t] - p[t]))
+    return loss, slope, ratio, weight, k3
+
+
+def leaf_paths(piece):
+    """The paths of a piece as lists of indices, one for each token that nothing follows."""
+    found = []
+    for last in sorted(set(range(len(piece))) - set(piece.predecessors.tolist())):
+        path = [last]
+        while piece.predecessors[path[0]] >= 0:
+            path.insert(0, int(piece.predecessors[path[0]]))
+        found.append(path)
+    return found
+
+
+def gradient_by_paths(model, pieces, slopes, temperature):
+    """The gradient of the sum of slope times log-probability, every path forwarded alone and each token counted on one:
+    by the chain rule that of the loss."""
+    paths = [(piece, slope, path) for piece, slope in zip(pieces, slopes) for path in leaf_paths(piece)]
+    padded = np.zeros((2, len(paths), max(len(path) for *_, path in paths)), np.float32)
+    seen = set()
+    for i, (piece, slope, path) in enumerate(paths):
+        padded[0, i, : len(path)] = piece.tokens[path]
+        padded[1, i, : len(path)] = [0 if (id(piece), t) in seen else slope[t] for t in path]
+        seen |= {(id(piece), t) for t in path}
+    tokens, weight = jnp.asarray(padded[0], jnp.int32), jnp.asarray(padded[1])
+    graphdef, parameters = nnx.split(model)
+
+    def total(parameters):
+        logprobs = jax.nn.log_softmax(causal_logits(nnx.merge(graphdef, parameters), tokens)[:, :-1] / temperature)
+        return jnp.sum(weight[:, 1:] * jnp.take_along_axis(logprobs, tokens[:, 1:, None], axis=-1)[:, :, 0])
+
+    return jax.jit(jax.grad(total))(parameters)
+
+
+OBJECTIVES = {
+    "plain": {},
+    "k3": {"kl": 0.3},
+    "k1": {"kl": 0.3, "kl_estimator": "k1"},
+    "importance": {"importance_cap": 1.1, "kl": 0.2},
+    "paper": {"kl": 0.3, "aggregate": "paper"},
+    "sequence": {"kl": 0.3, "aggregate": "sequence"},
+}
+
+
+@pytest.mark.parametrize("changes", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_loss_and_gradient_are_the_equations_in_numpy(changes):
+    """On small packed trees, with ratios on both sides of both clips under both signs of the advantage: the sums, and
+    the gradient, which is that of the paths forwarded one by one."""
+    rng, noise = random.Random(1), np.random.default_rng(1)
+    model = make_model(2)
+    config = make_config(**{"clip_low": 0.2, "clip_high": 0.3, "temperature": 0.7} | changes)
+    names = ("loss", "weight", "trained", "difference", "clipped_low", "clipped_high", "importance", "kl", "entropy")
+    right, most = dict.fromkeys(names, 0.0), 0.0
+    pieces, slopes, columns = [], [], {"old": [], "reference": []}
+    for advantage in (1.5, -0.5):
+        for piece in tree_pieces(ThreadTree(random_thread(rng, depth=1)), advantage, config, window=64):
+            p, entropy = plain_logprobs(model, piece, 0.7)
+            b, o, q = (p + noise.normal(0, 0.3, len(p)) for _ in range(3))
+            pieces.append(dataclasses.replace(piece, logprobs=np.where(piece.sampled, b, 99).astype(np.float32)))
+            columns["old"].append(o)
+            columns["reference"].append(q)
+            slope = np.zeros(len(piece))
+            for t in range(len(piece)):
+                if piece.sampled[t] and piece.predecessors[t] >= 0:
+                    loss, slope[t], ratio, weight, k3 = token_terms(config, piece, advantage, p, b, o, q, t)
+                    right["loss"] += loss
+                    right["weight"] += piece.share[t]
+                    right["trained"] += 1
+                    right["difference"] += abs(p[t] - b[t])
+                    most = max(most, abs(p[t] - b[t]))
+                    right["clipped_low"] += ratio < 0.8
+                    right["clipped_high"] += ratio > 1.3
+                    right["importance"] += weight
+                    right["kl"] += k3 if config.kl else 0
+                    right["entropy"] += entropy[t]
+            slopes.append(slope)
+    rows = pack_rows([pieces], sum(map(len, pieces)) + 7)
+    for name, values in columns.items():
+        rows[name] = np.zeros_like(rows["logprobs"])
+        rows[name][0, :-7] = np.concatenate(values)
+    graphdef, parameters = nnx.split(model)
+
+    def total(parameters):
+        return grpo_loss(nnx.merge(graphdef, parameters), rows, config)
+
+    (loss, sums), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(parameters)
+    assert right["clipped_low"] > 2 and right["clipped_high"] > 2
+    for name, value in dict(sums, loss=loss).items():
+        expected = most if name == "max_difference" else right[name]
+        assert float(value) == pytest.approx(expected, rel=1e-3, abs=1e-4), name
+    by_paths = gradient_by_paths(model, pieces, slopes, 0.7)
+    for ours, alone in zip(jax.tree.leaves(gradient), jax.tree.leaves(by_paths), strict=True):
+        np.testing.assert_allclose(ours, alone, rtol=1e-3, atol=1e-4 * float(jnp.abs(alone).max()))
+
+
+def test_the_first_ratio_is_one_wherever_the_old_policy_is_the_trainers_own():
+    """With a cap the trainer's own log-probabilities are the old ones, and what the sampler's differ by is a weight."""
+    model, config = make_model(2), make_config(importance_cap=2.0)
+    pieces = tree_pieces(hand_made_tree(), 1.0, config, window=64)
+    rows = pack_rows([pieces], sum(map(len, pieces)))
+    rows["old"] = np.asarray(policy_logprobs(model, rows, 1.0))
+    for shift, weight in ((-1.0, 2.0), (0.5, np.exp(-0.5))):  # the sampler's are below, or above, the trainer's
+        rows["logprobs"] = rows["old"] + np.float32(shift)
+        loss, sums = grpo_loss(model, rows, config)
+        assert sums["clipped_low"] == sums["clipped_high"] == 0
+        assert float(sums["importance"] / sums["trained"]) == pytest.approx(weight, rel=1e-4)
+        assert float(loss) == pytest.approx(-weight * float(sums["weight"]), rel=1e-4)
+
+
+def test_the_gradient_of_k1_is_that_of_the_divergence():
+    """On average over what the model draws: here every word once, weighed by its probability, after the same prompt.
+    (As a term of the loss it would be 0: the mean of the gradient of a log-probability.)"""
+    model, config = make_model(2), make_config(kl=1.0, kl_estimator="k1")
+    V = model.config.vocab_size
+    graphdef, parameters = nnx.split(model)
+    reference = jnp.asarray(log_softmax(np.random.default_rng(0).normal(size=V)), jnp.float32)
+    log_p = jnp.asarray(log_softmax(plain_logits(model, [5]))[0])
+    words = [Thread((Block((5,), False), Block((word,), True))) for word in range(V)]
+    rows = pack_rows([tree_pieces(ThreadTree(thread), 0.0, config, window=64) for thread in words], 64)
+    rows["logprobs"][:, 1], rows["share"][:, 1] = log_p, jnp.exp(log_p)
+    rows["reference"] = np.zeros_like(rows["logprobs"])
+    rows["reference"][:, 1] = reference
+
+    def divergence(parameters):
+        logits = causal_logits(nnx.merge(graphdef, parameters), jnp.full((1, 1), 5, jnp.int32))[0, 0]
+        log_p = jax.nn.log_softmax(logits)
+        return jnp.sum(jnp.exp(log_p) * (log_p - reference))
+
+    ours = jax.jit(jax.grad(lambda parameters: grpo_loss(nnx.merge(graphdef, parameters), rows, config)[0]))(parameters)
+    exact = jax.jit(jax.grad(divergence))(parameters)
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(exact))
+    for one, right in zip(jax.tree.leaves(ours), jax.tree.leaves(exact), strict=True):
+        np.testing.assert_allclose(one, right, rtol=1e-3, atol=1e-5 * largest)
+
+
+@pytest.mark.parametrize(
+    "aggregate, root, child, kl_root",
+    [
+        ("tree", 1 / 9, 1 / 9, 1 / 9),
+        ("sequence", 1 / 15, 1 / 12, 1 / 15),
+        ("paper", 1 / 15, 1 / 12, 1 / 5),
+        ("token", 1.0, 1.0, 1.0),
+        ("constant", 1 / 64, 1 / 64, 1 / 64),
+    ],
+)
+def test_every_way_to_aggregate_gives_its_share(aggregate, root, child, kl_root):
+    pieces = tree_pieces(hand_made_tree(), -0.5, make_config(aggregate=aggregate), window=64)
+    assert [int(piece.sampled.sum()) for piece in pieces] == [5, 4, 0]
+    np.testing.assert_allclose(pieces[0].share, root, rtol=1e-6)
+    np.testing.assert_allclose(pieces[1].share, child, rtol=1e-6)
+    np.testing.assert_allclose(pieces[0].kl_share, kl_root, rtol=1e-6)
+    assert all((piece.advantage == -0.5).all() for piece in pieces)
+    assert [piece.tokens.tolist() for piece in pieces] == [
+        piece.tokens.tolist() for piece in lay_out_tree(hand_made_tree())
+    ]
+
+
+def nested_tree():
+    """A root with two spawns: of two children, the first of which has two of its own, and of one."""
+    leaf = Thread((Block((5,), False), Block((7,), True)))
+    call, join = (Block((12,), True),), Block((14,), False)
+    first = Thread((Block((5,), False), Block((8,), True), Spawn(call, (leaf, dataclasses.replace(leaf)), join)))
+    second, alone = dataclasses.replace(leaf), dataclasses.replace(leaf)
+    root = (Block((6,), False), Spawn(call, (first, second), join), Spawn(call, (alone,), join))
+    return Thread(root)
+
+
+def test_a_childs_credit_is_against_its_siblings_and_goes_down_to_its_own_children():
+    """Depth first: root, first, its two, second, alone."""
+    tree = ThreadTree(nested_tree(), {"children_correct": [True, False, True, False, True]})
+    assert child_advantages(tree, normalise=False) == [0, 0.5, 0.0, 1.0, -0.5, 0]
+    assert child_advantages(tree, normalise=True) == [0, 1, 0, 2, -1, 0]
+    pieces = tree_pieces(tree, 3.0, make_config(child_credit=0.5, normalise=False), window=64)
+    assert [piece.advantage[0] for piece in pieces] == [3.0, 3.25, 3.0, 3.5, 2.75, 3.0]
+    blank = tree_pieces(tree, 3.0, make_config(), window=64)
+    assert all((piece.advantage == 3).all() for piece in blank)
+
+
+def test_children_that_inherit_have_their_own_credit_within_one_piece():
+    def child(token):
+        return Thread((Block((5,), False), Block((token,), True)), inherits=True)
+
+    spawn = Spawn((Block((12,), True),), (child(7), child(8)), Block((14,), False))
+    tree = ThreadTree(Thread((Block((6,), False), spawn)), {"children_correct": [False, True]})
+    (piece,) = tree_pieces(tree, 0.0, make_config(child_credit=1.0), window=64)
+    gains = dict(zip(piece.tokens.tolist(), piece.advantage.tolist()))
+    assert (gains[6], gains[7], gains[8]) == (0, -1, 1)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"aggregate": "mean"}, "aggregate is one of tree, sequence, paper, token, constant, was given 'mean'"),
+        ({"kl_estimator": "k2"}, "kl_estimator is one of k1, k3, was given 'k2'"),
+        ({"group": 1}, "was given 1"),
+        ({"temperature": 0.0}, "was given 0.0"),
+        ({"validate_every": 2, "validation": 0}, "at least 1 problem, was given 0"),
+    ],
+)
+def test_configs_that_cannot_be_are_refused_with_what_was_given(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(**changes)
