@@ -55,7 +55,7 @@ def accuracy_bars(models: Mapping[str, Sequence[Record]], path: str | Path) -> N
         axes.set_ylabel("problems answered right (%)")
         axes.grid(axis="x", visible=False)
 
-    _figure(path, "Accuracy by model (bars: 95 % Wilson intervals)", draw)
+    save_figure(path, "Accuracy by model (bars: 95 % Wilson intervals)", draw)
 
 
 def accuracy_against_window(models: Mapping[str, Sequence[Record]], path: str | Path) -> None:
@@ -97,7 +97,7 @@ def sft_losses(runs: Mapping[str, Sequence[dict[str, float]]], path: str | Path)
         axes.set_ylabel("loss (nats per token, log scale)")
         _legend(axes, "upper right")
 
-    _figure(path, "Supervised training: loss per token", draw)
+    save_figure(path, "Supervised training: loss per token", draw)
 
 
 def grpo_rewards(runs: Mapping[str, Sequence[dict[str, float]]], path: str | Path) -> None:
@@ -125,7 +125,7 @@ def grpo_rewards(runs: Mapping[str, Sequence[dict[str, float]]], path: str | Pat
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _legend(axes, "lower right")
 
-    _figure(path, "Reinforcement learning: sampled trees that are right (faint: each step)", draw)
+    save_figure(path, "Reinforcement learning: sampled trees that are right (faint: each step)", draw)
 
 
 # ---------------------------------------------------------------------- parts
@@ -152,10 +152,10 @@ def _cumulative(models: Mapping[str, Sequence[Record]], path, cost: Callable[[Re
         axes.set_ylabel("problems answered right (%)")
         _legend(axes, "lower right", title="model (without limit)")
 
-    _figure(path, f"{title}, 95 % bands", draw)
+    save_figure(path, f"{title}, 95 % bands", draw)
 
 
-def _figure(path: str | Path, title: str, draw: Callable[[Axes], None]) -> None:
+def save_figure(path: str | Path, title: str, draw: Callable[[Axes], None]) -> None:
     """Figures are made without pyplot: no display, no state between two of them, any thread."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

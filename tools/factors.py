@@ -16,12 +16,14 @@ from pathlib import Path
 import jax
 from absl import flags
 from flax import nnx
+from jax.sharding import Mesh
 
 from apr_jax.evaluate.evaluate import evaluate, summarise
 from apr_jax.model.llama import Llama, LlamaConfig
 from apr_jax.rollout.engine import JaxEngine
 from apr_jax.tags import WORDS, FactorTask, TagProtocol, solve, spans, tag_tokenizer
-from apr_jax.threads import encode_tree
+from apr_jax.text.tokenizer import Tokenizer
+from apr_jax.threads import ThreadTree, encode_tree
 from apr_jax.threads.engine import Sampling
 from apr_jax.threads.run import Budget, TreeRunner
 from apr_jax.train.optimizer import OptimizerConfig
@@ -50,23 +52,29 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     problems = spans(LARGEST)
     random.Random(0).shuffle(problems)
     train, held_out = problems[HELD_OUT:], problems[:HELD_OUT]
-    trees = [encode_tree(solve(one, inherit), tokenizer.encode, tokenizer.bos, tokenizer.eos) for one in train]
-    pieces = [piece for tree in trees for piece in lay_out_tree(tree)]
-
+    trees = [solve(one, inherit) for one in train]
     mesh = data_mesh(jax.device_count())
-    model = Llama(LlamaConfig(len(tokenizer), width=64, layers=2, heads=4, kv_heads=1, context=256), rngs=nnx.Rngs(0))
-    optimizer = OptimizerConfig(
-        name="muon", peak_rate=3e-3, muon_rate=0.02, warmup_steps=20, schedule="linear", end_rate=0.02
-    )
-    config = SftConfig(steps=steps, batch_rows=4 * mesh.size, row_length=256, optimizer=optimizer, log_every=100)
-    meta = {"model": vars(model.config), "stage": "sft", "inherit": inherit}
-    model = run_sft(model, pieces, pieces[:64], config, mesh, workdir / "sft", meta)
+    model = train_pupil(trees, tokenizer, mesh, steps, workdir / "sft", {"inherit": inherit})
 
     engine = JaxEngine(model, mesh, slots=32 * mesh.size, context=WINDOW)
     runner = TreeRunner(engine, protocol, tokenizer, Budget(WINDOW, depth=3), Sampling(0.0))
     records = evaluate(runner, held_out, workdir / "evaluate.jsonl", name="factors")
     summary = summarise(records)
     print(json.dumps(summary))
+
+
+def train_pupil(
+    trees: Sequence[ThreadTree], tokenizer: Tokenizer, mesh: Mesh, steps: int, folder: Path, meta: dict
+) -> Llama:
+    """A small model trained on all threads of trees of text, or what is left to train of it."""
+    encoded = [encode_tree(tree, tokenizer.encode, tokenizer.bos, tokenizer.eos) for tree in trees]
+    pieces = [piece for tree in encoded for piece in lay_out_tree(tree)]
+    model = Llama(LlamaConfig(len(tokenizer), width=64, layers=2, heads=4, kv_heads=1, context=256), rngs=nnx.Rngs(0))
+    optimizer = OptimizerConfig(
+        name="muon", peak_rate=3e-3, muon_rate=0.02, warmup_steps=20, schedule="linear", end_rate=0.02
+    )
+    config = SftConfig(steps=steps, batch_rows=4 * mesh.size, row_length=256, optimizer=optimizer, log_every=100)
+    return run_sft(model, pieces, pieces[:64], config, mesh, folder, {"stage": "sft", **meta})
 
 
 def main(argv: Sequence[str]) -> int:

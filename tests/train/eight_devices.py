@@ -26,7 +26,7 @@ from apr_jax.countdown.solver import SOLVERS  # noqa: E402
 from apr_jax.countdown.vocabulary import countdown_tokenizer  # noqa: E402
 from apr_jax.model.llama import Llama, LlamaConfig  # noqa: E402
 from apr_jax.rollout.engine import JaxEngine  # noqa: E402
-from apr_jax.threads import encode_tree  # noqa: E402
+from apr_jax.threads import ThreadTree, encode_tree  # noqa: E402
 from apr_jax.threads.engine import Sampling  # noqa: E402
 from apr_jax.threads.run import Budget, TreeRunner, run_all  # noqa: E402
 from apr_jax.threads.store import SAMPLED_ROLES  # noqa: E402
@@ -39,6 +39,7 @@ from apr_jax.train.step import Trainer, data_mesh  # noqa: E402
 from experiments.configs import paper  # noqa: E402
 from experiments.settings import read_settings  # noqa: E402
 from tests.tiny import TOKENIZER, NonsenseProtocol, make_model, random_thread, spawning_model, without_logprobs  # noqa: E402
+from tests.train.objectives import make_config  # noqa: E402
 
 
 def apart(a, b):
@@ -140,6 +141,27 @@ def tokens():
     return {"threads": threads, "equal": [without_logprobs(a) == without_logprobs(b) for a, b in zip(*found)]}
 
 
+def policy():
+    """Two inner steps of GRPO with a reference and importance weights on the same trees: by 8 devices, of which two
+    share a copy of the weights, and by 1."""
+    model, rng = spawning_model(1, kv_heads=4), random.Random(5)
+    groups = [[ThreadTree(random_thread(rng, depth=1, logprobs=True), {"correct": i % 2}) for i in range(4)]
+              for _ in range(3)]  # fmt: skip
+    weights = []
+    for devices, fsdp in ((8, 2), (1, 1)):
+        config = make_config(inner_steps=2, kl=0.1, importance_cap=2.0, aggregate="paper", batch_rows=8)
+        trainer = GrpoTrainer(
+            model, NonsenseProtocol(2), TOKENIZER, Budget(64), config, data_mesh(devices, fsdp), slots=8
+        )
+        state, metrics = trainer.update(trainer.trainer.init(model), groups)
+        weights.append((jax.device_get(state.weights), metrics))
+    (eight, ours), (one, other) = weights
+    return {
+        "apart": apart(eight, one), "moved": apart(one, nnx.to_pure_dict(nnx.state(model))),
+        "metrics": {name: [ours[name], other[name]] for name in ours if "seconds" not in name},
+    }  # fmt: skip
+
+
 def preset():
     """The paper's preset, narrow, with short rows and a tiny window: one step of each kind on all 8 devices."""
     c = paper.get_config()
@@ -166,7 +188,7 @@ def preset():
         trained, CountdownProtocol("apr"), tokenizer, settings.budget, settings.grpo, mesh, settings.grpo_slots
     )
     state = trainer.trainer.init(trained)
-    groups = trainer.sample(state, 1, problems[:2])
+    groups, _ = trainer.sample(state, 1, problems[:2])
     # An untrained model solves nothing: the rewards are given, or there would be no update.
     groups = [
         [dataclasses.replace(tree, info={**tree.info, "correct": i == 0}) for i, tree in enumerate(group)]
@@ -184,5 +206,5 @@ def preset():
 
 if __name__ == "__main__":
     assert jax.device_count() == 8
-    parts = (step, sharded, elsewhere, tokens, preset)
+    parts = (step, sharded, elsewhere, tokens, policy, preset)
     print(json.dumps({part.__name__: part() for part in parts}))

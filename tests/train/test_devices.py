@@ -88,6 +88,14 @@ def test_sampled_tokens_depend_on_no_number_of_devices(found):
     assert all(found["tokens"]["equal"]) and found["tokens"]["threads"] > 40
 
 
+def test_eight_devices_update_a_policy_as_one_does(found):
+    """With the reference and the old log-probabilities scored where the rows lie, and sharded weights."""
+    policy = found["policy"]
+    assert policy["apart"] < 1e-4 and policy["moved"] > 5e-3
+    for name, (eight, one) in policy["metrics"].items():
+        assert eight == pytest.approx(one, rel=1e-3, abs=1e-5), name
+
+
 def test_the_paper_s_preset_builds_and_takes_a_step_of_each_kind_on_eight_devices(found):
     preset = found["preset"]
     assert set(preset["devices"]) == {8} and preset["slots"] == [2]

@@ -1,0 +1,132 @@
+"""A model that adapts its parallelism to what is paid for: GRPO with two prices on one task.
+
+    python -m tools.adaptive                         # two to three minutes on two cores
+
+The task is `apr_jax.tags`' factor search over ranges of 48 candidates. The teacher gives 1, 2, 3, 4, 6 or 8 parts of a
+range to as many threads, at random: every tree does the same work; more threads mean fewer tokens one after the other
+and more of them in all. The pupil knows all of these ways, and GRPO takes it in one of two directions: a price on
+sequential tokens makes it spawn, a price on all tokens makes it stop. Prints a table of held-out problems, and
+writes it with every step's means to --out, with a figure beside it.
+"""
+
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from absl import flags
+from matplotlib.axes import Axes
+
+from apr_jax.evaluate.evaluate import evaluate, summarise
+from apr_jax.rollout.engine import JaxEngine
+from apr_jax.tags import WORDS, FactorTask, Span, TagProtocol, solve_in_parts, tag_tokenizer
+from apr_jax.threads.engine import Sampling
+from apr_jax.threads.run import Budget, TreeRunner
+from apr_jax.train.grpo import run_grpo
+from apr_jax.train.objective import GrpoConfig
+from apr_jax.train.optimizer import OptimizerConfig
+from apr_jax.train.reward import Prices
+from apr_jax.train.step import data_mesh
+from experiments import figures
+from tools import command
+from tools.factors import train_pupil
+
+LARGEST, RANGE = 60, 48  # number, candidates
+PARTS = (1, 2, 3, 4, 6, 8)  # threads that a teacher's tree splits its range over
+HELD_OUT = 100  # problems
+BUDGET = Budget(256)
+PRICES = {"sequential tokens": Prices(sequential_token=0.002), "all tokens": Prices(token=0.002)}
+QUANTITIES = {
+    "children": "children per tree", "sequential_tokens": "sequential tokens", "total_tokens": "tokens of all threads",
+    "correct": "right",
+}  # fmt: skip
+
+
+def _define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("workdir", "runs/adaptive", "Folder of the runs; goes on where it stopped.", flag_values=values)
+    flags.DEFINE_integer("sft_steps", 800, "Of supervised training.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("steps", 30, "Of GRPO.", lower_bound=1, flag_values=values)
+    flags.DEFINE_string("out", None, "JSON file to write; the figure stands beside it.", flag_values=values)
+
+
+def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
+    if arguments:
+        raise ValueError(f"only flags are taken, was given {arguments[0]!r}")
+    sft_steps, steps, out = (values[name].value for name in ("sft_steps", "steps", "out"))
+    workdir = Path(values["workdir"].value) / f"{sft_steps}_{steps}"
+    protocol, tokenizer = TagProtocol(FactorTask()), tag_tokenizer(WORDS, LARGEST)
+    rng = random.Random(0)
+    problems = [
+        Span(number, first, first + RANGE - 1)
+        for number in range(2, LARGEST + 1)
+        for first in range(2, LARGEST - RANGE + 2)
+    ]
+    rng.shuffle(problems)
+    train, held_out = problems[HELD_OUT:], problems[:HELD_OUT]
+    trees = [solve_in_parts(problem, rng.choice(PARTS)) for problem in train for _ in range(4)]
+    mesh = data_mesh(jax.device_count())
+    models = {"before": train_pupil(trees, tokenizer, mesh, sft_steps, workdir / "sft", {})}
+    slots = 64 * mesh.size
+    for name, prices in PRICES.items():
+        config = GrpoConfig(
+            steps=steps, prompts=12, group=8, batch_rows=4 * mesh.size, row_length=512, inner_steps=1, prices=prices,
+            aggregate="constant", normalise=False, save_every=10,
+            optimizer=OptimizerConfig(name="muon", peak_rate=1e-3, muon_rate=5e-3, warmup_steps=1, schedule="constant"),
+        )  # fmt: skip
+        models[name] = run_grpo(
+            models["before"], train, protocol, tokenizer, BUDGET, config, mesh, slots, _folder(workdir, name), {}
+        )
+    found = {"device": jax.devices()[0].device_kind, "sft_steps": sft_steps, "held_out": {}, "steps": {}}
+    for name, model in models.items():
+        engine = JaxEngine(model, mesh, slots=slots, context=BUDGET.context)
+        runner = TreeRunner(engine, protocol, tokenizer, BUDGET, Sampling(1.0))
+        records = evaluate(runner, held_out, _folder(workdir, name) / "evaluate.jsonl", name=name)
+        summary = summarise(records)
+        found["held_out"][name] = {key: summary[key if key != "correct" else "accuracy"] for key in QUANTITIES}
+        if name in PRICES:
+            lines = figures.read_metrics(_folder(workdir, name) / "metrics.jsonl")
+            found["steps"][name] = {key: [line[f"rollout/{key}"] for line in lines] for key in QUANTITIES}
+    print(table(found))
+    command.write_json(out, found)
+    if out:
+        draw(found, Path(out).with_suffix(".png"))
+
+
+def _folder(workdir: Path, name: str) -> Path:
+    return workdir / name.replace(" ", "_")
+
+
+def table(found: dict) -> str:
+    """The held-out problems' means, before GRPO and after each price."""
+    lines = [f"{'':<26}" + "".join(f"{title:>24}" for title in QUANTITIES.values())]
+    for name, row in found["held_out"].items():
+        title = name if name == "before" else f"price on {name}"
+        shown = (f"{row[key]:.0%}" if key == "correct" else f"{row[key]:.1f}" for key in QUANTITIES)
+        lines.append(f"{title:<26}" + "".join(f"{value:>24}" for value in shown))
+    return "\n".join(lines)
+
+
+def draw(found: dict, path: Path) -> None:
+    """Children per tree of every step's rollouts, one line a price."""
+
+    def lines(axes: Axes) -> None:
+        for i, (name, rows) in enumerate(found["steps"].items()):
+            values = rows["children"]
+            axes.plot(range(1, len(values) + 1), values, lw=2.2, marker=figures.MARKERS[i], label=f"price on {name}",
+                      color=figures.COLOURS[i], ls=figures.LINES[i])  # fmt: skip
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("GRPO step")
+        axes.set_ylabel("children per tree")
+        axes.legend(loc="upper left", frameon=True, framealpha=0.85, edgecolor="none")
+
+    figures.save_figure(path, "What is paid for decides how parallel the model works", lines)
+
+
+def main(argv: Sequence[str]) -> int:
+    command.use_all_cores()
+    return command.run(__doc__, _define, _work, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
