@@ -36,7 +36,8 @@ def write_report(workdir: Path) -> str:
         if {f"{style} SFT", f"{style} SFT+GRPO"} <= records.keys():
             mean, low, high, gained, lost = paired_difference(records[f"{style} SFT"], records[f"{style} SFT+GRPO"])
             lines += ["", f"GRPO over {style} SFT on the same problems: {100 * mean:+.1f} points "
-                      f"({100 * low:+.1f} to {100 * high:+.1f}), {gained} gained, {lost} lost."]  # fmt: skip
+                      f"({100 * low:+.1f} to {100 * high:+.1f}), {gained} gained, {lost} lost. "
+                      + _changes(style, summaries[f"{style} SFT"], summaries[f"{style} SFT+GRPO"])]  # fmt: skip
     check = workdir / "export" / "check.json"
     if check.exists():
         found = json.loads(check.read_text())
@@ -69,6 +70,24 @@ def write_report(workdir: Path) -> str:
     write_text(workdir / "summary.json", json.dumps(summaries, indent=1))
     write_text(workdir / "report.md", text)
     return text
+
+
+# What GRPO changed in the paper (figures 5 and 7): 6.1 to 8.2 children, 1,471 to 1,796 tokens a sequence; SoS+ is one.
+PAPER_CHANGES = {"APR": {"children": 0.344, "tokens a sequence": 0.221}, "SoS+": {"tokens a sequence": 2660 / 2201 - 1}}
+
+
+def _changes(style: str, before: dict, after: dict) -> str:
+    """What GRPO changed in the shape of trees, beside what it changed in the paper."""
+    quantities = {
+        "children": lambda s: s["children"],
+        "tokens a sequence": lambda s: s["total_tokens"] / (1 + s["children"]),
+    }
+    parts = []
+    for name, theirs in PAPER_CHANGES[style].items():
+        old, new = quantities[name](before), quantities[name](after)
+        change = f"{100 * (new / old - 1):+.1f} %" if old else "from none"
+        parts.append(f"{name} {old:.1f} to {new:.1f} ({change}; paper {100 * theirs:+.1f} %)")
+    return "; ".join(parts).capitalize() + "."
 
 
 def _row(title: str, s: dict, trained: float) -> str:

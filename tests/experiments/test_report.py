@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from apr_jax.evaluate.evaluate import read_records
-from experiments.report import write_report
+from experiments.report import _changes, write_report
 
 ROWS = {"sft_sosp": "SoS+ SFT", "sft_apr": "APR SFT", "grpo_apr": "APR SFT+GRPO"}
 
@@ -30,7 +30,17 @@ def test_every_model_has_a_row_and_a_summary(whole_run):
     before, after = (read_records(folder / "evaluate" / f"{name}.jsonl") for name in ("sft_apr", "grpo_apr"))
     points = 100 * (sum(r.correct for r in after) - sum(r.correct for r in before)) / 12
     assert f"GRPO over APR SFT on the same problems: {points:+.1f} points (" in text
+    assert "tokens a sequence" in text and "; paper +22.1 %)" in text
     assert text in whole_run.out
+
+
+def test_what_grpo_changed_stands_beside_the_paper():
+    before, after = {"children": 3.0, "total_tokens": 2000}, {"children": 4.5, "total_tokens": 3300}
+    assert _changes("APR", before, after) == (
+        "Children 3.0 to 4.5 (+50.0 %; paper +34.4 %); tokens a sequence 500.0 to 600.0 (+20.0 %; paper +22.1 %)."
+    )
+    assert _changes("APR", before | {"children": 0}, after).startswith("Children 0.0 to 4.5 (from none; paper")
+    assert "children" not in _changes("SoS+", before | {"children": 0}, after | {"children": 0}).lower()
 
 
 def test_the_solvers_line_agrees_with_the_manifest(whole_run):
