@@ -36,7 +36,7 @@ LARGEST, RANGE = 60, 48  # number, candidates
 PARTS = (1, 2, 3, 4, 6, 8)  # threads that a teacher's tree splits its range over
 HELD_OUT = 100  # problems
 BUDGET = Budget(256)
-PRICES = {"sequential tokens": Prices(sequential_token=0.0008), "all tokens": Prices(token=0.0008)}
+PRICES = {"sequential tokens": Prices(sequential_token=0.002), "all tokens": Prices(token=0.0008)}
 QUANTITIES = {
     "children": "children per tree", "sequential_tokens": "sequential tokens", "total_tokens": "tokens of all threads",
     "correct": "right",
@@ -46,7 +46,7 @@ QUANTITIES = {
 def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", "runs/adaptive", "Folder of the runs; goes on where it stopped.", flag_values=values)
     flags.DEFINE_integer("sft_steps", 3000, "Of supervised training.", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer("steps", 30, "Of GRPO.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("steps", 60, "Of GRPO.", lower_bound=1, flag_values=values)
     flags.DEFINE_string("out", None, "JSON file to write; the figure stands beside it.", flag_values=values)
 
 

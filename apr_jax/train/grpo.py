@@ -249,7 +249,7 @@ def run_grpo(
         with Notice() as notice:
             if best is not None and not start:
                 log.write(0, validate(0))
-            told, ended = False, time.monotonic()
+            told, step, ended = False, start, time.monotonic()
             for step in range(start + 1, config.steps + 1):
                 clock = _Clock()
                 count = min(config.prompts * (1 + config.fresh_rounds), len(sampled))
