@@ -1,12 +1,12 @@
 """A model that adapts its parallelism to what is paid for: GRPO with two prices on one task.
 
-    python -m tools.adaptive                         # two to three minutes on two cores
+    python -m tools.adaptive                         # some minutes on two cores
 
-The task is `apr_jax.tags`' factor search over ranges of 48 candidates. The teacher gives 1, 2, 3, 4, 6 or 8 parts of a
-range to as many threads, at random: every tree does the same work; more threads mean fewer tokens one after the other
-and more of them in all. The pupil knows all of these ways, and GRPO takes it in one of two directions: a price on
-sequential tokens makes it spawn, a price on all tokens makes it stop. Prints a table of held-out problems, and
-writes it with every step's means to --out, with a figure beside it.
+The task is `apr_jax.tags`' sum of 26 digits, of which none can be skipped. The teacher adds up alone or shares the digits
+out to 2, 3, 4 or 6 threads, at random: more threads are fewer tokens one after the other and more of them in all. The
+pupil knows all of these ways, and GRPO takes it in one of two directions: a price on sequential tokens makes it spawn
+more, a price on all tokens makes it stop. Prints a table of problems that were held out, and writes it with every step's
+means to --out, with a figure beside it.
 """
 
 import random
@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 
 from apr_jax.evaluate.evaluate import evaluate, summarise
 from apr_jax.rollout.engine import JaxEngine
-from apr_jax.tags import WORDS, FactorTask, Span, TagProtocol, solve_in_parts, tag_tokenizer
+from apr_jax.tags import SUM_WORDS, DigitSum, SumTask, TagProtocol, solve_sum, tag_tokenizer
 from apr_jax.threads.engine import Sampling
 from apr_jax.threads.run import Budget, TreeRunner
 from apr_jax.train.grpo import run_grpo
@@ -32,11 +32,11 @@ from experiments import figures
 from tools import command
 from tools.factors import train_pupil
 
-LARGEST, RANGE = 60, 48  # number, candidates
-PARTS = (1, 2, 3, 4, 6, 8)  # threads that a teacher's tree splits its range over
-HELD_OUT = 100  # problems
+DIGITS = 26
+PARTS = (1, 2, 3, 4, 6)  # threads that a teacher's tree shares its digits out to
+TRAIN, HELD_OUT = 6000, 200  # problems
 BUDGET = Budget(256)
-PRICES = {"sequential tokens": Prices(sequential_token=0.002), "all tokens": Prices(token=0.0008)}
+PRICES = {"sequential tokens": Prices(sequential_token=0.002), "all tokens": Prices(token=0.002)}
 QUANTITIES = {
     "children": "children per tree", "sequential_tokens": "sequential tokens", "total_tokens": "tokens of all threads",
     "correct": "right",
@@ -55,18 +55,13 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
         raise ValueError(f"only flags are taken, was given {arguments[0]!r}")
     sft_steps, steps, out = (values[name].value for name in ("sft_steps", "steps", "out"))
     workdir = Path(values["workdir"].value) / f"{sft_steps}_{steps}"
-    protocol, tokenizer = TagProtocol(FactorTask()), tag_tokenizer(WORDS, LARGEST)
+    protocol, tokenizer = TagProtocol(SumTask(), inherit=True), tag_tokenizer(SUM_WORDS, 9)
     rng = random.Random(0)
-    problems = [
-        Span(number, first, first + RANGE - 1)
-        for number in range(2, LARGEST + 1)
-        for first in range(2, LARGEST - RANGE + 2)
-    ]
-    rng.shuffle(problems)
-    train, held_out = problems[HELD_OUT:], problems[:HELD_OUT]
-    trees = [solve_in_parts(problem, rng.choice(PARTS)) for problem in train for _ in range(4)]
+    problems = [DigitSum(tuple(rng.choices(range(10), k=DIGITS))) for _ in range(TRAIN + HELD_OUT)]
+    train, held_out = problems[:TRAIN], problems[TRAIN:]
+    trees = [solve_sum(problem, rng.choice(PARTS)) for problem in train]
     mesh = data_mesh(jax.device_count())
-    models = {"before": train_pupil(trees, tokenizer, mesh, sft_steps, workdir / "sft", {})}
+    models = {"before": train_pupil(trees, tokenizer, mesh, sft_steps, workdir / "sft", {}, row=512)}
     slots = 64 * mesh.size
     for name, prices in PRICES.items():
         config = GrpoConfig(

@@ -1,6 +1,10 @@
-"""Threads of free text with tags, and a small task on them: a second protocol beside Countdown's."""
+"""Threads of free text with tags, and two small tasks on them: a second protocol beside Countdown's."""
 
-from apr_jax.tags.factors import WORDS, FactorTask, Span, solve, solve_in_parts, spans
+from apr_jax.tags.factors import WORDS, FactorTask, Span, solve, spans
 from apr_jax.tags.protocol import TagProtocol, tag_tokenizer
+from apr_jax.tags.sums import SUM_WORDS, DigitSum, SumTask, solve_sum
 
-__all__ = ["WORDS", "FactorTask", "Span", "TagProtocol", "solve", "solve_in_parts", "spans", "tag_tokenizer"]
+__all__ = [
+    "SUM_WORDS", "WORDS", "DigitSum", "FactorTask", "Span", "SumTask", "TagProtocol", "solve", "solve_sum", "spans",
+    "tag_tokenizer",
+]  # fmt: skip

@@ -8,7 +8,8 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
-from apr_jax.threads.tree import Block, Spawn, Thread, ThreadTree
+from apr_jax.tags.protocol import tag_spawn
+from apr_jax.threads.tree import Block, Thread, ThreadTree
 
 MOST_TRIED = 3  # candidates of one thread
 WORDS = (" in ", " to ", "in ", " no\n", " yes\n", "/")
@@ -74,21 +75,6 @@ def solve(problem: Span, inherit: bool = False) -> ThreadTree:
     return ThreadTree(_thread(problem, inherit, top=True), {"number": problem.number})
 
 
-def solve_in_parts(problem: Span, parts: int) -> ThreadTree:
-    """The tree of text of a solver that does not halve: the root gives `parts` even parts of its range to children, who
-    try all candidates of theirs one after the other, with 1 the root itself. So every tree of a range does the same
-    work, in more or fewer threads."""
-    count = problem.last - problem.first + 1
-    if not 1 <= parts <= count:
-        raise ValueError(f"a range of {count} has 1 to {count} parts, was given {parts}")
-    if parts == 1:
-        return ThreadTree(_trying(problem, f"{problem.number} ", to_the_end=True), {"parts": 1})
-    edges = [problem.first + count * part // parts for part in range(parts + 1)]
-    spans = [Span(problem.number, first, end - 1) for first, end in zip(edges, edges[1:])]
-    children = tuple(_trying(span, f"{problem.number} ", to_the_end=True) for span in spans)
-    return ThreadTree(_spawning(problem, spans, children, f"{problem.number} "), {"parts": parts})
-
-
 def _thread(span: Span, inherit: bool, top: bool = False) -> Thread:
     named = "" if inherit and not top else f"{span.number} "
     inherits = inherit and not top
@@ -106,22 +92,15 @@ def _answer(span: Span) -> str:
     return "" if span.divisor is None else f"<return>{span.divisor}</return>"
 
 
-def _trying(span: Span, named: str, inherits: bool = False, to_the_end: bool = False) -> Thread:
-    """A thread that tries its candidates up to the first divisor, or all."""
-    last = span.last if to_the_end else span.divisor or span.last
-    tried = range(span.first, last + 1)
-    lines = "".join(f"{span.number}/{d} {'no' if span.number % d else 'yes'}\n" for d in tried)
+def _trying(span: Span, named: str, inherits: bool) -> Thread:
+    """A thread that tries its candidates up to the first divisor."""
+    tried = range(span.first, (span.divisor or span.last) + 1)
+    lines = "".join(f"{span.number}/{d} {'yes' if d == span.divisor else 'no'}\n" for d in tried)
     return Thread((_prompt(span, named), Block(lines + _answer(span), sampled=True)), inherits=inherits)
 
 
-def _spawning(
-    span: Span, parts: Sequence[Span], children: tuple[Thread, ...], named: str, inherits: bool = False
-) -> Thread:
+def _spawning(span: Span, parts: Sequence[Span], children: tuple[Thread, ...], named: str, inherits: bool) -> Thread:
     """A thread that gives the parts of its range to children, and returns what they found."""
-    call = "".join(f"<thread>{child.blocks[0].content.removesuffix(chr(10))}</thread>" for child in children)
     found = (part.divisor for part in parts)
-    results = "".join("<nothing/>" if divisor is None else f"<result>{divisor}</result>" for divisor in found)
-    spawn = Spawn(
-        (Block(f"<spawn>{call}</spawn>", sampled=True),), children, Block(f"<join>{results}</join>", sampled=False)
-    )
+    spawn = tag_spawn(children, [None if divisor is None else str(divisor) for divisor in found])
     return Thread((_prompt(span, named), spawn, Block(_answer(span), sampled=True)), inherits=inherits)

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.threads.protocol import MalformedSpawn, SpawnRequest
+from apr_jax.threads.tree import Block, Spawn, Thread
 
 TAGS = (
     "<spawn>", "</spawn>", "<thread>", "</thread>", "<join>", "</join>", "<result>", "</result>", "<nothing/>",
@@ -87,6 +88,17 @@ class TagProtocol:
 
     def steps(self, text: str) -> tuple[int, int]:
         return self.task.steps(text)
+
+
+def tag_spawn(children: Sequence[Thread], results: Sequence[str | None]) -> Spawn:
+    """The spawn of a tree of text by a solver: children whose prompts end in a line end, and what each returns."""
+    call = "".join(f"<thread>{child.blocks[0].content.removesuffix(chr(10))}</thread>" for child in children)
+    joined = "".join("<nothing/>" if result is None else f"<result>{result}</result>" for result in results)
+    return Spawn(
+        (Block(f"<spawn>{call}</spawn>", sampled=True),),
+        tuple(children),
+        Block(f"<join>{joined}</join>", sampled=False),
+    )
 
 
 def tag_tokenizer(words: Iterable[str], max_number: int) -> Tokenizer:

@@ -4,13 +4,11 @@ import asyncio
 import random
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from apr_jax.tags import WORDS, FactorTask, Span, TagProtocol, solve, solve_in_parts, spans, tag_tokenizer
+from apr_jax.tags import WORDS, FactorTask, Span, TagProtocol, solve, spans, tag_tokenizer
 from apr_jax.threads import decode_tree, encode_tree
 from apr_jax.threads.engine import Sampling
-from apr_jax.threads.metrics import children, depth
+from apr_jax.threads.metrics import depth
 from apr_jax.threads.run import Budget, TreeRunner, run_all
 from tests.threads.fake_engine import scripted, scripts_of
 from tools import factors
@@ -49,22 +47,6 @@ def test_a_child_is_right_where_it_found_the_smallest_divisor_of_its_range():
     assert not inherits.child_correct("in 2 to 5\n<return>7</return>") and not inherits.child_correct(
         "<return>3</return>"
     )
-
-
-@given(st.integers(2, 60), st.integers(2, 12), st.integers(1, 40), st.integers(1, 9))
-def test_parts_do_the_same_work_in_other_threads(number, first, count, parts):
-    problem = Span(number, first, first + count - 1)
-    if parts > count:
-        with pytest.raises(ValueError, match=f"1 to {count} parts, was given {parts}"):
-            solve_in_parts(problem, parts)
-        return
-    tree = solve_in_parts(problem, parts)
-    protocol, texts = TagProtocol(FactorTask()), [thread.text for thread in tree.threads()]
-    assert protocol.correct(problem, texts[0])
-    assert children(tree) == (parts if parts > 1 else 0) and len(tree.root.spawns) == (parts > 1)
-    assert sum(protocol.steps(text)[1] for text in texts) == sum(protocol.steps(text)[0] for text in texts) == count
-    for child in tree.root.children:
-        assert protocol.child_correct(child.text) == (protocol.result(child.text) is not None)
 
 
 @pytest.mark.parametrize("inherit", [False, True])
