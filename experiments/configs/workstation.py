@@ -21,7 +21,7 @@ def get_config():
     c.model.kv_heads = 4
     c.sft.steps, c.sft.save_every = 10_000, 500
     c.grpo.steps, c.grpo.prompts, c.grpo.group = 30, 16, 8
-    # Weights that do not fall with a tree's size, or the tokens of a narrow tree would count for more than a wide one's.
+    # Weights that do not fall with a tree's size, or a narrow tree's tokens would count for more than a wide one's.
     c.grpo.aggregate, c.grpo.normalise = "constant", False
     c.grpo.optimizer.muon_rate, c.grpo.optimizer.peak_rate = 5e-3, 1e-3
     c.grpo.optimizer.start_rate, c.grpo.optimizer.end_rate = 1.0, 0.2
