@@ -20,6 +20,7 @@ def get_config():
     # One key head, as on the laptop, copies less exactly: of what the model claimed 12 % was wrong instead of 4 %.
     c.model.kv_heads = 4
     c.sft.steps, c.sft.save_every = 10_000, 500
+    c.grpo.styles = ("apr", "sosp")
     c.grpo.steps, c.grpo.prompts, c.grpo.group = 30, 16, 8
     # Weights that do not fall with a tree's size, or a narrow tree's tokens would count for more than a wide one's.
     c.grpo.aggregate, c.grpo.normalise = "constant", False
