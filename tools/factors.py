@@ -69,7 +69,7 @@ def train_pupil(
     """A small model trained on all threads of trees of text, in rows of so many tokens, or what is left to train."""
     encoded = [encode_tree(tree, tokenizer.encode, tokenizer.bos, tokenizer.eos) for tree in trees]
     pieces = [piece for tree in encoded for piece in lay_out_tree(tree)]
-    model = Llama(LlamaConfig(len(tokenizer), width=64, layers=2, heads=4, kv_heads=1, context=row), rngs=nnx.Rngs(0))
+    model = Llama(LlamaConfig(len(tokenizer), width=64, layers=2, heads=4, context=row), rngs=nnx.Rngs(0))
     optimizer = OptimizerConfig(
         name="muon", peak_rate=3e-3, muon_rate=0.02, warmup_steps=20, schedule="linear", end_rate=0.02
     )
