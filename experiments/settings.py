@@ -97,6 +97,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.model.kv_heads = 0  # 0: as many as heads
     c.model.feed_forward = 0  # 0: the preset's with the preset's width, else 8/3 of the width
     c.model.tie_embeddings = False
+    c.model.checkpoint = ""  # a saved step, or a folder of them, whose weights SFT begins with; "": random ones
     c.model.dtype = "float32"  # of the computation, or bfloat16; weights are float32
     c.model.attention = "auto"  # in training: blocked, dense, cudnn; auto: by device and dtype
     c.model.remat = "none"  # what the backward pass computes again: none, dots (all but products), full
@@ -184,6 +185,7 @@ class Settings:
     tokenizer: str
     max_number: int
     model: dict[str, Any]  # LlamaConfig but for the vocabulary
+    checkpoint: str  # of the first weights; "": they are random
     sft: SftConfig
     grpo: GrpoConfig
     grpo_styles: tuple[str, ...]
@@ -299,6 +301,7 @@ def read_settings(config: ml_collections.ConfigDict) -> Settings:
         solvers=solvers, recipes={style: {key: c[style][key] for key in RECIPE if key in c[style]} for style in STYLES},
         children=at_least("apr.children", c["apr"]["children"], 0),
         max_number=c["tokenizer"]["max_number"], tokenizer=c["tokenizer"]["name"], model=model,
+        checkpoint=c["model"]["checkpoint"],
         sft=section("sft", SftConfig), grpo=section("grpo", GrpoConfig, ("styles", "slots")),
         grpo_styles=tuple(c["grpo"]["styles"]), grpo_slots=c["grpo"]["slots"],
         budget=build("budget", Budget, context=window, **c["budget"] | {"tokens": c["budget"]["tokens"] or None}),
@@ -313,6 +316,7 @@ def read_settings(config: ml_collections.ConfigDict) -> Settings:
 def _model_sizes(section: dict[str, Any]) -> dict[str, Any]:
     """A section "model" as the values of `LlamaConfig`: what is 0 is the preset's, or left to the config."""
     section = dict(section)
+    del section["checkpoint"]
     name = section.pop("preset")
     if name not in PRESETS:
         raise ValueError(f"model.preset is one of {', '.join(PRESETS)}, was given {name!r}")

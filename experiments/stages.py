@@ -31,9 +31,10 @@ from apr_jax.evaluate.evaluate import evaluate
 from apr_jax.export.hf import check_export, check_trees, export_hf
 from apr_jax.model.llama import Llama, LlamaConfig, parameter_count
 from apr_jax.rollout.engine import JaxEngine
+from apr_jax.text.hub import find_tokenizer, load_tokenizer
 from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.threads.run import TreeRunner
-from apr_jax.train.checkpoint import load_model
+from apr_jax.train.checkpoint import CheckpointError, load_meta, load_model
 from apr_jax.train.grpo import run_grpo
 from apr_jax.train.sft import run_sft
 from apr_jax.train.step import data_mesh
@@ -62,6 +63,13 @@ class Run:
             raise ValueError(f"model.attention cudnn needs an NVIDIA GPU, JAX runs on {jax.default_backend()}")
         # First: a refusal must not leave its config in the folder.
         self.mesh = data_mesh(settings.devices, settings.fsdp)
+        for style in STYLES:
+            if first := self._first_checkpoint(style):
+                try:
+                    given, _ = load_meta(first)
+                except CheckpointError as error:
+                    raise ValueError(f"model.checkpoint: {error}") from None
+                self._check_sizes(first, given)
         if jax.process_count() > 1:
             self._agree()
         if jax.process_index() == 0:
@@ -86,6 +94,7 @@ class Run:
                 theirs = json.loads(path.read_text())
             except ValueError:
                 raise ValueError(f"{path} is broken: delete it, if the config is the one it was begun with") from None
+            theirs.get("model", {}).setdefault("checkpoint", "")  # of runs begun before there was the choice
             begun = {section for section, folders in UNTIL.items() if any(self.workdir.glob(folders))}
             if differences := list(_differences(theirs, mine, free=UNTIL.keys() - begun)):
                 raise ValueError(
@@ -111,8 +120,7 @@ class Run:
 
     def sft(self) -> None:
         for style in STYLES:
-            config = self.model_config
-            model = Llama(config, rngs=nnx.Rngs(self.settings.seed))
+            model = self._first_model(style)
             children = self.settings.children if style == "apr" else 0
             pieces, validation = (
                 load_pieces(self.workdir / "data", style, part, children, self.settings.seed)
@@ -120,7 +128,7 @@ class Run:
             )
             run_sft(
                 model, pieces, validation, self.settings.sft, self.mesh, self.workdir / f"sft_{style}",
-                self._meta(config, style, "sft"),
+                self._meta(model.config, style, "sft"),
             )  # fmt: skip
 
     def grpo(self) -> None:
@@ -210,6 +218,67 @@ class Run:
     @property
     def model_config(self) -> LlamaConfig:
         return LlamaConfig(vocab_size=len(self.tokenizer), **self.settings.model)
+
+    def _first_checkpoint(self, style: str) -> str | Path:
+        """Where SFT finds its first weights, "" for random ones. Once it has saved a step, that has the model's sizes
+        too, and model.checkpoint may be gone."""
+        own = self.workdir / f"sft_{style}" / "checkpoints"
+        saved = own.is_dir() and any(path.name.isdigit() for path in own.iterdir())
+        return self.settings.checkpoint and (own if saved else self.settings.checkpoint)
+
+    def _first_model(self, style: str) -> Llama:
+        """The model that SFT begins with. Raises ValueError where a given one is not the run's, CheckpointError where
+        it cannot be read."""
+        first = self._first_checkpoint(style)
+        if not first:
+            return Llama(self.model_config, rngs=nnx.Rngs(self.settings.seed))
+        model, _ = load_model(first)
+        self._check_sizes(first, model.config)
+        self._check_vocabulary(first, model.config)
+        # Rotary base and norm are no settings: they stay those that the weights were trained with.
+        model.config = dataclasses.replace(
+            self.model_config, rope_theta=model.config.rope_theta, norm_epsilon=model.config.norm_epsilon
+        )
+        return model
+
+    def _check_sizes(self, checkpoint: str | Path, given: LlamaConfig) -> None:
+        """Raises ValueError, also where the run's threads are longer than the model's context."""
+        run = LlamaConfig(given.vocab_size, **self.settings.model)
+        for name, theirs, ours in (
+            ("width", given.width, run.width),
+            ("layers", given.layers, run.layers),
+            ("heads", given.heads, run.heads),
+            ("kv_heads", given.kv, run.kv),
+            ("feed_forward", given.hidden, run.hidden),
+            ("tie_embeddings", given.tie_embeddings, run.tie_embeddings),
+        ):
+            if theirs != ours:
+                raise ValueError(
+                    f"model.checkpoint {checkpoint} has {name} {theirs}, the run's model {ours}: set model.{name}"
+                )
+        if self.settings.window > given.context:
+            raise ValueError(
+                f"window is at most the context of model.checkpoint ({given.context}), was given {self.settings.window}"
+            )
+
+    def _check_vocabulary(self, checkpoint: str | Path, given: LlamaConfig) -> None:
+        """Raises ValueError where the weights' words are others than the run's, as far as it is known."""
+        if given.vocab_size != len(self.tokenizer):
+            raise ValueError(
+                f"model.checkpoint {checkpoint} has a vocabulary of {given.vocab_size}, the run's tokenizer has "
+                f"{len(self.tokenizer)}: set tokenizer.name or tokenizer.max_number"
+            )
+        try:
+            path = find_tokenizer(Path(checkpoint).absolute())
+        except FileNotFoundError:
+            return
+        theirs, ours = load_tokenizer(str(path)).backend.get_vocab(), self.tokenizer.backend.get_vocab()
+        if others := sorted(theirs.items() - ours.items(), key=lambda item: item[1]):
+            word, index = others[0]
+            raise ValueError(
+                f"model.checkpoint {checkpoint} has other words than the run's tokenizer, such as {word!r} for the "
+                f"number {index}: set tokenizer.name to {path}"
+            )
 
     def models(self) -> dict[str, tuple[Llama, dict]]:
         """Every trained model of the run with its meta, by the name of its stage: sft_sosp, sft_apr, ... Of GRPO with

@@ -35,15 +35,6 @@ def make_flags() -> flags.FlagValues:
     return values
 
 
-def find_tokenizer(checkpoint: Path, above: int = 4) -> Path:
-    """The nearest tokenizer.json in a folder's `above` parents. Raises FileNotFoundError."""
-    for folder in (checkpoint, *checkpoint.parents[:above]):
-        for path in (folder / "tokenizer.json", folder / "data" / "tokenizer.json"):
-            if path.is_file():
-                return path
-    raise FileNotFoundError(f"no tokenizer.json in {checkpoint} or above it: name it with --tokenizer=FILE")
-
-
 def run(checkpoint: str, out: str, dtype: str, tokenizer: str | None, check: int, window: int | None) -> None:
     """Raises CheckpointError, ExportError, OSError or ValueError, each with a line that says what to do."""
     folder = Path(checkpoint).absolute()
@@ -52,12 +43,12 @@ def run(checkpoint: str, out: str, dtype: str, tokenizer: str | None, check: int
     if Path(out).exists() and not Path(out).is_dir():
         raise NotADirectoryError(f"{out} is a file, the export needs a folder")
     from apr_jax.export.hf import check_export, check_trees, export_hf  # here: --help need not wait for JAX
-    from apr_jax.text.tokenizer import Tokenizer
+    from apr_jax.text.hub import find_tokenizer, load_tokenizer
     from apr_jax.train.checkpoint import load_model
 
     logging.set_verbosity(logging.ERROR)  # Orbax tells of every file
-    path = Path(tokenizer) if tokenizer else find_tokenizer(folder)
-    words = Tokenizer.load(path)
+    path = Path(tokenizer).absolute() if tokenizer else find_tokenizer(folder)
+    words = load_tokenizer(str(path))
     model, meta = load_model(folder)
     export_hf(model, words, out, meta, dtype)
     print(f"written to {out}")

@@ -45,19 +45,13 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
 
 
 def _publish_model(checkpoints: Path, tokenizer: Path, out: Path) -> None:
-    from flax import nnx  # here: --help and a refusal need not wait for JAX
-
-    from apr_jax.train.checkpoint import CheckpointError, Checkpoints, load_model
+    from apr_jax.train.checkpoint import CheckpointError, load_model, save_model  # --help need not wait for JAX
 
     logging.set_verbosity(logging.ERROR)  # Orbax tells of every file
     try:
         model, meta = load_model(checkpoints)
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
-        target = Checkpoints(out / "checkpoints")
-        target.save(meta["step"], {"weights": nnx.to_pure_dict(nnx.state(model))}, meta)
-        target.close()
-        for mark in (out / "checkpoints").rglob("commit_success.txt"):
-            mark.write_text("Checkpoint commit was successful\n")  # Orbax names the folder of this machine there
+        save_model(out / "checkpoints", model, meta)
     except CheckpointError as error:
         raise ValueError(error) from None
     shutil.copyfile(tokenizer, out / "tokenizer.json")

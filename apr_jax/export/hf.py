@@ -1,6 +1,7 @@
 """Export to a Hugging Face folder, which transformers and SGLang load, and checks of what was exported.
 
-    config.json, generation_config.json, model.safetensors      a LlamaForCausalLM
+    config.json, generation_config.json, model.safetensors      a LlamaForCausalLM; past 5 GB the weights are in
+                                                                shards, which model.safetensors.index.json lists
     tokenizer.json, tokenizer_config.json                       a PreTrainedTokenizerFast
     README.md                                                   the model card
 
@@ -13,8 +14,7 @@ import functools
 import json
 import os
 import re
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,11 @@ from flax import nnx
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from apr_jax.export.folder import replaced
 from apr_jax.model.attention import attend_masked
 from apr_jax.model.llama import Llama, parameter_count
 from apr_jax.rollout.engine import JaxEngine
+from apr_jax.text.hub import HubTokenizer
 from apr_jax.text.tokenizer import BOS, EOS, PAD, UNKNOWN, Tokenizer
 from apr_jax.threads.engine import Sampling
 from apr_jax.threads.protocol import TaskProtocol
@@ -39,10 +41,13 @@ from apr_jax.train.step import data_mesh
 
 SPARE_POSITIONS = 8  # SGLang refuses prompts within 6 tokens of the context and stops output 2 before it
 DTYPES = ("float32", "bfloat16")
+SHARD_BYTES = 5 * 10**9  # of one file of weights, as transformers writes them
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FILES = (
-    "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-    "README.md", "check.json",
+    "config.json", "generation_config.json", WEIGHTS, INDEX, "tokenizer.json", "tokenizer_config.json", "README.md",
+    "check.json",
 )  # fmt: skip
+SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 class ExportError(RuntimeError):
@@ -77,26 +82,36 @@ NAMES: tuple[tuple[str, str, Callable[[np.ndarray], np.ndarray]], ...] = (
 )
 
 
+def hf_name(name: str) -> tuple[str, Callable[[np.ndarray], np.ndarray]]:
+    """Hugging Face's name of a parameter, "{}" where the layer stands, and the change of one layer's array.
+    Raises ExportError where no rule names it."""
+    for pattern, theirs, change in NAMES:
+        if found := re.fullmatch(pattern, name):
+            return found.expand(theirs), change
+    raise ExportError(f"no rule gives the parameter {name} a Hugging Face name")
+
+
+def undo(change: Callable[[np.ndarray], np.ndarray], array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """Our array of `shape` that a rule's `change` makes `array` of."""
+    return (array if change is _same else array.T).reshape(shape)
+
+
 def hf_arrays(model: Llama, dtype: str = "float32") -> dict[str, np.ndarray]:
     """All parameters by their Hugging Face names, layers unstacked. Tied: there is no lm_head.
     Raises ExportError for a parameter that no rule names and for one with values that are no numbers."""
     arrays = {}
     for path, value in jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(model, nnx.Param))):
         name = path_name(path)
-        for pattern, theirs, change in NAMES:
-            if found := re.fullmatch(pattern, name):
-                break
-        else:
-            raise ExportError(f"no rule gives the parameter {name} a Hugging Face name")
+        theirs, change = hf_name(name)
         if not bool(jnp.isfinite(value).all()):
             raise ExportError(f"the parameter {name} holds values that are no numbers")
-        whole, theirs = np.asarray(value.astype(dtype)), found.expand(theirs)
+        whole = np.asarray(value.astype(dtype))
         layers = whole if "{}" in theirs else whole[None]
         arrays |= {theirs.format(l): np.ascontiguousarray(change(layer)) for l, layer in enumerate(layers)}
     return arrays
 
 
-def hf_config(model: Llama, tokenizer: Tokenizer, dtype: str = "float32") -> dict[str, Any]:
+def hf_config(model: Llama, tokenizer: Tokenizer | HubTokenizer, dtype: str = "float32") -> dict[str, Any]:
     """config.json. Rotary angles and dtype stand there twice: under today's keys and those of older
     versions of transformers."""
     config = model.config
@@ -128,10 +143,12 @@ def hf_config(model: Llama, tokenizer: Tokenizer, dtype: str = "float32") -> dic
 
 
 def export_hf(
-    model: Llama, tokenizer: Tokenizer, folder: Path | str, meta: dict | None = None, dtype: str = "float32"
-) -> None:
+    model: Llama, tokenizer: Tokenizer | HubTokenizer, folder: Path | str, meta: dict | None = None,
+    dtype: str = "float32", shard_bytes: int = SHARD_BYTES,
+) -> None:  # fmt: skip
     """Writes the folder, in place of an earlier export. `meta`, a JSON dictionary (a checkpoint's), goes on
-    the model card; `dtype` is that of the stored weights.
+    the model card; `dtype` is that of the stored weights, of which no file holds more than `shard_bytes` but for one
+    array that is larger.
 
     Everything is written into a folder beside it and renamed, so that a failure leaves what was there.
     Raises ExportError, also where `folder` holds files that are not an export's.
@@ -143,48 +160,62 @@ def export_hf(
     arrays, config = hf_arrays(model, dtype), hf_config(model, tokenizer, dtype)
     generation = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     folder = Path(folder).resolve()
-    part, old = (folder.with_name(f".{folder.name}.{state}") for state in ("part", "old"))
     try:
-        _recover(folder, part, old)
-        part.mkdir(parents=True)
-        _write_json(part / "config.json", config)
-        _write_json(part / "generation_config.json", {"do_sample": False, **generation})
-        _write_json(part / "tokenizer_config.json", _tokenizer_config(model))
-        (part / "tokenizer.json").write_text(tokenizer.backend.to_str(pretty=True))
-        (part / "README.md").write_text(model_card(model, folder.name, meta or {}, dtype))
-        save_file(arrays, part / "model.safetensors", metadata={"format": "pt"})
-        if folder.exists():
-            folder.rename(old)
-        part.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        with replaced(folder, _foreign, "export") as part:
+            _write_json(part / "config.json", config)
+            _write_json(part / "generation_config.json", {"do_sample": False, **generation})
+            _write_tokenizer(part, model, tokenizer)
+            (part / "README.md").write_text(model_card(model, folder.name, meta or {}, dtype))
+            _write_weights(part, arrays, shard_bytes)
     except (OSError, SafetensorError) as error:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
         why = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
         raise ExportError(f"the export to {folder} could not be written: {why}") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
-def _recover(folder: Path, part: Path, old: Path) -> None:
-    """Clears what a killed export left; refuses a folder that is something else."""
-    if old.exists() and not folder.exists():
-        old.rename(folder)  # killed between the two renames
-    for rest in (part, old):
-        if rest.exists():
-            shutil.rmtree(rest)
-    if folder.exists() and not folder.is_dir():
-        raise ExportError(f"{folder} is a file, the export needs a folder")
-    if folder.exists() and (others := sorted({path.name for path in folder.iterdir()} - set(FILES))):
-        raise ExportError(f"{folder} holds files that are no export's, such as {others[0]}: give another folder")
+def _foreign(folder: Path) -> str | None:
+    """A file of a folder that no export writes."""
+    names = {path.name for path in folder.iterdir()} - set(FILES)
+    return min((name for name in names if not SHARD.fullmatch(name)), default=None)
+
+
+def _write_weights(folder: Path, arrays: dict[str, np.ndarray], shard_bytes: int) -> None:
+    shards = list(_shards(arrays, shard_bytes))
+    if len(shards) == 1:
+        save_file(arrays, folder / WEIGHTS, metadata={"format": "pt"})
+        return
+    places = {}
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        save_file({name: arrays[name] for name in names}, folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(names, file)
+    total = sum(array.nbytes for array in arrays.values())
+    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+
+
+def _shards(arrays: dict[str, np.ndarray], most: int) -> Iterator[list[str]]:
+    """The names of the arrays, as many in a row together as `most` bytes hold."""
+    names, size = [], 0
+    for name, array in arrays.items():
+        if names and size + array.nbytes > most:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += array.nbytes
+    yield names
 
 
 def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _tokenizer_config(model: Llama) -> dict[str, Any]:
-    return {
+def _write_tokenizer(folder: Path, model: Llama, tokenizer: Tokenizer | HubTokenizer) -> None:
+    if isinstance(tokenizer, HubTokenizer):
+        tokenizer.backend.save_pretrained(folder)
+        path = folder / "tokenizer_config.json"
+        _write_json(path, json.loads(path.read_text()) | {"model_max_length": model.config.context})
+        return
+    (folder / "tokenizer.json").write_text(tokenizer.backend.to_str(pretty=True))
+    config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": BOS,
         "eos_token": EOS,
@@ -194,6 +225,7 @@ def _tokenizer_config(model: Llama) -> dict[str, Any]:
         "split_special_tokens": True,  # as ours: a "<s>" in text is text
         "model_max_length": model.config.context,
     }
+    _write_json(folder / "tokenizer_config.json", config)
 
 
 def model_card(model: Llama, name: str, meta: dict, dtype: str) -> str:

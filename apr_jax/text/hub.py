@@ -9,6 +9,8 @@ from pathlib import Path
 
 from apr_jax.text.tokenizer import Tokenizer
 
+FILE = "tokenizer.json"
+
 
 class HubTokenizer:
     """The parts of `Tokenizer` that data and counting need, from a tokenizer of the transformers library."""
@@ -38,12 +40,31 @@ class HubTokenizer:
 
 
 def load_tokenizer(name: str) -> Tokenizer | HubTokenizer:
-    """Our tokenizer from its tokenizer.json, or any other by folder or hub name. Raises ValueError."""
-    if Path(name).is_file():
-        return Tokenizer.load(name)
+    """Our tokenizer from its tokenizer.json, or any other by that file, its folder or its hub name. Raises
+    ValueError, and FileNotFoundError for a whole path that leads nowhere."""
+    path = Path(name)
+    if path.is_absolute() and not path.exists():
+        raise FileNotFoundError(f"no tokenizer at {path}")
+    if path.is_file():
+        try:
+            return Tokenizer.load(path)
+        except ValueError:
+            if path.name != FILE or not path.with_name("tokenizer_config.json").is_file():
+                raise
+        name = str(path.parent)
     from transformers import AutoTokenizer  # here: it takes seconds
 
     try:
-        return HubTokenizer(AutoTokenizer.from_pretrained(name))
-    except (OSError, ImportError) as error:
+        backend = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # the libraries raise bare Exception for many kinds of broken files
         raise ValueError(f"no tokenizer {name!r}: {str(error).strip().splitlines()[0]}") from None
+    return HubTokenizer(backend)
+
+
+def find_tokenizer(checkpoint: Path, above: int = 4) -> Path:
+    """The nearest tokenizer.json in a folder's `above` parents. Raises FileNotFoundError."""
+    for folder in (checkpoint, *checkpoint.parents[:above]):
+        for path in (folder / FILE, folder / "data" / FILE):
+            if path.is_file():
+                return path
+    raise FileNotFoundError(f"no {FILE} in {checkpoint} or above it: name it with --tokenizer=FILE")

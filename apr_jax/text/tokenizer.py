@@ -27,7 +27,10 @@ class Tokenizer:
         self.pad, self.bos, self.eos, self.unknown = (self._special(name) for name in SPECIAL)
         stored = json.loads(backend.to_str())
         self._vocabulary = stored["model"]["vocab"]
-        self._cut = re.compile(stored["pre_tokenizer"]["pattern"]["Regex"]).findall
+        try:
+            self._cut = re.compile(stored["pre_tokenizer"]["pattern"]["Regex"]).findall
+        except (KeyError, TypeError):
+            raise ValueError("the tokenizer does not split text by one regular expression") from None
 
     def _special(self, name: str) -> int:
         found = self.backend.token_to_id(name)

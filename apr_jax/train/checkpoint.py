@@ -85,24 +85,50 @@ class Checkpoints:
             self._manager.close()
 
 
-def load_model(folder: Path | str) -> tuple[Llama, dict]:
-    """The model of a saved step ``.../checkpoints/STEP`` (its newest step for ``.../checkpoints``) and its
-    meta, which holds the model's sizes. Raises CheckpointError."""
+def save_model(folder: Path | str, model: Llama, meta: dict) -> None:
+    """Saves a model's weights alone, as ``folder/STEP`` by the step in `meta`. Raises CheckpointError."""
+    checkpoints = Checkpoints(Path(folder))
+    checkpoints.save(meta["step"], {"weights": nnx.to_pure_dict(nnx.state(model))}, meta)
+    checkpoints.close()
+    for mark in Path(folder).rglob("commit_success.txt"):
+        mark.write_text("Checkpoint commit was successful\n")  # Orbax names the folder of this machine there
+
+
+def load_meta(folder: Path | str) -> tuple[LlamaConfig, dict]:
+    """The sizes of a saved step's model, and all of its meta; `folder` as in `load_model`. Raises CheckpointError."""
+    return _read_meta(_step_folder(folder))
+
+
+def _step_folder(folder: Path | str) -> Path:
     folder = Path(folder).absolute()
     if not folder.is_dir():
         raise CheckpointError(f"no checkpoint at {folder}")
-    if not (folder / "state").is_dir():
-        steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
-        if not steps:
-            raise CheckpointError(f"no checkpoint at {folder}: it holds no saved step")
-        folder = folder / str(steps[-1])
+    if (folder / "state").is_dir():
+        return folder
+    steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
+    if not steps:
+        raise CheckpointError(f"no checkpoint at {folder}: it holds no saved step")
+    return folder / str(max(steps))
+
+
+def _read_meta(folder: Path) -> tuple[LlamaConfig, dict]:
     try:
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
             meta = reader.restore(folder / "meta")
         sizes = dict(meta["model"])
         if isinstance(sizes.get("remat"), bool):  # checkpoints made before remat had choices
             del sizes["remat"]
-        config = LlamaConfig(**sizes)
+        return LlamaConfig(**sizes), meta
+    except Exception as error:
+        raise CheckpointError(f"the checkpoint at {folder} cannot be read: {_first_line(error)}") from None
+
+
+def load_model(folder: Path | str) -> tuple[Llama, dict]:
+    """The model of a saved step ``.../checkpoints/STEP`` (its newest step for ``.../checkpoints``) and its
+    meta, which holds the model's sizes. Raises CheckpointError."""
+    folder = _step_folder(folder)
+    config, meta = _read_meta(folder)
+    try:
         model = Llama(config, rngs=nnx.Rngs(0))
         graphdef, weights = nnx.split(model)
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:

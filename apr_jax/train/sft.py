@@ -132,15 +132,19 @@ def run_sft(
     )
     checkpoints = Checkpoints(folder / "checkpoints")
     # 1. A finished run is only read. 2. Goes on where an earlier run of this stage stopped. 3. Else begins with the
-    # weights it was given.
+    # weights it was given, which without a step to do are the result.
     start = checkpoints.latest or 0
-    if start >= config.steps > 0:
+    if checkpoints.latest is not None and start >= config.steps:
         checkpoints.close()
         return load_model(folder / "checkpoints" / str(start))[0]
     state = trainer.init(model)
     if start:
         start, state = checkpoints.restore(state)
     sizes = dataclasses.asdict(model.config)
+    if not config.steps:
+        checkpoints.save(0, state, {"model": sizes, **meta, "step": 0})
+        checkpoints.close()
+        return model
     run = SftRun(model, config, mesh, batches, folder, start)
     late = None  # the step before, dispatched but not yet read
     try:

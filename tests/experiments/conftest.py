@@ -1,4 +1,5 @@
-"""One whole run of the smoke preset, shared by all tests here: read it, or copy it and change the copy."""
+"""One whole run of the smoke preset, shared by all tests here (read it, or copy it and change the copy), and the
+command in this process."""
 
 import os
 import subprocess
@@ -6,7 +7,10 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import pytest
+
+from experiments import run
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SMOKE = "--config=experiments/configs/smoke.py"
@@ -39,3 +43,30 @@ def whole_run(tmp_path_factory):
     done = finish(start(f"--workdir={folder}"))
     assert done.code == 0, done.err
     return SimpleNamespace(folder=folder, out=done.out, err=done.err)
+
+
+@pytest.fixture
+def main(monkeypatch, capfd):
+    """Runs a command in this process: its exit code, what it printed on stderr, and that as one line."""
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)  # the tests' own settings stay
+
+    def call(*arguments):
+        capfd.readouterr()
+        code = run.main(["run", *map(str, arguments)])
+        captured = capfd.readouterr()
+        return SimpleNamespace(code=code, out=captured.out, err=captured.err)
+
+    return call
+
+
+@pytest.fixture
+def refused(main):
+    """The one line that a wrong command ends in."""
+
+    def call(*arguments):
+        done = main(*arguments)
+        assert done.code == 1 and done.err.startswith("error: ") and done.err.count("\n") == 1, done.err
+        assert "Traceback" not in done.out
+        return done.err.removeprefix("error: ").strip()
+
+    return call

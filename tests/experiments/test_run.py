@@ -20,40 +20,13 @@ from flax import nnx
 from apr_jax.evaluate.evaluate import read_records
 from apr_jax.export.hf import load_transformers
 from apr_jax.train.checkpoint import Checkpoints, load_model
-from experiments import run, stages, sweep
+from experiments import stages, sweep
 from experiments.dataset import load_problems
 from experiments.settings import STAGES
 from tests.experiments.conftest import ROOT, SMOKE, finish, start
 
 MODELS = ("sft_sosp", "sft_apr", "grpo_apr")
 STEPS = {"sft_sosp": 40, "sft_apr": 40, "grpo_apr": 2}
-
-
-@pytest.fixture
-def main(monkeypatch, capfd):
-    """Runs a command in this process: its exit code, what it printed on stderr, and that as one line."""
-    monkeypatch.setattr(jax.config, "update", lambda *_: None)  # the tests' own settings stay
-
-    def call(*arguments):
-        capfd.readouterr()
-        code = run.main(["run", *map(str, arguments)])
-        captured = capfd.readouterr()
-        return SimpleNamespace(code=code, out=captured.out, err=captured.err)
-
-    return call
-
-
-@pytest.fixture
-def refused(main):
-    """The one line that a wrong command ends in."""
-
-    def call(*arguments):
-        done = main(*arguments)
-        assert done.code == 1 and done.err.startswith("error: ") and done.err.count("\n") == 1, done.err
-        assert "Traceback" not in done.out
-        return done.err.removeprefix("error: ").strip()
-
-    return call
 
 
 def snapshot(folder: Path, *patterns: str) -> dict[str, bytes]:

@@ -208,3 +208,13 @@ def test_a_tokenizer_without_our_special_tokens_is_refused(tmp_path):
     tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a")).save(str(path))
     with pytest.raises(ValueError, match="<pad>"):
         Tokenizer.load(path)
+
+
+def test_a_tokenizer_that_cuts_text_otherwise_is_refused(tmp_path):
+    path = tmp_path / "other.json"
+    for cut in (None, tokenizers.pre_tokenizers.Whitespace()):
+        backend = tokenizers.Tokenizer.from_str(TOKENIZER.backend.to_str())
+        backend.pre_tokenizer = cut
+        backend.save(str(path))
+        with pytest.raises(ValueError, match="does not split text by one regular expression"):
+            Tokenizer.load(path)

@@ -9,10 +9,10 @@ import pytest
 from flax import nnx
 
 from apr_jax.countdown.vocabulary import countdown_tokenizer
+from apr_jax.text.hub import find_tokenizer
 from apr_jax.train.checkpoint import Checkpoints, load_model
 from tests.tiny import make_model
 from tools import publish
-from tools.export_hf import find_tokenizer
 
 
 def weights_of(model):

@@ -1,0 +1,263 @@
+"""The import: the export's bits and config back, transformers' own checkpoints, and everything it refuses by name."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from apr_jax.countdown.vocabulary import countdown_tokenizer
+from apr_jax.export.hf import _logits, export_hf, load_transformers
+from apr_jax.export.imported import HfFolderError, import_hf
+from apr_jax.model.llama import Llama, LlamaConfig
+
+TOKENIZER = countdown_tokenizer(9)
+SMALL = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 72, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "max_position_embeddings": 64}  # fmt: skip
+
+
+def tiny(**sizes) -> Llama:
+    sizes = {"width": 32, "layers": 2, "heads": 4, "context": 128} | sizes
+    return Llama(LlamaConfig(len(TOKENIZER) + 3, **sizes), rngs=nnx.Rngs(5))
+
+
+def same(a: Llama, b: Llama) -> bool:
+    """Whether config, structure and every bit agree."""
+    (one, ours), (two, theirs) = nnx.split(a), nnx.split(b)
+    equal = jax.tree.map(lambda x, y: x.dtype == y.dtype and bool(np.array_equal(x, y)), ours, theirs)
+    return a.config == b.config and one == two and all(jax.tree.leaves(equal))
+
+
+def save_transformers(folder, seed: int = 0, **config):
+    """A random Llama as transformers saves it."""
+    import torch
+    from transformers import LlamaForCausalLM
+    from transformers import LlamaConfig as TheirConfig  # isort: skip
+
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(TheirConfig(**SMALL | config)).eval()
+    for name, weight in model.named_parameters():
+        if "norm" in name:  # ones, which would hide a norm that went to another's place
+            torch.nn.init.normal_(weight, 1.0, 0.2)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An export to be broken."""
+    export_hf(tiny(), TOKENIZER, tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+def change_config(folder, **changes) -> None:
+    path = folder / "config.json"
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in content.items() if value != "absent"}))
+
+
+def change_weights(folder, change) -> None:
+    arrays = load_file(folder / "model.safetensors")
+    change(arrays)
+    save_file(arrays, folder / "model.safetensors")
+
+
+def refusal(folder) -> str:
+    with pytest.raises(HfFolderError) as caught:
+        import_hf(folder)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------------- what comes back
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"tie_embeddings": True, "kv_heads": 2},
+        {"kv_heads": 1, "layers": 1, "feed_forward": 80, "rope_theta": 500.0, "norm_epsilon": 1e-2},
+    ],
+)
+def test_an_export_comes_back_bit_for_bit(sizes, tmp_path):
+    model = tiny(**sizes)
+    export_hf(model, TOKENIZER, tmp_path / "hf")
+    assert same(import_hf(tmp_path / "hf"), model)
+
+
+def test_a_bfloat16_export_comes_back_rounded(tmp_path):
+    model = tiny(kv_heads=2)
+    export_hf(model, TOKENIZER, tmp_path / "hf", dtype="bfloat16")
+    graphdef, weights = nnx.split(model)
+    rounded = jax.tree.map(lambda value: value.astype(jnp.bfloat16).astype(jnp.float32), weights)
+    assert same(import_hf(tmp_path / "hf"), nnx.merge(graphdef, rounded))
+
+
+def test_shards_are_the_whole(tmp_path):
+    model = tiny(tie_embeddings=True)
+    export_hf(model, TOKENIZER, tmp_path / "hf", shard_bytes=20_000)
+    files = sorted(path.name for path in (tmp_path / "hf").glob("*.safetensors"))
+    index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
+    assert len(files) > 3 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    assert set(index["weight_map"].values()) == set(files)
+    weights = [load_file(tmp_path / "hf" / file) for file in files]
+    assert all(sum(array.nbytes for array in one.values()) <= 20_000 or len(one) == 1 for one in weights)
+    assert index["metadata"]["total_size"] == sum(array.nbytes for one in weights for array in one.values())
+    assert same(import_hf(tmp_path / "hf"), model)
+    theirs = load_transformers(tmp_path / "hf").get_input_embeddings().weight.detach().numpy()
+    assert np.array_equal(theirs, model.embed_VxD[...])
+
+    export_hf(model, TOKENIZER, tmp_path / "hf")  # in its place, without a shard left over
+    assert [path.name for path in (tmp_path / "hf").glob("*.safetensors*")] == ["model.safetensors"]
+    export_hf(model, TOKENIZER, tmp_path / "hf", shard_bytes=20_000)
+    assert same(import_hf(tmp_path / "hf"), model)
+
+
+@pytest.mark.parametrize("theirs", [{}, {"num_key_value_heads": 2, "tie_word_embeddings": True, "rms_norm_eps": 0.01}])
+def test_logits_are_those_of_transformers(theirs, tmp_path):
+    import torch
+
+    saved = save_transformers(tmp_path, **theirs)
+    model = import_hf(tmp_path)
+    assert model.config.context == 64 and model.config.hidden == 72
+    tokens = np.random.default_rng(1).integers(40, size=(2, 30))
+    with torch.inference_mode():
+        expected = saved(torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(_logits(*nnx.split(model), jnp.asarray(tokens)), expected, atol=1e-4)
+
+
+def test_what_older_versions_wrote(folder):
+    """rope_theta alone, no head_dim, tables of angles, float16 and float64, a head saved beside the embedding."""
+    change_config(folder, rope_parameters="absent", rope_scaling=None, rope_theta=500, head_dim="absent",
+                  num_key_value_heads="absent", mlp_bias="absent", tie_word_embeddings=True)  # fmt: skip
+
+    def older(arrays):
+        for l in range(2):
+            arrays[f"model.layers.{l}.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+        arrays["model.norm.weight"] = arrays["model.norm.weight"].astype(np.float16)
+        arrays["lm_head.weight"] = arrays["model.embed_tokens.weight"].astype(np.float64)
+
+    change_weights(folder, older)
+    model = import_hf(folder)
+    assert model.config.rope_theta == 500.0 and model.head_DxV is None
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(nnx.state(model)))
+    change_weights(folder, lambda arrays: arrays.update({"lm_head.weight": arrays["lm_head.weight"] + 1}))
+    assert "lm_head.weight is not model.embed_tokens.weight" in refusal(folder)
+
+
+def test_another_context_is_taken_as_it_stands(folder):
+    (folder / "tokenizer_config.json").unlink()
+    assert import_hf(folder).config.context == 128 + 8
+
+
+@pytest.mark.slow
+def test_a_checkpoint_in_the_authors_shape(tmp_path):
+    saved = save_transformers(
+        tmp_path, vocab_size=32_000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=18,
+        num_attention_heads=16, max_position_embeddings=4096,
+    )  # fmt: skip
+    model = import_hf(tmp_path)
+    assert (model.config.layers, model.config.context) == (18, 4096)
+    q = saved.model.layers[17].self_attn.q_proj.weight.detach().numpy()
+    assert np.array_equal(np.asarray(model.layers["q_LxDxNxH"][17]).reshape(1024, 1024).T, q)
+    assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model))) == saved.num_parameters()
+
+
+# ---------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"architectures": ["MistralForCausalLM"]}, 'architectures is ["MistralForCausalLM"], must be ["LlamaForC'),
+        ({"architectures": "absent"}, "architectures is null"),
+        ({"hidden_act": "gelu"}, 'hidden_act is "gelu", must be "silu"'),
+        ({"attention_bias": True}, "attention_bias is true, must be false"),
+        ({"mlp_bias": True}, "mlp_bias is true, must be false"),
+        ({"quantization_config": {"bits": 4}}, 'quantization_config is {"bits": 4}, must be null'),
+        ({"head_dim": 16}, "head_dim is 16, must be hidden_size / num_attention_heads, 8"),
+        ({"hidden_size": "absent"}, "hidden_size is null, must be a positive integer"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0, must be a positive integer"),
+        ({"num_hidden_layers": True}, "num_hidden_layers is true, must be a positive integer"),
+        ({"vocab_size": 12.5}, "vocab_size is 12.5, must be a positive integer"),
+        ({"rms_norm_eps": "small"}, 'rms_norm_eps is "small", must be a positive number'),
+        ({"num_key_value_heads": 3}, "heads (4) must be a multiple of kv_heads (3)"),
+        ({"num_attention_heads": 5, "head_dim": "absent"}, "width 32 over 5 heads"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1, must be true or false"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling is "),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, 'rope_parameters is {"rope_type": "llama3"'),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "must be of the type default"),
+        ({"rope_parameters": "linear"}, 'rope_parameters is "linear"'),
+        ({"rope_theta": 5e5}, "rope_theta is 500000.0, but 10000.0 in rope_parameters"),
+        ({"rope_theta": -1, "rope_parameters": None}, "rope_theta is -1, must be a positive number"),
+    ],
+)
+def test_another_config_is_refused(folder, changes, says):
+    change_config(folder, **changes)
+    line = refusal(folder)
+    assert says in line and "config.json: " in line
+
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda a: a.pop(Q), f"have no {Q} (shape [32, 32]), 1 of 21 tensors are missing"),
+        (lambda a: a.update({"model.layers.2.mlp.up_proj.weight": a[Q]}), "holds model.layers.2.mlp.up_proj.weight"),
+        (lambda a: a.update({Q.replace("weight", "bias"): a[Q][0]}), "q_proj.bias (shape [32]), which a Llama of 2"),
+        (lambda a: a.update({Q: a[Q][:16]}), f"{Q} has the shape [16, 32], by config.json it must be [32, 32]"),
+        (lambda a: a.update({Q: a[Q].reshape(-1)}), f"{Q} has the shape [1024], by config.json it must be [32, 32]"),
+        (lambda a: a.update({Q: a[Q].astype(np.int8)}), f"{Q} is of type I8, must be one of F16, BF16, F32, F64"),
+        (lambda a: a.update({Q: a[Q] * np.nan}), f"{Q} holds 1024 values that are no finite float32 numbers"),
+        (lambda a: a.update({Q: a[Q] + np.eye(32) * 1e300}), f"{Q} holds 32 values that are no finite"),
+        (lambda a: a.clear(), "have no model.embed_tokens.weight (shape ["),
+    ],
+    ids=["missing", "layer", "bias", "shape", "flat", "integers", "nan", "overflow", "empty"],
+)  # fmt: skip
+def test_other_weights_are_refused(folder, change, says):
+    change_weights(folder, change)
+    assert says in refusal(folder)
+
+
+def test_broken_folders_are_named(folder, tmp_path):
+    assert "no folder at" in refusal(tmp_path / "none")
+    whole = (folder / "model.safetensors").read_bytes()
+    for content in (whole[:-9], whole[:40], b"", b"x" * 100):
+        (folder / "model.safetensors").write_bytes(content)
+        assert "model.safetensors cannot be read: " in refusal(folder)
+    (folder / "model.safetensors").unlink()
+    assert "no model.safetensors and no model.safetensors.index.json in" in refusal(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"never opened")
+    assert "weights as a pickle, pytorch_model.bin: only safetensors are read" in refusal(folder)
+    for content, says in (("{", "config.json is no JSON: "), ("[]", "config.json is no JSON object")):
+        (folder / "config.json").write_text(content)
+        assert says in refusal(folder)
+    (folder / "config.json").unlink()
+    assert "no config.json in" in refusal(folder)
+
+
+def test_a_broken_index_is_named(folder):
+    export_hf(tiny(), TOKENIZER, folder, shard_bytes=30_000)
+    index = folder / "model.safetensors.index.json"
+    places = json.loads(index.read_text())["weight_map"]
+    first, last = min(places.values()), max(places.values())
+
+    def with_map(content) -> str:
+        index.write_text(json.dumps({"weight_map": content}))
+        return refusal(folder)
+
+    assert "has no weight_map" in with_map([])
+    assert "must be the name of a file beside it" in with_map(places | {Q: "../hf/model.safetensors"})
+    assert "no model-9.safetensors in" in with_map(places | {"lm.weight": "model-9.safetensors"})
+    assert f"{Q}, model.safetensors.index.json says {first}" in with_map(places | {Q: first})
+    assert "index.json says nothing of it" in with_map({name: at for name, at in places.items() if name != Q})
+    assert f"{last} does not hold lm.weight, which" in with_map(places | {"lm.weight": last})
+    shutil.copy(folder / first, folder / last)
+    assert f"model.safetensors.index.json says {first}" in with_map(places)

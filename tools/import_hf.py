@@ -1,0 +1,115 @@
+"""Imports a Hugging Face Llama, a folder or a model of the hub, as a checkpoint that everything here starts from.
+
+    python -m tools.import_hf --model=exported --out=imported
+    python -m tools.export_hf --checkpoint=imported --out=exported_again
+    python -m experiments.run --config=... --config.model.checkpoint=imported --config.sft.steps=0
+
+The model is a LlamaForCausalLM with its weights as safetensors, in one file or several. OUT gets the checkpoint, 0, and
+the tokenizer beside it. A config or a tensor that our Llama does not have is named and refused, never skipped.
+"""
+
+import dataclasses
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags, logging
+
+from tools import command
+
+WANTED = ("*.safetensors", "*.json")  # of a model of the hub; a pickle is not even fetched
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+def _define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("model", None, "Folder, or OWNER/NAME of the hub, of the model to read.", flag_values=values)
+    flags.DEFINE_string(
+        "out", None, "Folder to write. An earlier import there is replaced; anything else is refused.",
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_string(
+        "tokenizer", None, "A tokenizer.json, or another tokenizer's folder. Default: the model's own.",
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_enum("style", "apr", ["apr", "sosp"], "What the model was trained on: apr or sosp.",
+                      flag_values=values)  # fmt: skip
+
+
+def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
+    if arguments:
+        raise ValueError(f"no such argument: {arguments[0]!r}; flags are given as --name=value")
+    for name in ("model", "out"):
+        if not values[name].value:
+            raise ValueError(f"--{name} is needed, see --help")
+    from apr_jax.export.folder import replaced  # here: --help and a refusal need not wait for JAX
+    from apr_jax.export.imported import import_hf
+    from apr_jax.model.llama import parameter_count
+    from apr_jax.text.hub import HubTokenizer, load_tokenizer
+    from apr_jax.train.checkpoint import CheckpointError, save_model
+
+    logging.set_verbosity(logging.ERROR)  # Orbax tells of every file
+    with replaced(values["out"].value, _foreign, "import") as part:
+        folder = _model_folder(values["model"].value)
+        words = values["tokenizer"].value or str(folder / "tokenizer.json")
+        if not values["tokenizer"].value and not Path(words).is_file():
+            raise FileNotFoundError(f"no tokenizer.json in {folder}: name one with --tokenizer=FILE")
+        tokenizer = load_tokenizer(words)
+        model = import_hf(folder)
+        if len(tokenizer) > model.config.vocab_size:
+            raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}")
+        total, inner = parameter_count(model)
+        meta = {
+            "model": dataclasses.asdict(model.config), "style": values["style"].value, "stage": "imported", "step": 0,
+            "source": _source(values["model"].value), "parameters": total, "parameters_without_embeddings": inner,
+        }  # fmt: skip
+        try:
+            save_model(part, model, meta)
+        except CheckpointError as error:
+            raise ValueError(error) from None
+        if isinstance(tokenizer, HubTokenizer):
+            tokenizer.backend.save_pretrained(part)
+        else:
+            tokenizer.save(part / "tokenizer.json")
+    print(f"written to {values['out'].value}: {total:,} parameters, {model.config.vocab_size:,} words")
+
+
+def _model_folder(name: str) -> Path:
+    """The folder itself, or a model of the hub brought onto this machine. Raises OSError."""
+    if Path(name).is_dir():
+        return Path(name)
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        raise FileNotFoundError(f"no folder at {name}, and a model of the hub is OWNER/NAME")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(WANTED)))
+    except Exception as error:  # of many kinds: no network, no such model, no leave to read it, a full disk
+        why = str(error).strip().splitlines() or [type(error).__name__]
+        raise OSError(f"no folder at {name}, and the hub did not give a model of that name: {why[0]}") from None
+
+
+def _source(name: str) -> str:
+    """A model of the hub by its name; of a folder its own name, for where it lies is this machine's affair."""
+    return Path(name).resolve().name if Path(name).is_dir() else name
+
+
+def _foreign(folder: Path) -> str | None:
+    """A file of a folder that no import writes, or a checkpoint that was trained."""
+    from apr_jax.train.checkpoint import CheckpointError, load_meta
+
+    if others := {path.name for path in folder.iterdir()} - {"0", *TOKENIZER_FILES}:
+        return min(others)
+    try:
+        imported = not (folder / "0").exists() or load_meta(folder / "0")[1].get("stage") == "imported"
+    except CheckpointError:
+        imported = False
+    return None if imported else "0"
+
+
+def main(argv: Sequence[str]) -> int:
+    return command.run(__doc__, _define, _work, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
