@@ -3,7 +3,7 @@
     python -m tools.adaptive                         # some minutes on two cores
 
 The task is `apr_jax.tags`' sum of 26 digits, of which none can be skipped. The teacher adds up alone or shares the
-digits out to 2, 3, 4 or 6 threads, at random: more threads are fewer tokens one after the other, and more in all.
+digits out to 2 or 4 threads, at random: more threads are fewer tokens one after the other, and more in all.
 The pupil knows all of these ways, and GRPO takes it in one of two directions: a price on sequential tokens makes it
 spawn more, a price on all tokens makes it stop. Prints a table of problems that were held out, and writes it with every
 step's means to --out, with a figure beside it.
@@ -33,7 +33,7 @@ from tools import command
 from tools.factors import train_pupil
 
 DIGITS = 26
-PARTS = (1, 2, 3, 4, 6)  # threads that a teacher's tree shares its digits out to
+PARTS = (1, 2, 4)  # threads that a teacher's tree shares its digits out to
 TRAIN, HELD_OUT = 6000, 200  # problems
 BUDGET = Budget(256)
 PRICES = {"sequential tokens": Prices(sequential_token=0.002), "all tokens": Prices(token=0.002)}

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from apr_jax.tags.protocol import tag_spawn
 from apr_jax.threads.tree import Block, Thread, ThreadTree
 
-SUM_WORDS = (" to ",)
+# A letter with its digit is one word: what is looked up stands in the token that is looked for, which two layers learn.
+SUM_WORDS = (" to ", *(f"{letter}{digit}" for letter in string.ascii_lowercase for digit in range(10)))
 _STEP = re.compile(r"[a-z](\d)\+(\d)=(\d)\n")
 _ASKED = re.compile(r"[a-z] to ([a-z])\n")
 

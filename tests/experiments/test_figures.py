@@ -40,7 +40,10 @@ def test_figures_of_records(models, tmp_path):
         assert [file.name for file in path.parent.glob("*.part")] == []
 
 
-LINES = [{"step": step, "loss": 3 / step, "rollout/correct": step / 50, "validation/accuracy": step / 60} for step in range(1, 41)]
+LINES = [
+    {"step": step, "loss": 3 / step, "rollout/correct": step / 50, "validation/accuracy": step / 60}
+    for step in range(1, 41)
+]
 
 
 VALIDATED = [*LINES, {"step": 40, "validation_loss": 0.2}]
