@@ -51,7 +51,7 @@ def accuracy_bars(models: Mapping[str, Sequence[Record]], path: str | Path) -> N
         axes.set_xticks(range(len(models)), [textwrap.fill(name, 14) for name in models])
         axes.set_xlim(-0.6, max(len(models), 2) - 0.4)
         top = max((wilson_interval(sum(r.correct for r in rs), len(rs))[1] for rs in models.values()), default=1)
-        _percent(axes, 1.22 * top)
+        percent_axis(axes, 1.22 * top)
         axes.set_ylabel("problems answered right (%)")
         axes.grid(axis="x", visible=False)
 
@@ -95,7 +95,7 @@ def sft_losses(runs: Mapping[str, Sequence[dict[str, float]]], path: str | Path)
         _plain_ticks(axes)
         axes.set_xlabel("supervised step")
         axes.set_ylabel("loss (nats per token, log scale)")
-        _legend(axes, "upper right")
+        legend(axes, "upper right")
 
     save_figure(path, "Supervised training: loss per token", draw)
 
@@ -119,11 +119,11 @@ def grpo_rewards(runs: Mapping[str, Sequence[dict[str, float]]], path: str | Pat
                 highest = max([highest, *values])
                 axes.plot(validated, values, lw=1, ls=":", marker="D", color=COLOURS[i % len(COLOURS)],
                           label=f"{name}, validation")  # fmt: skip
-        _percent(axes, max(1.15 * highest, 0.05))
+        percent_axis(axes, max(1.15 * highest, 0.05))
         axes.set_xlabel("GRPO step")
         axes.set_ylabel("rollouts answered right (%)")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _legend(axes, "lower right")
+        legend(axes, "lower right")
 
     save_figure(path, "Reinforcement learning: sampled trees that are right (faint: each step)", draw)
 
@@ -146,11 +146,11 @@ def _cumulative(models: Mapping[str, Sequence[Record]], path, cost: Callable[[Re
                       marker=MARKERS[i % len(MARKERS)], markevery=(i % 8, 8), ms=6)  # fmt: skip
             axes.fill_between(edges, *zip(*bands), color=style["color"], alpha=0.12, lw=0)
         axes.set_xlim(0, edges[-1])
-        _percent(axes, 1.08 * max(axes.get_ylim()[1], 0.02))
+        percent_axis(axes, 1.08 * max(axes.get_ylim()[1], 0.02))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axes.set_xlabel(label)
         axes.set_ylabel("problems answered right (%)")
-        _legend(axes, "lower right", title="model (without limit)")
+        legend(axes, "lower right", title="model (without limit)")
 
     save_figure(path, f"{title}, 95 % bands", draw)
 
@@ -178,7 +178,7 @@ def _style(i: int) -> dict:
     return {"color": COLOURS[i % len(COLOURS)], "ls": LINES[i % len(LINES)]}
 
 
-def _percent(axes: Axes, top: float) -> None:
+def percent_axis(axes: Axes, top: float) -> None:
     axes.set_ylim(0, min(top, 1.18))
     ticks = MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]).tick_values(0, top)
     axes.set_yticks([tick for tick in ticks if 0 <= tick <= min(top, 1)])
@@ -192,7 +192,7 @@ def _plain_ticks(axes: Axes) -> None:
         set_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "1235" else "")
 
 
-def _legend(axes: Axes, place: str, **settings) -> None:
+def legend(axes: Axes, place: str, **settings) -> None:
     if axes.get_legend_handles_labels()[1]:
         axes.legend(loc=place, frameon=True, framealpha=0.85, edgecolor="none", fontsize=10, **settings)
     else:

@@ -56,7 +56,10 @@ class Engine(Protocol):
 
     def open(self, ids: Ids[int], name: Ids[int]) -> Sequence:
         """A new sequence. `name` (any integers) is its identity: with the run's seed and the position it
-        decides every draw, so that samples do not depend on company."""
+        decides every draw, so that samples do not depend on company.
+
+        Names also say whose thread it is, which places requests and sorts measurements: a child's is its parent
+        thread's and two numbers, that of a fork in which a thread goes on the thread's and one."""
 
     def fork(self, sequence: Sequence, length: int, name: Ids[int]) -> Sequence:
         """A new sequence with the first `length` ids of another, which stays as it is."""

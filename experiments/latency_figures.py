@@ -1,0 +1,124 @@
+"""Figures of latency, drawn from the samples that `apr_jax.evaluate.latency` leaves; the manner is that of
+`experiments.figures`."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+
+from apr_jax.evaluate.evaluate import wilson_interval
+from apr_jax.evaluate.latency import Sample, Setting, summarise_latency
+from experiments.figures import COLOURS, INK, LINES, MARKERS, legend, percent_axis, save_figure
+
+TITLES = {"sosp": "SoS+", "apr": "APR"}
+Group = tuple[Setting, Sequence[Sample]]
+
+
+def engine_title(setting: Setting) -> str:
+    """Where samples come from, for titles: nobody is to take one for the other."""
+    if setting.engine == "jax":
+        return "JAX engine, in process"
+    servers = "1 SGLang server" if setting.servers == 1 else f"{setting.servers} SGLang servers"
+    return servers if setting.servers == 1 else f"{servers}, {setting.placement.replace('_', ' ')}"
+
+
+def accuracy_against_latency(groups: Sequence[Group], path: str | Path) -> None:
+    """The paper's figure 6, right: a point per model and budget, at its mean latency and its accuracy (95 % Wilson
+    interval); hollow, where the model of latency has it."""
+
+    def draw(axes: Axes) -> None:
+        models: dict[str, list[tuple[Setting, dict]]] = {}
+        for setting, samples in groups:
+            models.setdefault(setting.model, []).append((setting, summarise_latency(samples)))
+        for i, (model, rows) in enumerate(models.items()):
+            rows.sort(key=lambda row: row[1]["latency"])
+            rates = [row["accuracy"] for _, row in rows]
+            errors = [
+                [row["accuracy"] - row["accuracy_low"] for _, row in rows],
+                [row["accuracy_high"] - row["accuracy"] for _, row in rows],
+            ]
+            colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+            title = TITLES.get(model, model)
+            axes.errorbar([1000 * row["latency"] for _, row in rows], rates, errors, color=colour, marker=marker, ms=8,
+                          ls=LINES[0], lw=1.5, capsize=4, label=f"{title}, measured", zorder=3)  # fmt: skip
+            axes.plot([1000 * row["predicted"] for _, row in rows], rates, color=colour, marker=marker, ms=9,
+                      mfc="white", mew=1.5, ls=LINES[3], lw=1, label=f"{title}, predicted")  # fmt: skip
+            for setting, row in rows:
+                label = _budget(setting, [other for other, _ in rows])
+                axes.annotate(label, (1000 * row["latency"], row["accuracy"]), (6, -12), fontsize=8, color=INK,
+                              textcoords="offset points")  # fmt: skip
+        axes.margins(x=0.15)
+        axes.set_xlim(left=0)
+        percent_axis(axes, _top(groups))
+        axes.set_xlabel("mean latency of a sample (ms)")
+        axes.set_ylabel("problems answered right (%)")
+        legend(axes, "lower right")
+
+    save_figure(path, f"Accuracy against latency: {_title(groups)}", draw)
+
+
+def accuracy_within_latency(groups: Sequence[Group], path: str | Path) -> None:
+    """The share of all problems answered right within a time, measured and (dashed) predicted."""
+
+    def draw(axes: Axes) -> None:
+        longest = 0.0
+        for i, (setting, samples) in enumerate(groups):
+            colour = COLOURS[i % len(COLOURS)]
+            budget = _budget(setting, [other for other, _ in groups if other.model == setting.model])
+            title = ", ".join(filter(None, (TITLES.get(setting.model, setting.model), budget)))
+            right = [sample for sample in samples if sample.correct]
+            measured, predicted = ([1000 * getattr(s, name) for s in right] for name in ("latency", "predicted"))
+            rates = [n / len(samples) for n in range(len(right) + 1)]
+            axes.step([0, *sorted(measured)], rates, where="post", color=colour, lw=2.2, label=title)
+            axes.step([0, *sorted(predicted)], rates, where="post", color=colour, lw=1.2, ls=LINES[1])
+            longest = max([longest, *measured, *predicted])
+        axes.set_xlim(0, 1.05 * longest or 1)
+        percent_axis(axes, _top(groups))
+        axes.set_xlabel("latency of a sample (ms)")
+        axes.set_ylabel("problems answered right (%)")
+        legend(axes, "lower right")
+
+    save_figure(path, f"Accuracy within a latency (dashed: predicted): {_title(groups)}", draw)
+
+
+def load_curves(curves: Mapping[str, Sequence[tuple[int, float, float]]], path: str | Path) -> None:
+    """Mean latency in seconds against samples per second, one line a setting: (trees at once, samples per second,
+    latency) each."""
+
+    def draw(axes: Axes) -> None:
+        for i, (title, points) in enumerate(curves.items()):
+            axes.plot([rate for _, rate, _ in points], [1000 * latency for _, _, latency in points], lw=2, label=title,
+                      marker=MARKERS[i % len(MARKERS)], color=COLOURS[i % len(COLOURS)],
+                      ls=LINES[i % len(LINES)])  # fmt: skip
+            for count, rate, latency in points:
+                axes.annotate(f"{count}", (rate, 1000 * latency), (6, -12), fontsize=9, color=COLOURS[i % len(COLOURS)],
+                              textcoords="offset points")  # fmt: skip
+        axes.margins(x=0.1)
+        axes.set_xlim(left=0)
+        # Room for the legend.
+        highest = max((latency for points in curves.values() for _, _, latency in points), default=0)
+        axes.set_ylim(0, 1000 * highest * (1.15 + 0.08 * len(curves)) or 1)
+        axes.set_xlabel("samples per second")
+        axes.set_ylabel("mean latency of a sample (ms)")
+        legend(axes, "upper left")
+
+    save_figure(path, "Latency under load (numbers: trees at once)", draw)
+
+
+def _budget(setting: Setting, among: Sequence[Setting]) -> str:
+    """What sets a setting apart from others of its model."""
+    parts = [setting.condition.strip()] if setting.condition else []
+    if len({other.window for other in among}) > 1:
+        parts.append(f"window {setting.window}")
+    if len({other.least_children for other in among}) > 1:
+        parts.append(f"{setting.least_children} children at least")
+    return ", ".join(parts)
+
+
+def _top(groups: Sequence[Group]) -> float:
+    highest = [wilson_interval(sum(s.correct for s in samples), len(samples))[1] for _, samples in groups]
+    return 1.08 * max([*highest, 0.02])
+
+
+def _title(groups: Sequence[Group]) -> str:
+    return "; ".join(dict.fromkeys(engine_title(setting) for setting, _ in groups))

@@ -1,0 +1,301 @@
+"""The latency harness: what it predicts, how it takes a sample's time apart, and that no sample is lost or doubled,
+whatever servers do."""
+
+import asyncio
+import dataclasses
+import json
+import sys
+import threading
+import time
+import types
+
+import pytest
+
+from apr_jax.evaluate import latency
+from apr_jax.evaluate.costs import Costs, calibrate, predict
+from apr_jax.evaluate.latency import Setting, measure, read_samples, summarise_latency, waited_for
+from apr_jax.rollout import measure as measure_module
+from apr_jax.rollout.measure import Measurement, Measurements, TimedEngine
+from apr_jax.rollout.servers import Servers, StartedServers
+from apr_jax.rollout.sglang import Patience, ServerError, SglangEngine
+from apr_jax.threads import Block, Spawn, Thread, metrics
+from apr_jax.threads.engine import Sampling
+from apr_jax.threads.run import Budget, TreeRunner
+from tests.rollout.fake_server import CONTEXT, SPARE, ContextEngine, FakeServer
+from tests.tiny import TOKENIZER, NonsenseProtocol
+
+COSTS = Costs(token=1.0, prefill=100.0, prefill_token=0.01)
+SETTING = Setting("apr", "w", "sglang", 1, "one", 1, 190, 2, 0, 0.0)
+SERVE = [sys.executable, "-m", "tests.rollout.fake_server", "serve"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    number: int
+
+
+PROBLEMS = [Question(number) for number in range(8)]
+
+
+def written(length, sampled=True):
+    return Block(tuple(range(length)), sampled)
+
+
+def example():
+    children = (Thread((written(6, False), written(7))), Thread((written(6, False), written(2))))
+    spawn = Spawn((written(3),), children, written(2, False))
+    return Thread((written(5, False), written(4), spawn, written(1)))
+
+
+def nobody():
+    raise AssertionError("nothing failed")
+
+
+def measured(engine, path, measurements, problems=PROBLEMS, setting=SETTING, recover=None, tell=nobody):
+    runner = TreeRunner(engine, NonsenseProtocol(2), TOKENIZER, Budget(190, threads=20, depth=2), Sampling(0.0))
+
+    async def work():
+        async def default():
+            nobody()
+
+        try:
+            return await measure(runner, problems, path, setting, measurements, COSTS, recover or default, tell)
+        finally:
+            if isinstance(engine, SglangEngine):
+                await engine.close()
+
+    return asyncio.run(work())
+
+
+def engine_of(*urls, measurements, patience=Patience(1.0, 0.2)):
+    return SglangEngine(
+        urls, context=CONTEXT - SPARE, vocabulary=len(TOKENIZER), measurements=measurements, patience=patience
+    )
+
+
+def timeless(sample):
+    """What of a sample does not depend on the clock."""
+    row = dict(vars(sample))
+    for name in ("began", "latency", "first_token", "queue", "prefill", "decode", "overhead", "cached_tokens", "tries",
+                 "chain_tokens", "chain_requests"):  # fmt: skip
+        del row[name]
+    return row
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    measurements = Measurements()
+    engine = TimedEngine(ContextEngine(), "memory", measurements)
+    return list(map(timeless, measured(engine, tmp_path_factory.mktemp("m") / "s.jsonl", measurements)))
+
+
+def check_whole(path, samples, expected):
+    assert [sample.index for sample in samples] == list(range(len(PROBLEMS)))
+    assert list(map(timeless, samples)) == expected
+    lines = path.read_text().splitlines()
+    assert sorted(json.loads(line)["index"] for line in lines) == list(range(len(PROBLEMS)))
+
+
+# ---------------------------------------------------------------------- prediction and parts
+
+
+def test_a_prediction_follows_the_longest_chain():
+    found = predict(example(), COSTS)
+    assert (found.prefill, found.decode, found.tokens) == (pytest.approx(300 + 0.13), 12.0, 15)
+    one = Thread((written(5, False), written(0), written(3)))
+    assert predict(one, COSTS).seconds == pytest.approx(100.05 + 2)
+
+
+def test_calibration_finds_what_an_engine_takes(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(measure_module, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+
+    class Slow(ContextEngine):
+        async def decode(self, sequence, stop, limit, sampling):
+            if len(sequence.ids) != self.written:
+                now[0] += 0.3 + 0.5 * len(sequence.ids)
+            decoded = await super().decode(sequence, stop, limit, sampling)
+            now[0] += 2.0 * len(decoded.ids)
+            self.written = len(sequence.ids)
+            return decoded
+
+        written = 0
+
+    measurements = Measurements()
+    costs = asyncio.run(calibrate(TimedEngine(Slow(), "slow", measurements), measurements, len(TOKENIZER)))
+    assert vars(costs) == pytest.approx({"token": 2.0, "prefill": 2.3, "prefill_token": 0.5})
+    assert not measurements
+
+
+def request(thread, asked, end, first=None, output=3, queue=None):
+    return Measurement(thread, (len(thread) - 2) // 2, "s", 9, output, asked, asked, first, end, server_queue=queue)
+
+
+def test_a_sample_waits_for_the_child_that_ends_last():
+    root, a, b = (0, 0), (0, 0, 0, 0), (0, 0, 0, 1)
+    calls = [
+        request(root, 0, 2), request(a, 2.1, 4), request(b, 2.1, 3), request(b, 3.1, 6), request(a, 4.1, 5),
+        request(root, 6.2, 7),
+    ]  # fmt: skip
+    assert [(one.thread, one.end) for one in waited_for(calls[::-1])] == [(root, 2), (b, 3), (b, 6), (root, 7)]
+    assert waited_for([]) == []
+
+
+def test_the_parts_of_a_latency_are_the_whole(tmp_path):
+    measurements = Measurements()
+    with FakeServer(wait=0.003) as server:
+        samples = measured(engine_of(server.url, measurements=measurements), tmp_path / "s.jsonl", measurements)
+    for sample in samples:
+        parts = sample.queue + sample.prefill + sample.decode + sample.overhead
+        assert parts == pytest.approx(sample.latency) and sum(sample.gap.values()) == pytest.approx(
+            sample.latency - sample.predicted
+        )
+        assert 0 < sample.first_token < sample.latency and sample.overhead > 0
+        assert sample.prefill > 0.002 * sample.chain_requests
+        assert sample.chain_requests <= sample.requests and 0 <= sample.cached_tokens < sample.prompt_tokens
+    summary = summarise_latency(samples)
+    shares = sum(summary[f"{part}_share"] for part in ("queue", "prefill", "decode", "overhead"))
+    assert shares == pytest.approx(1) and summary["n"] == len(PROBLEMS) and 0 < summary["cached_share"] < 1
+    json.dumps(summary)
+
+
+def test_a_chain_holds_what_a_tree_with_one_child_at_a_time_wrote():
+    measurements = Measurements()
+    engine = TimedEngine(ContextEngine(), "memory", measurements)
+    runner = TreeRunner(engine, NonsenseProtocol(1), TOKENIZER, Budget(190, threads=20, depth=2), Sampling(0.0))
+    spawned = 0
+    for index in range(12):
+        tree = asyncio.run(runner.run(index, (0, index)))
+        calls = measurements.take((0, index))
+        assert waited_for(calls) == calls
+        assert sum(one.output_tokens for one in calls) >= predict(tree.root, COSTS).tokens
+        spawned += metrics.children(tree)
+    assert spawned
+
+
+# ---------------------------------------------------------------------- going on
+
+
+def test_a_run_goes_on_where_it_was_cut(tmp_path, expected):
+    path, measurements = tmp_path / "s.jsonl", Measurements()
+    with FakeServer() as server:
+        engine = engine_of(server.url, measurements=measurements)
+        measured(engine, path, measurements, PROBLEMS[:5])
+        text = path.read_text()
+        path.write_text(text[: len(text) - 40])  # killed while it wrote the fifth
+        asked = len(server.requests)
+        check_whole(path, measured(engine, path, measurements), expected)
+        again = len(server.requests)
+        assert again > asked
+        check_whole(path, measured(engine, path, measurements), expected)
+        assert len(server.requests) == again  # nothing was missing
+        other = dataclasses.replace(SETTING, concurrency=3)
+        measured(engine, path, measurements, setting=other)
+    assert len(read_samples(path)) == 2 * len(PROBLEMS)
+    passes = latency.read_throughput(tmp_path / "passes.jsonl")
+    assert other in passes and passes[other].tokens > 0 and passes[other].samples == len(PROBLEMS)
+
+
+def test_other_problems_are_other_samples(tmp_path):
+    path, measurements = tmp_path / "s.jsonl", Measurements()
+    engine = TimedEngine(ContextEngine(), "memory", measurements)
+    measured(engine, path, measurements, [Question(3)])
+    found = measured(engine, path, measurements, [Question(4)])
+    assert [sample.problem for sample in found] == [{"number": 4}]
+
+
+def test_a_tree_that_raises_is_a_sample_too(tmp_path, capsys):
+    class Broken(ContextEngine):
+        async def decode(self, sequence, stop, limit, sampling):
+            if sequence.name[1] == 2:
+                raise KeyError("no such thing")
+            return await super().decode(sequence, stop, limit, sampling)
+
+    measurements = Measurements()
+    engine = TimedEngine(Broken(), "memory", measurements)
+    samples = measured(engine, tmp_path / "s.jsonl", measurements, PROBLEMS[:4])
+    assert [sample.ran for sample in samples] == [True, True, False, True]
+    assert samples[2].failures == {"error:KeyError": 1} and not samples[2].correct
+    summary = summarise_latency(samples)
+    assert (summary["n"], summary["ran"], summary["failures"]["error:KeyError"]) == (4, 3, 1)
+
+
+# ---------------------------------------------------------------------- servers that fail
+
+
+@pytest.mark.parametrize(
+    "faults", [["drop"], [None, 500, None, "close"], ["end early"] * 3, ["html", None, "wrong id"]]
+)
+def test_samples_that_a_fault_touched_are_measured_anew(tmp_path, expected, faults):
+    path, measurements, told, recovered = tmp_path / "s.jsonl", Measurements(), [], []
+
+    async def recover():
+        recovered.append(1)
+
+    with FakeServer(faults) as server:
+        engine = engine_of(server.url, measurements=measurements, patience=Patience(5, 5))
+        samples = measured(engine, path, measurements, recover=recover, tell=told.append)
+        check_whole(path, samples, expected)
+        assert told and recovered and all("measured anew" in line and server.url in line for line in told)
+    assert max(sample.tries for sample in samples) > 1
+    assert not (tmp_path / "passes.jsonl").exists()  # its throughput is not that of an undisturbed one
+
+
+def test_a_server_that_goes_on_failing_ends_the_run_and_the_next_goes_on(tmp_path, expected):
+    path, measurements = tmp_path / "s.jsonl", Measurements()
+
+    async def recover():
+        pass
+
+    with FakeServer([None] * 4 + ["html"] * 100) as server:
+        engine = engine_of(server.url, measurements=measurements)
+        with pytest.raises(ServerError, match=f"failed 4 times: {server.url}: the answer is no stream of JSON"):
+            measured(engine, path, measurements, recover=recover, tell=lambda line: None)
+        server.faults.clear()
+        check_whole(path, measured(engine, path, measurements, recover=recover, tell=print), expected)
+
+
+@pytest.mark.parametrize("concurrency", [1, 3])
+def test_a_server_of_our_own_that_dies_is_started_again(tmp_path, expected, concurrency):
+    path, measurements, told = tmp_path / "s.jsonl", Measurements(), []
+    setting = dataclasses.replace(SETTING, concurrency=concurrency)
+    environment = {"FAKE_LASTS": "12"}
+    folder = tmp_path / "model"
+    folder.mkdir()
+    with StartedServers([*SERVE, str(folder)], 1, tmp_path, [environment], patience=60, tell=told.append) as servers:
+        asyncio.run(servers.ready())
+        engine = engine_of(*servers.urls, measurements=measurements)
+        samples = measured(engine, path, measurements, setting=setting, recover=servers.ready, tell=told.append)
+        process = servers._processes[0]
+    rows = [{**row, "setting": dataclasses.asdict(setting)} for row in expected]
+    check_whole(path, samples, rows)
+    assert any("ended (exit code 3), starting it again" in line for line in told)
+    assert any("measured anew" in line for line in told) and max(sample.tries for sample in samples) > 1
+    assert process.poll() is not None  # stopped with the context
+
+
+def test_somebody_elses_server_is_waited_for(tmp_path, expected):
+    path, measurements, told = tmp_path / "s.jsonl", Measurements(), []
+    server = FakeServer().start()
+    servers = Servers([server.url], patience=30, tell=told.append)
+    asyncio.run(servers.ready())
+    stopped = threading.Event()
+    later = FakeServer()
+
+    def away():
+        while len(server.requests) < 9:
+            time.sleep(0.005)
+        server.stop()
+        stopped.set()
+        time.sleep(1.5)
+        later.start(server.port)
+
+    thread = threading.Thread(target=away)
+    thread.start()
+    server.wait = 0.01
+    engine = engine_of(server.url, measurements=measurements)
+    samples = measured(engine, path, measurements, recover=servers.ready, tell=told.append)
+    thread.join()
+    later.stop()
+    check_whole(path, samples, expected)
+    assert any("waiting for the server at" in line for line in told) and any("is ready after" in line for line in told)

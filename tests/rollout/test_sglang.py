@@ -1,0 +1,357 @@
+"""The SGLang engine against a fake server: the same trees as an engine in memory, and what becomes of every fault."""
+
+import asyncio
+import math
+import threading
+import time
+
+import pytest
+
+from apr_jax.model.llama import LlamaConfig
+from apr_jax.rollout.engine import JaxEngine
+from apr_jax.rollout.measure import Lineage, Measurements, TimedEngine
+from apr_jax.rollout.placement import PLACEMENTS, RootsApart
+from apr_jax.rollout.sglang import Patience, ServerError, SglangEngine, context_of_servers
+from apr_jax.threads.engine import Sampling
+from apr_jax.threads.run import Budget, TreeRunner, run_all
+from apr_jax.train.step import data_mesh
+from tests.rollout.fake_server import CONTEXT, SPARE, ContextEngine, FakeServer, next_token
+from tests.rollout.fake_server import logprob as fake_logprob
+from tests.tiny import TOKENIZER, NonsenseProtocol, make_model, without_logprobs
+
+GREEDY = Sampling(0.0)
+BUDGET = Budget(CONTEXT - SPARE, threads=20, depth=2)
+SHORT = Patience(request=0.5, retry=0.3)
+PROMPT = [TOKENIZER.bos, 20, 21, 22]
+
+
+def engine_of(*servers, **settings):
+    defaults = {"context": CONTEXT - SPARE, "vocabulary": len(TOKENIZER), "patience": SHORT}
+    return SglangEngine(
+        [server if isinstance(server, str) else server.url for server in servers], **defaults | settings
+    )
+
+
+def trees(engine, count=8, inherit=False):
+    runner = TreeRunner(engine, NonsenseProtocol(2, inherit), TOKENIZER, BUDGET, GREEDY)
+
+    async def work():
+        found = await run_all([lambda i=i: runner.run(i, (4, i)) for i in range(count)])
+        if isinstance(engine, SglangEngine):
+            await engine.close()
+        return found
+
+    return asyncio.run(work())
+
+
+def decode(engine, ids=PROMPT, stop=frozenset({TOKENIZER.eos}), limit=8, sampling=GREEDY):
+    async def work():
+        sequence = engine.open(ids, (1,))
+        try:
+            return await engine.decode(sequence, stop, limit, sampling)
+        finally:
+            engine.free(sequence)
+            await engine.close()
+
+    return asyncio.run(work())
+
+
+def continuation(ids, count):
+    ids = list(ids)
+    for _ in range(count):
+        ids.append(next_token(ids))
+    return tuple(ids[-count:])
+
+
+# ---------------------------------------------------------------------- the same trees
+
+
+@pytest.mark.parametrize("inherit", [False, True])
+def test_trees_are_those_of_an_engine_in_memory(inherit):
+    with FakeServer() as server:
+        mine = trees(engine_of(server), inherit=inherit)
+    theirs = trees(ContextEngine(), inherit=inherit)
+    assert mine == theirs  # log-probabilities too
+    assert sum(1 for tree in mine for _ in tree.threads()) > 12
+
+
+def test_faults_on_the_way_change_no_tree():
+    faults = ["close", None, 500, "drop", 503, "end early", 429, "abort", None, "close"] * 3
+    measured = Measurements()
+    with FakeServer(faults) as server:
+        mine = trees(engine_of(server, patience=Patience(5, 5), measurements=measured))
+    assert list(map(without_logprobs, mine)) == list(map(without_logprobs, trees(ContextEngine())))
+    assert max(one.tries for one in measured) > 1
+    assert len(server.requests) > len(measured)
+
+
+def test_a_request_says_what_it_needs_and_nothing_else_decides():
+    with FakeServer() as server:
+        decode(engine_of(server), stop=frozenset({7, 5}), limit=3, sampling=Sampling(0.5, top_k=9, top_p=0.8))
+    first, scoring = server.requests
+    assert first["input_ids"] == PROMPT and first["stream"] and first["return_logprob"]
+    how = first["sampling_params"]
+    assert how.items() >= {"temperature": 0.5, "top_k": 9, "top_p": 0.8, "max_new_tokens": 3, "stop_token_ids": [5, 7],
+                           "skip_special_tokens": False}.items()  # fmt: skip
+    assert "ignore_eos" not in how  # it would make SGLang ignore the stop ids as well
+    assert scoring["input_ids"][: len(PROMPT)] == PROMPT
+
+
+def test_all_words_are_asked_for_by_minus_one():
+    with FakeServer() as server:
+        decode(engine_of(server), sampling=Sampling(1.0))
+    assert [r["sampling_params"]["top_k"] for r in server.requests] == [-1]
+
+
+# ---------------------------------------------------------------------- limits and stops
+
+
+def test_limits_and_refusals_are_the_jax_engines():
+    jax_engine = JaxEngine(make_model(), data_mesh(1), slots=2, context=64)
+    assert isinstance(jax_engine._config, LlamaConfig)
+
+    def said(engine, work):
+        with pytest.raises(ValueError) as error:
+            asyncio.run(work(engine))
+        return str(error.value)
+
+    async def too_long(engine):
+        engine.open([1] * 65, (1,))
+
+    async def empty(engine):
+        engine.open([], (1,))
+
+    async def fork_too_long(engine):
+        engine.fork(engine.open([1] * 3, (1,)), 4, (2,))
+
+    async def full(engine):
+        await engine.decode(engine.open([1] * 64, (1,)), frozenset(), 5, GREEDY)
+
+    async def nothing(engine):
+        await engine.decode(engine.open([1] * 6, (1,)), frozenset(), 0, GREEDY)
+
+    async def freed(engine):
+        sequence = engine.open([1] * 6, (1,))
+        engine.free(sequence)
+        engine.free(sequence)
+        await engine.decode(sequence, frozenset(), 5, GREEDY)
+
+    with FakeServer() as server:
+        for work in (too_long, empty, fork_too_long, full, nothing, freed):
+            assert said(engine_of(server, context=64), work) == said(jax_engine, work)
+    assert not server.requests
+
+
+def test_a_sequence_may_be_filled_to_the_context_that_servers_tell():
+    with FakeServer() as server:
+        context = asyncio.run(context_of_servers([server.url]))
+        assert context == CONTEXT - SPARE
+        for length in (1, context - 20, context - 1):
+            found = decode(engine_of(server), ids=[9] * length, stop=frozenset(), limit=1000)
+            assert len(found.ids) == context - length and not found.stopped
+
+
+def test_stopped_is_whether_the_last_id_is_a_stop_id_even_at_the_limit():
+    ids = continuation(PROMPT, 4)
+    assert len(set(ids)) == 4
+    with FakeServer() as server:
+        for limit, stop, length, stopped in ((4, {ids[3]}, 4, True), (3, {ids[3]}, 3, False), (9, {ids[1]}, 2, True)):
+            found = decode(engine_of(server), stop=frozenset(stop), limit=limit)
+            assert (found.ids, found.stopped) == (ids[:length], stopped)
+
+
+def test_an_end_token_of_the_servers_own_is_gone_past():
+    ids = continuation(PROMPT, 12)
+    with FakeServer(own_end=ids[4]) as server:
+        found = decode(engine_of(server), stop=frozenset({len(TOKENIZER) - 1}), limit=12)
+    assert found.ids == ids and len(found.logprobs) == 12 and len(server.requests) > 1
+
+
+def test_a_server_that_holds_less_than_was_said_is_told():
+    with FakeServer() as server, pytest.raises(ServerError, match="cannot hold 500 tokens"):
+        decode(engine_of(server, context=500), ids=[9] * 150, stop=frozenset(), limit=300)
+
+
+# ---------------------------------------------------------------------- what is never sent
+
+
+def test_an_id_outside_the_vocabulary_is_never_sent():
+    with FakeServer() as server:
+        for ids, stop in (([1, len(TOKENIZER)], set()), ([1, -1], set()), ([1], {len(TOKENIZER)})):
+            with pytest.raises(ValueError, match=f"ids are 0 to {len(TOKENIZER) - 1}"):
+                decode(engine_of(server), ids=ids, stop=frozenset(stop))
+    assert not server.requests
+
+
+def test_settings_that_cannot_be_are_refused():
+    for urls in ([], ["localhost:80"], ["ftp://a"], ["http://"]):
+        with pytest.raises(ValueError, match="server"):
+            SglangEngine(urls, context=9, vocabulary=9)
+    with pytest.raises(ValueError, match="at_once is 1 or more, was given 0"):
+        SglangEngine(["http://a"], context=9, vocabulary=9, at_once=0)
+    with pytest.raises(ValueError, match="logprobs is one of both, drawn, none, was given 'all'"):
+        SglangEngine(["http://a"], context=9, vocabulary=9, logprobs="all")
+    with pytest.raises(ValueError, match="retry"):
+        Patience(retry=0)
+
+
+# ---------------------------------------------------------------------- answers that are not to be believed
+
+
+@pytest.mark.parametrize(
+    "fault, message",
+    [
+        ("html", "no stream of JSON: '<html>"), ("wrong id", f"id {len(TOKENIZER)}, the vocabulary ends at"),
+        ("text id", "no output_ids"), ("too many", "tokens, 1 to 8 were asked for"), ("no tokens", "0 tokens"),
+        ("no logprobs", "lacks the log-probabilities of its"), ("null logprob", "lacks the log-prob"),
+        ("fewer logprobs", "lacks the log-prob"), ("cut prompt", "read 1 of 4 prompt tokens"),
+        (404, "answered with error 404: fault 404"), ("error event", "error 400: no such thing"),
+    ],
+)  # fmt: skip
+def test_garbage_is_one_line_that_names_the_server_at_once(fault, message):
+    with FakeServer([fault]) as server:
+        with pytest.raises(ServerError, match=message) as error:
+            decode(engine_of(server))
+        assert str(error.value).startswith(server.url) and "\n" not in str(error.value)
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "fault, message",
+    [
+        ("close", "the connection broke off"), ("drop", "the connection broke off"), ("end early", "answer broke off"),
+        (500, "error 500: fault 500"), (429, "error 429"), ("abort", "error 500: gone"),
+        ("slow", "no answer within 0.5"),
+    ],
+)  # fmt: skip
+def test_what_does_not_pass_is_given_up_in_bounded_time(fault, message):
+    with FakeServer([fault] * 50) as server:
+        began = time.monotonic()
+        with pytest.raises(ServerError, match=f"{message}.*given up after [0-9]+ tries") as error:
+            decode(engine_of(server))
+        assert time.monotonic() - began < 2 * SHORT.request + SHORT.retry + 0.5
+        assert server.url in str(error.value)
+    assert len(server.requests) > 1
+
+
+def test_a_server_that_is_not_there_yet_is_waited_for():
+    first = FakeServer().start()
+    first.stop()
+    with pytest.raises(ServerError, match="refuses connections"):
+        decode(engine_of(first.url))
+    later = FakeServer()
+    timer = threading.Timer(0.4, later.start, [first.port])
+    timer.start()
+    found = decode(engine_of(first.url, patience=Patience(5, 5)))
+    timer.join()
+    later.stop()
+    assert found.ids == continuation(PROMPT, len(found.ids))
+
+
+def test_the_context_of_what_is_no_sglang_server_is_refused():
+    with pytest.raises(ServerError, match="refuses connections"):
+        asyncio.run(context_of_servers(["http://127.0.0.1:1"]))
+
+
+# ---------------------------------------------------------------------- log-probabilities
+
+
+def test_log_probabilities_are_of_the_distribution_drawn_from_and_of_the_model():
+    with FakeServer() as server:
+        for temperature in (0.0, 1.0):
+            found = decode(engine_of(server), sampling=Sampling(temperature))
+            assert found.logprobs == found.model_logprobs
+        asked = len(server.requests)
+        found = decode(engine_of(server), sampling=Sampling(0.5))
+        assert len(server.requests) == asked + 2
+        ids = PROMPT + list(found.ids)
+        own = [fake_logprob(ids[:i]) for i in range(len(PROMPT), len(ids))]
+        assert found.model_logprobs == pytest.approx(own)
+        assert found.logprobs == pytest.approx([value / 0.5 for value in own])
+        asked = len(server.requests)
+        found = decode(engine_of(server, logprobs="drawn"), sampling=Sampling(0.5))
+        assert all(map(math.isnan, found.model_logprobs)) and not any(map(math.isnan, found.logprobs))
+        found = decode(engine_of(server, logprobs="none"))
+        assert all(map(math.isnan, found.logprobs + found.model_logprobs))
+        assert len(server.requests) == asked + 2 and not server.requests[-1]["return_logprob"]
+
+
+# ---------------------------------------------------------------------- who goes where
+
+
+def test_threads_are_told_apart_by_their_names():
+    lineage = Lineage()
+    root = lineage.open((4, 7))
+    child = lineage.open((4, 7, 0, 2))
+    assert (root.depth, child.depth) == (0, 1)
+    assert lineage.fork(root, (4, 7, 1)) == root
+    assert lineage.fork(root, (4, 7, 1, 0)).depth == 1  # a child that inherits
+    assert lineage.open((4, 7, 0, 2, 0, 0)).depth == 2
+    lineage.close(root)
+    lineage.close(root)
+    assert lineage.open((4, 7, 0, 3)).depth == 0  # nobody's child any more
+
+
+@pytest.mark.parametrize("inherit", [False, True])
+@pytest.mark.parametrize("name", sorted(PLACEMENTS))
+def test_a_thread_stays_on_its_server(name, inherit):
+    measured = Measurements()
+    with FakeServer() as a, FakeServer() as b, FakeServer() as c:
+        mine = trees(engine_of(a, b, c, placement=PLACEMENTS[name](), measurements=measured), inherit=inherit)
+        counts = [len(server.requests) for server in (a, b, c)]
+    assert list(map(without_logprobs, mine)) == list(map(without_logprobs, trees(ContextEngine(), inherit=inherit)))
+    homes = {}
+    for one in measured:
+        assert homes.setdefault(one.thread, one.server) == one.server
+    children = [one for one in measured if one.depth]
+    assert children and len({one.thread for one in measured}) > len({one.thread for one in children})
+    if name == "one":
+        assert counts[1:] == [0, 0]
+    if name == "roots_apart":
+        assert all((one.server == a.url) == (one.depth == 0) for one in measured) and min(counts) > 0
+    if name == "round_robin":
+        assert min(counts) > 0
+
+
+def test_one_server_takes_roots_and_children():
+    measured = Measurements()
+    with FakeServer() as server:
+        trees(engine_of(server, placement=RootsApart(), measurements=measured), count=3)
+    assert {one.depth for one in measured} >= {0, 1}
+
+
+def test_a_server_has_no_more_requests_than_allowed():
+    with FakeServer(wait=0.005) as server:
+        trees(engine_of(server, at_once=3, patience=Patience(5, 5)))
+    assert server.most_under_way == 3
+
+
+# ---------------------------------------------------------------------- measurements
+
+
+def test_every_request_is_measured():
+    measured = Measurements()
+    with FakeServer(wait=0.002) as server:
+        mine = trees(engine_of(server, at_once=2, measurements=measured, patience=Patience(5, 5)))
+        assert len(measured) == len(server.requests)
+    assert sum(one.output_tokens for one in measured) >= sum(t.sampled_tokens for tree in mine for t in tree.threads())
+    for one in measured:
+        assert one.asked <= one.start < one.first <= one.end and one.server == server.url
+        assert (one.server_seconds, one.server_queue) == (0.01, 0.001)
+        assert 0 <= one.cached_tokens < one.prompt_tokens
+    assert any(one.start - one.asked > 0.001 for one in measured)  # waited for its place
+    assert max(one.cached_tokens for one in measured if len(one.thread) == 2) > 4  # a root that went on
+    everything = len(measured)
+    taken = measured.take((4, 3))
+    assert taken and {one.thread[:2] for one in taken} == {(4, 3)} and len(measured) == everything - len(taken)
+
+
+def test_a_timed_engine_changes_no_token():
+    measured = Measurements()
+    mine = trees(TimedEngine(ContextEngine(), "memory", measured), inherit=True)
+    assert list(map(without_logprobs, mine)) == list(map(without_logprobs, trees(ContextEngine(), inherit=True)))
+    assert {one.server for one in measured} == {"memory"} and {one.depth for one in measured} >= {0, 1}
+    assert all(one.asked <= one.first <= one.end for one in measured)
+    engine = TimedEngine(ContextEngine(), "memory", measured, split=False)
+    assert list(map(without_logprobs, trees(engine, inherit=True))) == list(map(without_logprobs, mine))
+    assert measured[-1].first is None

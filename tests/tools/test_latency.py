@@ -1,0 +1,130 @@
+"""The latency tool from its command line, with a fake server in the place of SGLang and with the JAX engine."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from apr_jax.evaluate.latency import read_samples
+from apr_jax.export.hf import export_hf
+from tests.rollout.fake_server import FakeServer
+from tests.tiny import TOKENIZER, make_model, spawning_model
+from tools import latency
+
+FAKE = shlex.join([sys.executable, "-m", "tests.rollout.fake_server"])
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exports")
+    for name, model in (("apr", spawning_model()), ("sosp", make_model(1))):
+        export_hf(model, TOKENIZER, folder / name)
+    return folder
+
+
+def run(*arguments):
+    return latency.main(["latency", *map(str, arguments)])
+
+
+def refused(capsys, *arguments):
+    capsys.readouterr()
+    assert run(*arguments) == 1
+    err = capsys.readouterr().err
+    last = err.splitlines()[-1]
+    assert last.startswith("error: ") and "Traceback" not in err
+    return last
+
+
+def test_a_run_leaves_samples_figures_and_a_report(exports, tmp_path, capsys):
+    flags = [f"--apr={exports}/apr", f"--sosp={exports}/sosp", f"--out={tmp_path}", "--windows=128", "--count=3",
+             "--least_children=0,2", "--concurrency=1,3", "--servers=2", "--placement=roots_apart"]  # fmt: skip
+    assert run(*flags, f"--launcher={FAKE}") == 0
+    table = capsys.readouterr().out
+    samples = read_samples(tmp_path / "samples.jsonl")
+    assert len(samples) == 3 * (2 * 2 + 2)  # APR at two budgets, SoS+ at one, each at two concurrencies
+    assert "2 SGLang servers, roots apart" in table and "predicted" in table and "2 children at least" in table
+    assert (tmp_path / "report.md").read_text().strip() == table.strip()
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert len(summary) == 6 and all(row["throughput"]["samples"] == 3 for row in summary)
+    names = {path.name for path in (tmp_path / "figures").iterdir()}
+    way = "2_sglang_servers_roots_apart"
+    assert names == {f"latency_accuracy_{way}.png", f"latency_within_{way}.png", "latency_load.png"}
+    assert run(*flags[:2], f"--out={tmp_path}/asked", "--windows=128", "--count=2", "--apr_budgets=1,4",
+               f"--launcher={FAKE}") == 0  # fmt: skip
+    assert "window 128, Sub Call Budget: 4" in capsys.readouterr().out
+    # Again: nothing is measured, so that no server is needed. And drawn again without a model.
+    assert run(*flags, "--launcher=no_such_command") == 0 and run(f"--out={tmp_path}") == 0
+    assert read_samples(tmp_path / "samples.jsonl") == samples
+
+
+def test_running_servers_are_taken_as_they_are(exports, tmp_path, capsys):
+    with FakeServer() as server:
+        flags = [f"--apr={exports}/apr", f"--out={tmp_path}", "--windows=128", "--count=2", f"--servers={server.url}"]
+        assert run(*flags) == 0
+    assert "1 SGLang server |" in capsys.readouterr().out
+    assert "running servers have one model" in refused(capsys, *flags, f"--sosp={exports}/sosp")
+    assert f"{server.url}: not ready within 1 s" in refused(capsys, *flags, "--count=3", "--patience=1")
+
+
+def test_a_server_that_fails_while_it_is_warmed_up(exports, tmp_path, capsys):
+    flags = [f"--apr={exports}/apr", f"--out={tmp_path}", "--windows=128", "--count=2"]
+    with FakeServer(["html"]) as server:
+        assert run(*flags, f"--servers={server.url}") == 0
+        assert capsys.readouterr().err.count("warming up anew: http") == 1
+    with FakeServer(["html"] * 99) as server:
+        assert "no stream of JSON" in refused(capsys, *flags, "--count=3", f"--servers={server.url}")
+
+
+def test_the_jax_engine_takes_the_same_harness_and_says_so(exports, tmp_path, capsys):
+    flags = [f"--apr={exports}/apr", f"--out={tmp_path}", "--windows=64", "--count=2", f"--launcher={FAKE}"]
+    assert run(*flags, "--engine=sglang,jax", "--concurrency=2") == 0
+    table = capsys.readouterr().out
+    assert "JAX engine, in process" in table and "1 SGLang server" in table and "tokens/s in process" in table
+    assert "of 2 trees are the same token for token" in table
+    engines = [sample.setting["engine"] for sample in read_samples(tmp_path / "samples.jsonl")]
+    assert engines == ["sglang"] * 2 + ["jax"] * 2
+    costs = json.loads((tmp_path / "costs.json").read_text())
+    assert len(costs) == 2 and all(cost["token"] > 0 for cost in costs.values())
+
+
+def test_a_stopped_run_stops_its_servers_and_goes_on(exports, tmp_path):
+    flags = [f"--apr={exports}/apr", f"--out={tmp_path}", "--windows=128", "--count=12", f"--launcher={FAKE}"]
+    command = [sys.executable, "-m", "tools.latency", *flags]
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen(command, env={**os.environ, "FAKE_WAIT": "0.15"}, stdout=file, stderr=file)
+    samples = tmp_path / "samples.jsonl"
+    deadline = time.monotonic() + 120
+    while process.poll() is None and (not samples.exists() or samples.read_text().count("\n") < 2):
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143, log.read_text()
+    begun = read_samples(samples)
+    assert 2 <= len(begun) < 12
+    left = subprocess.run(["pgrep", "-f", f"tests.rollout.fake_server serve {exports}"], capture_output=True, text=True)
+    assert not left.stdout
+    assert run(*flags) == 0
+    found = read_samples(samples)
+    assert sorted(sample.index for sample in found) == list(range(12)) and found[: len(begun)] == begun
+
+
+def test_wrong_flags_are_one_line(exports, tmp_path, capsys):
+    apr, out = f"--apr={exports}/apr", f"--out={tmp_path}"
+    assert "no exported model in" in refused(capsys, f"--apr={tmp_path}", out)
+    assert "no samples in" in refused(capsys, out)
+    assert "--engine is of sglang, jax, was given 'vllm'" in refused(capsys, apr, out, "--engine=vllm")
+    assert "--servers is a number from 1 or http" in refused(capsys, apr, out, "--servers=none")
+    assert "--concurrency is numbers from 1, was given '0'" in refused(capsys, apr, out, "--concurrency=0")
+    assert "holds 256 tokens, was given 300" in refused(capsys, apr, out, "--windows=300")
+    assert "--problems: no file" in refused(capsys, apr, out, "--problems=nowhere.npy")
+    np.save(tmp_path / "p.npy", np.array([[1, 2, 3, 4, 10]]))
+    assert "holds 1 problems, was given 50" in refused(capsys, apr, out, f"--problems={tmp_path}/p.npy")
+    assert "only flags are taken" in refused(capsys, "apr", out)
+    assert "cannot be run" in refused(capsys, apr, out, "--launcher=no_such_command")

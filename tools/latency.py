@@ -1,0 +1,347 @@
+"""Measures the latency of thread trees, and draws accuracy against it (the paper's figure 6, right).
+
+    python -m tools.export_hf --checkpoint=runs/workstation/sft_apr/checkpoints --out=runs/export/apr
+    tools/serve_sglang.sh install
+    python -m tools.latency --apr=runs/export/apr --sosp=runs/export/sosp --out=runs/latency
+    python -m tools.latency --out=runs/latency                     # only draws again
+    python -m tools.latency --engine=jax --apr=runs/export/apr     # no server: the JAX engine in this process
+
+Servers are started here, one per GPU or --servers=N of them, and started again when they die; with --servers=URL,URL
+they are somebody else's (one model a call then) and waited for. One problem is one sample, one line of
+OUT/samples.jsonl; a call that was stopped goes on where it was. --concurrency=1 is the paper's; further numbers make a
+curve of latency under load, and --engine=sglang,jax --concurrency=64 compares what the two get through on one machine.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import httpx
+from absl import flags
+
+from apr_jax.countdown import CountdownProtocol
+from apr_jax.countdown.dataset import ProblemFile, write_text
+from apr_jax.countdown.problem import Problem, ProblemRange
+from apr_jax.evaluate.costs import Costs, calibrate
+from apr_jax.evaluate.latency import TRIES, Setting, measure, read_samples, warm_up
+from apr_jax.rollout.measure import Measurements, TimedEngine
+from apr_jax.rollout.placement import PLACEMENTS
+from apr_jax.rollout.servers import Servers, StartedServers
+from apr_jax.rollout.sglang import Patience, ServerError, SglangEngine, context_of_servers, make_client
+from apr_jax.text.hub import HubTokenizer, load_tokenizer
+from apr_jax.text.tokenizer import Tokenizer
+from apr_jax.threads.engine import Engine, Sampling
+from apr_jax.threads.run import Budget, TreeRunner
+from experiments.latency_report import write_report
+from tools import command
+
+MODELS = ("sosp", "apr")
+ENGINES = ("sglang", "jax")
+LAUNCHER = Path(__file__).with_name("serve_sglang.sh")
+WARM = 4  # trees that are run before the first is measured
+SLOTS = 64  # of the JAX engine, per device
+PATIENCE = Patience(request=600.0, retry=5.0)  # short: a sample that had to wait for a server is of no use
+
+
+def _define(values: flags.FlagValues) -> None:
+    def text(name: str, default: str | None, help: str) -> None:
+        flags.DEFINE_string(name, default, help, flag_values=values)
+
+    def numbers(name: str, default: list[str], help: str) -> None:
+        flags.DEFINE_list(name, default, help, flag_values=values)
+
+    text("apr", None, "Folder of an exported APR model.")
+    text("sosp", None, "Folder of an exported SoS+ model.")
+    text("out", "runs/latency", "Folder of samples, figures and report.")
+    numbers("engine", ["sglang"], "sglang, jax (in this process) or both, one after the other.")
+    text("servers", "", "How many to start (default: one per GPU, 1 without), or URL,URL of running ones.")
+    place = "Where threads go: one server, round_robin, or roots_apart (the paper's: children to all but the first)."
+    flags.DEFINE_enum("placement", "one", sorted(PLACEMENTS), place, flag_values=values)
+    text("launcher", str(LAUNCHER), "Command that serves; FOLDER PORT is added after serve.")
+    numbers("concurrency", ["1"], "Trees at once; several numbers, one pass each.")
+    numbers("windows", [], "Tokens of a thread: budgets of both models. Default: what the model holds.")
+    numbers("least_children", ["0"], "Children at least: budgets of the APR model.")
+    numbers("apr_budgets", [], "Of a conditioned APR model: children that the prompt asks for.")
+    numbers("sosp_budgets", [], "Of a conditioned SoS+ model: tokens that the prompt asks for.")
+    flags.DEFINE_integer("depth", 1, "Levels of children.", lower_bound=0, flag_values=values)
+    flags.DEFINE_float("temperature", 0.0, "Of the sampling.", lower_bound=0.0, flag_values=values)
+    text("problems", None, "A held_out.npy; without it problems are drawn: up to 10, targets up to 30.")
+    flags.DEFINE_integer("count", 50, "Problems.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("patience", 600, "Seconds to wait for servers.", lower_bound=1, flag_values=values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """A checkpoint in Hugging Face format, as `tools.export_hf` writes it."""
+
+    model: str
+    folder: Path
+    tokenizer: Tokenizer | HubTokenizer
+    words: int  # of the model
+    context: int
+    weights: str  # digest
+
+
+def read_export(model: str, folder: str) -> Export:
+    """Raises FileNotFoundError or ValueError where the folder holds no model that we can run."""
+    path = Path(folder)
+    files = [path / "config.json", *sorted(path.glob("*.safetensors"))]
+    if not files[0].is_file() or len(files) < 2:
+        raise FileNotFoundError(f"--{model}: no exported model in {folder} (python -m tools.export_hf writes one)")
+    from apr_jax.export.imported import read_config  # here: it brings JAX
+
+    digest = hashlib.blake2b(digest_size=6)
+    for file in files:
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "blake2b").digest())
+    config = read_config(path)
+    tokenizer = load_tokenizer(str(path.absolute() / "tokenizer.json"))
+    return Export(model, path, tokenizer, config.vocab_size, config.context, digest.hexdigest())
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a command line asks for."""
+
+    out: Path
+    engines: list[str]
+    exports: list[Export]
+    urls: list[str]  # of somebody else's servers
+    servers: int
+    placement: str
+    launcher: list[str]
+    environments: list[dict[str, str]]
+    concurrency: list[int]
+    windows: list[int]
+    least_children: list[int]
+    asked: dict[str, list[int]]  # by model: budgets that the prompt asks for
+    depth: int
+    temperature: float
+    problems: Sequence[Problem]
+    warm: Sequence[Problem]  # others, to warm up with
+    patience: float
+
+    def budgets(self, export: Export) -> Iterator[tuple[Budget, str]]:
+        """Each with what stands first on the prompt. Raises ValueError for those that the model cannot have."""
+        for window in self.windows or [export.context]:
+            if window > export.context:
+                raise ValueError(f"--windows: {export.folder} holds {export.context} tokens, was given {window}")
+            for least in self.least_children if export.model == "apr" else [0]:
+                budget = Budget(window, depth=self.depth if export.model == "apr" else 1, least_children=least)
+                for asked in self.asked[export.model] or [None]:
+                    yield budget, CountdownProtocol(export.model).condition(asked)
+
+
+def _plan(values: flags.FlagValues) -> Plan:
+    engines = _among("engine", values["engine"].value, ENGINES)
+    exports = [read_export(model, values[model].value) for model in MODELS if values[model].value]
+    given = values["servers"].value
+    urls = [url for url in given.split(",") if url] if "://" in given else []
+    if not urls and given and not (given.isdigit() and int(given)):
+        raise ValueError(f"--servers is a number from 1 or http://HOST:PORT,..., was given {given!r}")
+    if urls and len(exports) > 1:
+        raise ValueError("running servers have one model: give --apr or --sosp, and the other in a second call")
+    gpus = _gpus()
+    servers = len(urls) or int(given or 0) or max(gpus, 1)
+    problems, warm = _problems(values["problems"].value, values["count"].value)
+    return Plan(
+        Path(values["out"].value), engines, exports, urls, servers, values["placement"].value,
+        shlex.split(values["launcher"].value),
+        [{"CUDA_VISIBLE_DEVICES": str(index % gpus)} for index in range(servers)] if gpus else [],
+        _numbers("concurrency", values, 1), _numbers("windows", values, 32), _numbers("least_children", values, 0),
+        {model: _numbers(f"{model}_budgets", values, 0) for model in MODELS},
+        values["depth"].value, values["temperature"].value, problems, warm, values["patience"].value,
+    )  # fmt: skip
+
+
+def _among(name: str, given: Sequence[str], allowed: Sequence[str]) -> list[str]:
+    if not given or set(given) - set(allowed):
+        raise ValueError(f"--{name} is of {', '.join(allowed)}, was given {','.join(given)!r}")
+    return list(dict.fromkeys(given))
+
+
+def _numbers(name: str, values: flags.FlagValues, least: int) -> list[int]:
+    given = values[name].value
+    if not all(one.isdigit() and int(one) >= least for one in given):
+        raise ValueError(f"--{name} is numbers from {least}, was given {','.join(given)!r}")
+    return list(dict.fromkeys(map(int, given)))
+
+
+def _gpus() -> int:
+    if os.environ.get("APR_SGLANG_DEVICE") == "cpu" or not shutil.which("nvidia-smi"):
+        return 0
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines()) if not listed.returncode else 0
+
+
+def _problems(path: str | None, count: int) -> tuple[list[Problem], list[Problem]]:
+    """Those to measure, and some others."""
+    rng = random.Random(0)
+    if path:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"--problems: no file {path}")
+        problems = list(ProblemFile(Path(path))[:count])
+        if len(problems) < count:
+            raise ValueError(f"--count: {path} holds {len(problems)} problems, was given {count}")
+    else:
+        ranges = ProblemRange(max_number=10, max_target=30)
+        problems = [ranges.draw(rng) for _ in range(count)]
+    size = len(problems[0].numbers)
+    largest, target = max(max(one.numbers) for one in problems), max(one.target for one in problems)
+    others = ProblemRange(count=size, max_number=largest, max_target=max(target, 10))
+    return problems, [others.draw(rng) for _ in range(WARM)]
+
+
+# ---------------------------------------------------------------------- passes
+
+
+def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
+    if arguments:
+        raise ValueError(f"only flags are taken, was given {arguments[0]!r}")
+    plan = _plan(values)
+    for engine in plan.engines if plan.exports else ():
+        for export in plan.exports:
+            _measure_model(plan, engine, export)
+    print(write_report(plan.out))
+
+
+def _measure_model(plan: Plan, engine: str, export: Export) -> None:
+    """All passes of one model through one engine that lack a sample."""
+    passes = []
+    for budget, condition in plan.budgets(export):
+        for concurrency in plan.concurrency:
+            many = plan.servers if engine == "sglang" else 1
+            setting = Setting(
+                export.model, export.weights, engine, many, plan.placement if many > 1 else "one", concurrency,
+                budget.context, budget.depth, budget.least_children, plan.temperature, condition,
+            )  # fmt: skip
+            if not _measured(plan, setting):
+                passes.append((setting, budget))
+    if not passes:
+        return
+    with _servers(plan, export) if engine == "sglang" else contextlib.nullcontext() as servers:
+        for setting, budget in passes:
+            asyncio.run(_pass(plan, export, setting, budget, servers))
+
+
+def _measured(plan: Plan, setting: Setting) -> bool:
+    where = dataclasses.asdict(setting)
+    samples = read_samples(plan.out / "samples.jsonl")
+    found = {(sample.index, json.dumps(sample.problem)) for sample in samples if sample.setting == where}
+    return all((index, json.dumps(dataclasses.asdict(problem))) in found for index, problem in enumerate(plan.problems))
+
+
+@contextlib.contextmanager
+def _servers(plan: Plan, export: Export) -> Iterator[Servers]:
+    if plan.urls:
+        yield Servers(plan.urls, plan.patience)
+        return
+    words = [*plan.launcher, "serve", str(export.folder)]
+    with StartedServers(words, plan.servers, plan.out / "servers", plan.environments, plan.patience) as servers:
+        yield servers
+
+
+async def _pass(plan: Plan, export: Export, setting: Setting, budget: Budget, servers: Servers | None) -> None:
+    """Measures what one setting lacks."""
+    measurements = Measurements()
+    sampling = Sampling(plan.temperature)
+
+    async def nothing() -> None:
+        raise RuntimeError("an engine in this process has no servers to wait for")
+
+    if servers is None:
+        engine, recover = _jax_engine(export, setting, sampling, measurements), nothing
+    else:
+        await servers.ready()
+        context = await context_of_servers(servers.urls)
+        if context < budget.context:
+            raise ValueError(f"the servers hold {context} tokens, the window is {budget.context}")
+        engine, recover = (
+            SglangEngine(
+                servers.urls, context=context, vocabulary=export.words, patience=PATIENCE,
+                placement=PLACEMENTS[setting.placement](), measurements=measurements, logprobs="none",
+            ),
+            servers.ready,
+        )  # fmt: skip
+    protocol = CountdownProtocol(export.model)
+    runner = TreeRunner(engine, protocol, export.tokenizer, budget, sampling)
+    try:
+        for tries in range(1, TRIES + 1):
+            try:
+                await warm_up(runner, measurements, (plan.warm * setting.concurrency)[: max(WARM, setting.concurrency)])
+                costs = await _costs(plan, setting, engine, measurements, export.words)
+                break
+            except ServerError as error:
+                if tries == TRIES:
+                    raise
+                print(f"warming up anew: {error}", file=sys.stderr)
+                await recover()
+        if servers is None:
+            engine.split = setting.concurrency == 1  # under load it would measure itself
+        else:
+            await _flush(servers.urls)
+        await measure(runner, plan.problems, plan.out / "samples.jsonl", setting, measurements, costs, recover)
+    finally:
+        if isinstance(engine, SglangEngine):
+            await engine.close()
+
+
+async def _costs(plan: Plan, setting: Setting, engine: Engine, measurements: Measurements, words: int) -> Costs:
+    """Of this model on this engine, measured once: passes and restarts are predicted by the same."""
+    path = plan.out / "costs.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    key = f"{setting.model} {setting.weights} {setting.engine}"
+    if key not in known:
+        known[key] = dataclasses.asdict(await calibrate(engine, measurements, words))
+        write_text(path, json.dumps(known, indent=1) + "\n")
+    return Costs(**known[key])
+
+
+async def _flush(urls: Sequence[str]) -> None:
+    """Empties the caches, which a pass before may have filled with these very problems."""
+    async with make_client() as client:
+        for url in urls:
+            try:
+                async with asyncio.timeout(30):
+                    answer = await client.get(f"{url}/flush_cache")
+                if answer.status_code == 200:
+                    continue
+            except (httpx.RequestError, TimeoutError):
+                pass
+            print(f"{url} did not empty its cache: cached tokens may be another pass's", file=sys.stderr)
+
+
+def _jax_engine(export: Export, setting: Setting, sampling: Sampling, measurements: Measurements) -> TimedEngine:
+    import jax  # here: with servers nobody needs it
+
+    from apr_jax.export.imported import import_hf
+    from apr_jax.rollout.engine import JaxEngine
+    from apr_jax.train.step import data_mesh
+
+    mesh = data_mesh(jax.device_count())
+    slots = min(max(8, 8 * setting.concurrency // mesh.size), SLOTS) * mesh.size
+    engine = JaxEngine(import_hf(export.folder), mesh, slots=slots, context=setting.window)
+    print(f"the JAX engine compiled {engine.compile(sampling)} shapes", file=sys.stderr, flush=True)
+    return TimedEngine(engine, "jax", measurements)
+
+
+def main(argv: Sequence[str]) -> int:
+    command.use_all_cores()
+    return command.run(__doc__, _define, _work, argv)
+
+
+if __name__ == "__main__":
+    # So that servers are stopped before this process is gone.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    sys.exit(main(sys.argv))
