@@ -3,10 +3,10 @@
     python -m tools.adaptive                         # about ten minutes on two cores
 
 The task is `apr_jax.tags`' sum of 26 digits, of which none can be skipped. The teacher adds up alone or shares the
-digits out to 2 or 4 threads, at random: more threads are fewer tokens one after the other, and more in all.
-The pupil knows all of these ways, and GRPO goes two ways from it: with a price on sequential tokens, and with one on all
-tokens. Prints a table of problems that were held out, and writes it with every step's means to --out, with a figure
-beside it. How far the pupil has to be trained for it to go on working under a price is not settled: WORKSPACE_NOTES.md.
+digits out to 2 or 4 threads, at random: more threads are fewer tokens one after the other, and more in all. The pupil
+knows all of these ways, and GRPO goes two ways from it: with a price on sequential tokens, and with one on all tokens.
+Prints a table of problems that were held out, and writes it with every step's means to --out, with a figure beside it.
+How far the pupil has to be trained for it to go on working under a price is not settled: WORKSPACE_NOTES.md.
 """
 
 import random
