@@ -224,7 +224,7 @@ def test_a_hugging_face_tokenizer_by_folder(made, tmp_path):
 
 def test_a_tokenizer_that_is_not_there_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ValueError, match="no tokenizer '.*/nowhere'"):
+    with pytest.raises(FileNotFoundError, match="no tokenizer at .*/nowhere"):
         make_dataset(dataclasses.replace(CONFIG, tokenizer=f"{tmp_path}/nowhere"), tmp_path / "data")
 
 
