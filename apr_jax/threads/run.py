@@ -88,7 +88,7 @@ class TreeRunner:
         budget = self.budget
         allowance = _Allowance(budget.threads - 1, _UNLIMITED if budget.tokens is None else budget.tokens)
         root = await self._thread(prompt, tuple(name), 0, allowance, counts)
-        text = self._text(root)
+        text = self.text(root)
         correct = root.failure is None and self.protocol.correct(problem, text)
         info = {
             "correct": correct,
@@ -221,11 +221,12 @@ class TreeRunner:
         if request is None:
             after = self.protocol.join_nothing(self.tokenizer.decode(ids[: call_at + 1]))
         else:
-            results = [None if child.failure else self.protocol.result(self._text(child)) for child in children]
+            results = [None if child.failure else self.protocol.result(self.text(child)) for child in children]
             after = self.protocol.join(text, results + [None] * (len(request.children) - len(children)))
         return tuple(self.tokenizer.encode(after[len(self.tokenizer.decode(ids[:call_at])) :]))
 
-    def _text(self, thread: Thread) -> str:
+    def text(self, thread: Thread) -> str:
+        """What stands in a finished thread itself, as the protocol reads it."""
         return self.tokenizer.decode([token for block in thread.context for token in block.content])
 
 

@@ -55,7 +55,7 @@ class GrpoTrainer:
         self.config = config
         self.engine = JaxEngine(model, mesh, slots=slots, context=budget.context, seed=config.seed)
         self._runner = lambda sampling: TreeRunner(self.engine, protocol, tokenizer, budget, sampling)
-        self._protocol, self._tokenizer, self._window = protocol, tokenizer, budget.context
+        self._window = budget.context
         self.trainer = Trainer(
             model,
             lambda model, rows: grpo_loss(model, rows, config),
@@ -96,7 +96,7 @@ class GrpoTrainer:
         if self.config.child_credit:
             for tree in trees:
                 tree.info["children_correct"] = [
-                    thread.failure is None and self._protocol.child_correct(thread_text(thread, self._tokenizer))
+                    thread.failure is None and runner.protocol.child_correct(runner.text(thread))
                     for thread in tree.threads()
                     if thread is not tree.root
                 ]
@@ -177,10 +177,6 @@ class GrpoTrainer:
 
 def _last(items: Sequence, count: int) -> list:
     return [items[i] for i in range(len(items) - count, len(items))]
-
-
-def thread_text(thread, tokenizer: Tokenizer) -> str:
-    return tokenizer.decode([token for block in thread.context for token in block.content])
 
 
 class _Clock:
