@@ -28,6 +28,13 @@ def test_every_price_is_taken_off_by_what_the_tree_cost():
     assert rewards([tree(True)], Prices(child=0.25)) == [0.5]
 
 
+def test_an_answer_that_is_wrong_can_cost_more_than_none():
+    silent = hand_made_tree(correct=False, claimed=False, failures={}, malformed={}, guarded=0)
+    group = [tree(True), tree(False), silent]
+    assert rewards(group, Prices(wrong=0.25)) == [1.0, -0.25, 0.0] and rewards(group, Prices()) == [1.0, 0.0, 0.0]
+    assert rollout_metrics([group], Prices())["rollout/wrong"] == pytest.approx(1 / 3)
+
+
 @pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
 def test_a_price_is_a_number_from_0_on(value):
     with pytest.raises(ValueError, match="for child"):
