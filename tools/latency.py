@@ -1,10 +1,13 @@
 """Measures the latency of thread trees, and draws accuracy against it (the paper's figure 6, right).
 
-    python -m tools.export_hf --checkpoint=runs/workstation/sft_apr/checkpoints --out=runs/export/apr
     tools/serve_sglang.sh install
+    python -m tools.latency --config=experiments/configs/workstation.py          # the last models of that run
     python -m tools.latency --apr=runs/export/apr --sosp=runs/export/sosp --out=runs/latency
     python -m tools.latency --out=runs/latency                     # only draws again
     python -m tools.latency --engine=jax --apr=runs/export/apr     # no server: the JAX engine in this process
+
+--config names a run of `experiments.run` as that command does, with --workdir and --config.A.B=VALUE: its last models are
+exported, and problems, window, depth and temperature are its own where no flag says otherwise.
 
 Servers are started here, one per GPU or --servers=N of them, and started again when they die; with --servers=URL,URL
 they are somebody else's (one model a call then) and waited for. One problem is one sample, one line of
@@ -15,6 +18,7 @@ curve of latency under load, and --engine=sglang,jax --concurrency=64 compares w
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -43,7 +47,9 @@ from apr_jax.text.hub import HubTokenizer, load_tokenizer
 from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.threads.engine import Engine, Sampling
 from apr_jax.threads.run import Budget, TreeRunner
+from experiments.command import change_setting, load_config, split_changes
 from experiments.latency_report import write_report
+from experiments.settings import read_settings
 from tools import command
 
 MODELS = ("sosp", "apr")
@@ -61,9 +67,11 @@ def _define(values: flags.FlagValues) -> None:
     def numbers(name: str, default: list[str], help: str) -> None:
         flags.DEFINE_list(name, default, help, flag_values=values)
 
+    text("config", None, "Preset of a run whose last models are measured.")
+    text("workdir", None, "Folder of that run. Default: runs/NAME.")
     text("apr", None, "Folder of an exported APR model.")
     text("sosp", None, "Folder of an exported SoS+ model.")
-    text("out", "runs/latency", "Folder of samples, figures and report.")
+    text("out", "runs/latency", "Folder of samples, figures and report; with --config latency/ of the run.")
     numbers("engine", ["sglang"], "sglang, jax (in this process) or both, one after the other.")
     text("servers", "", "How many to start (default: one per GPU, 1 without), or URL,URL of running ones.")
     place = "Where threads go: one server, round_robin, or roots_apart (the paper's: children to all but the first)."
@@ -203,12 +211,67 @@ def _problems(path: str | None, count: int) -> tuple[list[Problem], list[Problem
     return problems, [others.draw(rng) for _ in range(WARM)]
 
 
+# ---------------------------------------------------------------------- a run's models
+
+
+def _take_from_run(values: flags.FlagValues, changes: Sequence[str]) -> None:
+    """Gives the flags that were left out the values of the run that --config names. Raises ValueError or OSError where
+    there is no such run."""
+    config = load_config(values["config"].value)
+    for change in changes:
+        change_setting(config, change)
+    settings = read_settings(config)
+    run = Path(values["workdir"].value or Path("runs") / settings.name)
+    found = {
+        "out": str(run / "latency"), "windows": [str(settings.window)], "depth": settings.budget.depth,
+        "temperature": settings.evaluate_sampling.temperature, "problems": str(run / "data" / "held_out.npy"),
+    }  # fmt: skip
+    for name, value in found.items():
+        if not values[name].present:
+            values[name].value = value
+    if not any(values[model].present for model in MODELS):
+        for model, checkpoint in _last_checkpoints(run).items():
+            values[model].value = str(_exported(checkpoint, run / "latency" / "exports" / model))
+
+
+def _last_checkpoints(run: Path) -> dict[str, Path]:
+    """Per style the newest step of its last stage; of GRPO with validation what validated best."""
+    found = {}
+    for model in MODELS:
+        for folder in (f"grpo_{model}/best", f"grpo_{model}/checkpoints", f"sft_{model}/checkpoints"):
+            if steps := [path for path in (run / folder).glob("*") if path.name.isdigit()]:
+                found[model] = max(steps, key=lambda path: int(path.name))
+                break
+    if not found:
+        raise FileNotFoundError(f"no checkpoint under {run}: run --stage=sft of it first")
+    return found
+
+
+def _exported(checkpoint: Path, folder: Path) -> Path:
+    """The checkpoint in Hugging Face format. By another process: JAX would keep a GPU's memory from the servers."""
+    stamp, of = folder.with_suffix(".txt"), f"{checkpoint.absolute()}\n"
+    if not stamp.exists() or stamp.read_text() != of:
+        words = [f"--checkpoint={checkpoint.absolute()}", f"--out={folder.absolute()}", "--check=0"]
+        made = subprocess.run(
+            [sys.executable, "-m", "tools.export_hf", *words], cwd=LAUNCHER.parent.parent, capture_output=True,
+            text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        )  # fmt: skip
+        if made.returncode:
+            raise ValueError(made.stderr.strip().rpartition("error: ")[2] or f"{checkpoint} could not be exported")
+        write_text(stamp, of)
+    return folder
+
+
 # ---------------------------------------------------------------------- passes
 
 
-def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
+def _work(changes: Sequence[str], values: flags.FlagValues, arguments: Sequence[str]) -> None:
     if arguments:
         raise ValueError(f"only flags are taken, was given {arguments[0]!r}")
+    if values["config"].value:
+        _take_from_run(values, changes)
+    elif changes or values["workdir"].value:
+        raise ValueError("--workdir and --config.A.B=VALUE go with --config=FILE")
     plan = _plan(values)
     for engine in plan.engines if plan.exports else ():
         for export in plan.exports:
@@ -338,7 +401,8 @@ def _jax_engine(export: Export, setting: Setting, sampling: Sampling, measuremen
 
 def main(argv: Sequence[str]) -> int:
     command.use_all_cores()
-    return command.run(__doc__, _define, _work, argv)
+    changes, rest = split_changes(argv)
+    return command.run(__doc__, _define, functools.partial(_work, changes), rest)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The latency tool from its command line, with a fake server in the place of SGLang and with the JAX engine."""
 
+import dataclasses
 import json
 import os
 import shlex
@@ -10,9 +11,11 @@ import time
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 from apr_jax.evaluate.latency import read_samples
 from apr_jax.export.hf import export_hf
+from apr_jax.train.checkpoint import save_model
 from tests.rollout.fake_server import FakeServer
 from tests.tiny import TOKENIZER, make_model, spawning_model
 from tools import latency
@@ -61,6 +64,39 @@ def test_a_run_leaves_samples_figures_and_a_report(exports, tmp_path, capsys):
     # Again: nothing is measured, so that no server is needed. And drawn again without a model.
     assert run(*flags, "--launcher=no_such_command") == 0 and run(f"--out={tmp_path}") == 0
     assert read_samples(tmp_path / "samples.jsonl") == samples
+
+
+def test_the_last_models_of_a_run_are_measured_on_its_problems(tmp_path, capsys):
+    """Of GRPO the best, of what had none the last of SFT; again only when there is a newer one."""
+    preset = "--config=experiments/configs/smoke.py"
+    flags = [preset, "--config.window=128", "--count=2", f"--launcher={FAKE}", f"--workdir={tmp_path}"]
+    assert "no checkpoint under" in refused(capsys, *flags)
+
+    def save(folder, seed, step):
+        model = spawning_model(seed)
+        save_model(tmp_path / folder, model, {"step": step, "model": dataclasses.asdict(model.config)})
+
+    save("sft_sosp/checkpoints", 1, 7)
+    save("sft_apr/checkpoints", 2, 9)
+    save("grpo_apr/best", 3, 4)
+    (tmp_path / "data").mkdir()
+    TOKENIZER.save(tmp_path / "data" / "tokenizer.json")
+    np.save(tmp_path / "data" / "held_out.npy", np.array([[1, 2, 3, 4, 10], [5, 6, 7, 8, 26]]))
+    assert run(*flags) == 0
+    exports = tmp_path / "latency" / "exports"
+    with safe_open(exports / "apr" / "model.safetensors", "np") as stored:
+        best = spawning_model(3).embed_VxD[...]
+        np.testing.assert_array_equal(stored.get_tensor("model.embed_tokens.weight"), best)
+    written = (exports / "sosp" / "model.safetensors").stat().st_mtime_ns
+    save("grpo_sosp/checkpoints", 4, 1)
+    assert run(*flags) == 0
+    assert (exports / "sosp" / "model.safetensors").stat().st_mtime_ns > written
+    samples = read_samples(tmp_path / "latency" / "samples.jsonl")
+    assert [(one.setting["model"], one.problem["target"]) for one in samples] == [
+        ("sosp", 10), ("sosp", 26), ("apr", 10), ("apr", 26), ("sosp", 10), ("sosp", 26)
+    ]  # fmt: skip
+    assert "no setting wndow" in refused(capsys, preset, "--config.wndow=5")
+    assert "go with --config=FILE" in refused(capsys, f"--workdir={tmp_path}")
 
 
 def test_running_servers_are_taken_as_they_are(exports, tmp_path, capsys):
