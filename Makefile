@@ -13,6 +13,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 CONFIG ?= experiments/configs/laptop.py
 ARGS ?=
+WORKERS := --numprocesses=2 --dist=loadgroup --no-loadscope-reorder
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
@@ -48,10 +49,10 @@ demo: env
 	$(PY) -m experiments.run --config=$(CONFIG) $(ARGS)
 
 test: env
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest $(WORKERS) $(ARGS)
 
 test-long: env
-	APR_LONG=1 $(PY) -m pytest --hypothesis-profile=long $(ARGS)
+	APR_LONG=1 $(PY) -m pytest --hypothesis-profile=long $(WORKERS) $(ARGS)
 
 lint: env
 	$(PY) -m ruff check $(ARGS) apr_jax benchmarks experiments tools tests
