@@ -1,9 +1,9 @@
 """Sums of a row of digits, a small task of tags whose work nobody can skip, though it can be shared out.
 
     a3b7c1 ... z5                                   the problem: a letter and a digit each
-    a3+0=3 b7+3=0 ...  <return>z4</return>          a thread adds up, modulo 10, and returns the last letter and the sum
+    a:a3+0=3 b:b7+3=0 ...  <return>Z4</return>      a thread adds up, modulo 10, and returns the last letter and the sum
     <spawn><thread>a to m</thread> ...              or shares the letters out to children, which see its context,
-    m2+0=2 z2+2=4  <return>z4</return>              and adds up what they return
+    m=M2+0=2 z=Z2+2=4  <return>Z4</return>          and adds up what they return
 
 Every digit counts, so a tree has done all of the work or is wrong; how many threads do it is a choice.
 """
@@ -16,9 +16,13 @@ from collections.abc import Sequence
 from apr_jax.tags.protocol import tag_spawn
 from apr_jax.threads.tree import Block, Thread, ThreadTree
 
-# A letter with its digit is one word: what is looked up stands in the token that is looked for, which two layers learn.
-SUM_WORDS = (" to ", *(f"{letter}{digit}" for letter in string.ascii_lowercase for digit in range(10)))
-_STEP = re.compile(r"[a-z](\d)\+(\d)=(\d)\n")
+# Small models look a word up when the word before it says which: "c:" what the problem has for c, "c=" what a child has
+# returned. A letter and its digit are one word, small for the problem's, capital for sums.
+SUM_WORDS = (
+    " to ", *(f"{letter}{sign}" for letter in string.ascii_lowercase for sign in ":="),
+    *(f"{letter}{digit}" for letter in string.ascii_letters for digit in range(10)),
+)  # fmt: skip
+_STEP = re.compile(r"[A-Za-z](\d)\+(\d)=(\d)\n")
 _ASKED = re.compile(r"[a-z] to ([a-z])\n")
 
 
@@ -49,7 +53,7 @@ class SumTask:
     def child_correct(self, text: str, result: str | None) -> bool:
         """A child's text holds its range and not the digits: what can be told is whether it went to the range's end."""
         asked = _ASKED.match(text)
-        return asked is not None and result is not None and result.startswith(asked[1])
+        return asked is not None and result is not None and result.startswith(asked[1].upper())
 
     def steps(self, text: str) -> tuple[int, int]:
         found = [tuple(map(int, step)) for step in _STEP.findall(text)]
@@ -73,19 +77,18 @@ def solve_sum(problem: DigitSum, parts: int) -> ThreadTree:
     ]
     results = list(map(_total, shares))
     spawn = tag_spawn(children, results)
-    return ThreadTree(
-        Thread((prompt, spawn, _adding([(total[0], int(total[1:])) for total in results]))), {"parts": parts}
-    )
+    return ThreadTree(Thread((prompt, spawn, _adding([(total[0], int(total[1])) for total in results]))), {"parts": parts})
 
 
 def _total(labelled: Sequence[tuple[str, int]]) -> str:
-    return f"{labelled[-1][0]}{sum(digit for _, digit in labelled) % 10}"
+    return f"{labelled[-1][0].upper()}{sum(digit for _, digit in labelled) % 10}"
 
 
 def _adding(labelled: Sequence[tuple[str, int]]) -> Block:
-    """What a thread writes to add up, and its return."""
+    """What a thread writes to add up digits or, of capital letters, sums; and its return."""
     lines, total = [], 0
     for letter, digit in labelled:
-        lines.append(f"{letter}{digit}+{total}={(total + digit) % 10}\n")
+        sign = "=" if letter.isupper() else ":"
+        lines.append(f"{letter.lower()}{sign}{letter}{digit}+{total}={(total + digit) % 10}\n")
         total = (total + digit) % 10
     return Block("".join(lines) + f"<return>{_total(labelled)}</return>", sampled=True)

@@ -8,7 +8,7 @@ import asyncio
 import dataclasses
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +179,11 @@ def _last(items: Sequence, count: int) -> list:
     return [items[i] for i in range(len(items) - count, len(items))]
 
 
+def _identity(problem: Any) -> Hashable:
+    """What two problems share that are the same to their task: their `key` where they have one."""
+    return getattr(problem, "key", problem)
+
+
 class _Clock:
     """Seconds of a step's parts, as metrics."""
 
@@ -206,6 +211,7 @@ class _Best:
             self._checkpoints.save(
                 step, {"weights": state.weights}, {**meta, "step": step, "validation_accuracy": accuracy}
             )
+            self._checkpoints.wait()  # a run that goes on from this step would not validate it again
 
     def close(self) -> None:
         self._checkpoints.close()
@@ -231,8 +237,8 @@ def run_grpo(
     log = MetricsLog(folder, start if start else -1)  # -1: what validation said before the first step comes again
     progress = Progress(f"grpo {folder.name}", config.steps, "steps", start)
     held_back = _last(problems, config.validation if config.validate_every else 0)
-    known = set(held_back)
-    sampled = [problem for problem in problems if problem not in known] if known else problems
+    known = set(map(_identity, held_back))
+    sampled = [problem for problem in problems if _identity(problem) not in known] if known else problems
     best = _Best(folder / "best") if config.validate_every else None
 
     def validate(step: int) -> dict[str, float]:
@@ -276,6 +282,8 @@ def run_grpo(
         return trainer.trainer.model(state)
     finally:
         log.close()
-        checkpoints.close()
-        if best is not None:
-            best.close()
+        try:
+            checkpoints.close()
+        finally:
+            if best is not None:
+                best.close()

@@ -32,7 +32,7 @@ class Prices:
     sequential_token: float = 0.0  # of the longest chain of threads
     child: float = 0.0
     malformed: float = 0.0  # spawn that could not be run
-    wrong: float = 0.0  # answer that is given and not right: else it is worth as much as none
+    wrong: float = 0.0  # answer of a root that ended well and is not right: else it is worth as much as none
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -47,10 +47,14 @@ def reward_terms(tree: ThreadTree, prices: Prices) -> dict[str, float]:
         "sequential_token": sequential_tokens,
         "child": children,
         "malformed": lambda tree: sum(tree.info["malformed"].values()),
-        "wrong": lambda tree: tree.info["claimed"] and not tree.info["correct"],
+        "wrong": _wrong,
     }
     priced = {name: price for name, price in vars(prices).items() if price}
     return {"correct": float(tree.info["correct"])} | {name: -p * costs[name](tree) for name, p in priced.items()}
+
+
+def _wrong(tree: ThreadTree) -> bool:
+    return tree.info["claimed"] and not tree.info["correct"] and tree.root.failure is None
 
 
 def rewards(group: Sequence[ThreadTree], prices: Prices) -> list[float]:
@@ -78,7 +82,7 @@ def rollout_metrics(groups: Groups, prices: Prices) -> dict[str, float]:
         "rollout/reward": sum(map(sum, given)) / n,
         "rollout/correct": mean(lambda tree: tree.info["correct"]),
         "rollout/claimed": mean(lambda tree: tree.info["claimed"]),
-        "rollout/wrong": mean(lambda tree: tree.info["claimed"] and not tree.info["correct"]),
+        "rollout/wrong": mean(_wrong),
         "rollout/groups_with_signal": sum(min(one) < max(one) for one in given) / len(groups),
         "rollout/spawned": mean(lambda tree: bool(tree.root.spawns)),
         "rollout/children": mean(children),

@@ -61,12 +61,11 @@ def test_the_runner_replays_the_solver():
 
 def test_wrong_answers_and_problems_are_told():
     problem = DigitSum((3, 4))
-    assert SumTask().correct(problem, "b7")
-    assert not any(SumTask().correct(problem, wrong) for wrong in ("b8", "a7", "7", "", None))
-    assert SumTask().steps("a3+0=3\nb9+3=2\nb9+3=3\n") == (2, 3)
-    assert not PROTOCOL.child_correct("a to c\n<return>b3</return>") and not PROTOCOL.child_correct(
-        "<return>b3</return>"
-    )
+    assert SumTask().correct(problem, "B7")
+    assert not any(SumTask().correct(problem, wrong) for wrong in ("B8", "A7", "b7", "7", "", None))
+    assert SumTask().steps("a:a3+0=3\nb:b9+3=2\nb=B9+3=3\n") == (2, 3)
+    assert not PROTOCOL.child_correct("a to c\n<return>B3</return>")
+    assert not PROTOCOL.child_correct("<return>B3</return>")
     for wrong in ((), (10,), (1,) * 27):
         with pytest.raises(ValueError, match="1 to 26 digits"):
             DigitSum(wrong)

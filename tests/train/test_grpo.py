@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from apr_jax.countdown import Problem
 from apr_jax.threads.run import Budget
 from apr_jax.train.grpo import GrpoTrainer, run_grpo
 from apr_jax.train.objective import AGGREGATES
@@ -182,11 +183,12 @@ def test_what_is_held_back_for_validation_is_never_sampled(tmp_path):
 
     class Remembers(NonsenseProtocol):
         def root_prompt(self, problem):
-            tried.append(problem)
-            return super().root_prompt(problem)
+            tried.append(problem.target)
+            return super().root_prompt(problem.target)
 
     config = make_config(steps=4, prompts=2, validate_every=2, validation=3)
-    problems = [5, 1, 8, 2, 3, 4, 5]  # the last three are held back, and so is the first, which is one of them
+    # The last three are held back, and so is the first, which is one of them in another order.
+    problems = [Problem((7, 2), 5), *(Problem((2, 7), target) for target in (1, 8, 2, 3, 4, 5))]
     run_grpo(spawning_model(1), problems, Remembers(2), TOKENIZER, BUDGET, config, data_mesh(2), 16, tmp_path, {})
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "validation/accuracy" in line] == [0, 2, 4]

@@ -1,5 +1,7 @@
 """What a tree is worth, and what is told of a step's trees."""
 
+import dataclasses
+
 import pytest
 
 from apr_jax.threads import ThreadTree
@@ -30,9 +32,10 @@ def test_every_price_is_taken_off_by_what_the_tree_cost():
 
 def test_an_answer_that_is_wrong_can_cost_more_than_none():
     silent = hand_made_tree(correct=False, claimed=False, failures={}, malformed={}, guarded=0)
-    group = [tree(True), tree(False), silent]
-    assert rewards(group, Prices(wrong=0.25)) == [1.0, -0.25, 0.0] and rewards(group, Prices()) == [1.0, 0.0, 0.0]
-    assert rollout_metrics([group], Prices())["rollout/wrong"] == pytest.approx(1 / 3)
+    cut_off = ThreadTree(dataclasses.replace(tree(False).root, failure="length"), tree(False).info)
+    group = [tree(True), tree(False), silent, cut_off]
+    assert rewards(group, Prices(wrong=0.25)) == [1.0, -0.25, 0.0, 0.0] and rewards(group, Prices()) == [1, 0, 0, 0]
+    assert rollout_metrics([group], Prices())["rollout/wrong"] == 1 / 4
 
 
 @pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
