@@ -52,7 +52,7 @@ class Command:
 
 def parse(argv: Sequence[str]) -> Command | None:
     """The command in `argv`, the program's name first; None where --help was asked for."""
-    changes, given = split_changes(argv)
+    changes = tuple(arg.lstrip("-").removeprefix("config.") for arg in argv[1:] if _is_change(arg))
     values = flags.FlagValues()  # its own, so that tests can parse many commands in one process
     for name in ("config", "workdir", "coordinator"):
         flags.DEFINE_string(name, None, "", flag_values=values)
@@ -62,7 +62,7 @@ def parse(argv: Sequence[str]) -> Command | None:
     flags.DEFINE_multi_string("sweep", [], "", flag_values=values)
     flags.DEFINE_boolean("help", False, "", short_name="h", flag_values=values)
     try:
-        rest = values(given)[1:]
+        rest = values([argv[0], *(arg for arg in argv[1:] if not _is_change(arg))])[1:]
     except flags.UnrecognizedFlagError as error:
         raise ValueError(
             f"no such flag: --{error.flagname}{_nearest(error.flagname, values, '--')}; flags are "
@@ -125,11 +125,8 @@ def _check_processes(values: flags.FlagValues, stages: Sequence[str], settings: 
         raise ValueError(f"--processes divides devices ({settings.devices}), was given {values.processes}")
 
 
-def split_changes(argv: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
-    """The changes of settings in a command line, ``A.B=VALUE``, and its other words."""
-    changed = [arg.startswith(("--config.", "-config.")) for arg in argv]
-    changes = (arg.lstrip("-").removeprefix("config.") for arg, one in zip(argv, changed) if one)
-    return tuple(changes), [arg for arg, one in zip(argv, changed) if not one]
+def _is_change(arg: str) -> bool:
+    return arg.startswith(("--config.", "-config."))
 
 
 def load_config(name: str) -> ConfigDict:

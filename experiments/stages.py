@@ -34,13 +34,13 @@ from apr_jax.rollout.engine import JaxEngine
 from apr_jax.text.hub import find_tokenizer, load_tokenizer
 from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.threads.run import TreeRunner
-from apr_jax.train.checkpoint import CheckpointError, load_meta, load_model
+from apr_jax.train.checkpoint import CheckpointError, last_step, load_meta, load_model, newest_step
 from apr_jax.train.grpo import run_grpo
 from apr_jax.train.sft import run_sft
 from apr_jax.train.step import data_mesh
 from experiments.dataset import load_pieces, load_problems, load_run_tokenizer, make_data
 from experiments.report import write_report
-from experiments.settings import STYLES, Settings
+from experiments.settings import STYLES, Settings, default_config
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers", "transformers", "torch")
 
@@ -51,7 +51,7 @@ EXECUTION = {
     "sft.log_every", "sft.most_skipped", "grpo.batch_rows", "grpo.slots", "grpo.save_every", "evaluate.slots",
 }  # fmt: skip
 # Settings that a run may still change as long as these folders, of the stages that read them, are not there.
-UNTIL = {"grpo": "grpo_*", "evaluate": "evaluate", "export": "export"}
+UNTIL = {"grpo": ("grpo_*",), "evaluate": ("evaluate", "grpo_*/best"), "export": ("export",)}
 
 
 class Run:
@@ -94,8 +94,8 @@ class Run:
                 theirs = json.loads(path.read_text())
             except ValueError:
                 raise ValueError(f"{path} is broken: delete it, if the config is the one it was begun with") from None
-            theirs.get("model", {}).setdefault("checkpoint", "")  # of runs begun before there was the choice
-            begun = {section for section, folders in UNTIL.items() if any(self.workdir.glob(folders))}
+            theirs = _completed(theirs, json.loads(json.dumps(default_config().to_dict())))
+            begun = {name for name, folders in UNTIL.items() if any(any(self.workdir.glob(f)) for f in folders)}
             if differences := list(_differences(theirs, mine, free=UNTIL.keys() - begun)):
                 raise ValueError(
                     f"{self.workdir} holds a run of another config ({'; '.join(differences[:3])}): "
@@ -136,9 +136,9 @@ class Run:
             if not self.settings.grpo.steps:
                 continue
             folder = self.workdir / f"sft_{style}" / "checkpoints"
-            if not folder.is_dir() or not any(folder.iterdir()):
+            if (saved := newest_step(folder)) is None:
                 raise FileNotFoundError(f"no checkpoint at {folder}: run --stage=sft first")
-            model, meta = load_model(folder)
+            model, meta = load_model(saved)
             if meta["step"] < self.settings.sft.steps:
                 raise ValueError(
                     f"sft_{style} stands at step {meta['step']} of {self.settings.sft.steps}: finish --stage=sft first"
@@ -223,8 +223,7 @@ class Run:
         """Where SFT finds its first weights, "" for random ones. Once it has saved a step, that has the model's sizes
         too, and model.checkpoint may be gone."""
         own = self.workdir / f"sft_{style}" / "checkpoints"
-        saved = own.is_dir() and any(path.name.isdigit() for path in own.iterdir())
-        return self.settings.checkpoint and (own if saved else self.settings.checkpoint)
+        return self.settings.checkpoint and (own if newest_step(own) else self.settings.checkpoint)
 
     def _first_model(self, style: str) -> Llama:
         """The model that SFT begins with. Raises ValueError where a given one is not the run's, CheckpointError where
@@ -284,11 +283,7 @@ class Run:
         """Every trained model of the run with its meta, by the name of its stage: sft_sosp, sft_apr, ... Of GRPO with
         validation what validated best."""
         names = (f"{kind}_{style}" for kind in ("sft", "grpo") for style in STYLES)
-        folders = {name: self.workdir / name / "checkpoints" for name in names}
-        folders |= {name: best for name in folders if (best := self.workdir / name / "best").is_dir()}
-        return {
-            name: load_model(folder) for name, folder in folders.items() if folder.is_dir() and any(folder.iterdir())
-        }
+        return {name: load_model(step) for name in names if (step := last_step(self.workdir / name))}
 
     def _meta(self, config: LlamaConfig, style: str, kind: str) -> dict:
         total, inner = parameter_count(Llama(config, rngs=nnx.Rngs(0)))
@@ -304,6 +299,14 @@ def _read_json(path: Path) -> dict:
         return json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
         return {}
+
+
+def _completed(config: dict, default: dict) -> dict:
+    """A config with the default of every setting that there was not yet when it was written."""
+    return config | {
+        key: _completed(config.get(key, {}), value) if isinstance(value, dict) else config.get(key, value)
+        for key, value in default.items()
+    }
 
 
 def _differences(old: dict, new: dict, prefix: str = "", free: Set[str] = frozenset()) -> Iterator[str]:

@@ -2,11 +2,10 @@
 
     python -m tools.adaptive                         # about ten minutes on two cores
 
-The task is `apr_jax.tags`' sum of 26 digits, of which none can be skipped. The teacher adds up alone or shares the
-digits out to 2 or 4 threads, at random: more threads are fewer tokens one after the other, and more in all. The pupil
-knows all of these ways, and GRPO goes two ways from it: with a price on sequential tokens, and with one on all tokens.
-Prints a table of problems that were held out, and writes it with every step's means to --out, with a figure beside it.
-How far the pupil has to be trained for it to go on working under a price is not settled: WORKSPACE_NOTES.md.
+The task is `apr_jax.tags`' sum over 41 to 60 numbers, of which none can be skipped. The teacher adds up alone or shares
+the range out to 2 or 4 threads: more threads are fewer tokens one after the other, and more in all. The pupil knows all
+of these ways, and GRPO goes two ways from it: with a price on sequential tokens, and with one on all tokens. Prints a
+table of problems that were held out, and writes it with every step's means to --out, with a figure beside it.
 """
 
 import random
@@ -20,7 +19,8 @@ from matplotlib.axes import Axes
 
 from apr_jax.evaluate.evaluate import evaluate, summarise
 from apr_jax.rollout.engine import JaxEngine
-from apr_jax.tags import SUM_WORDS, DigitSum, SumTask, TagProtocol, solve_sum, tag_tokenizer
+from apr_jax.tags import SUM_WORDS, SumTask, TagProtocol, range_sums, solve_sum, tag_tokenizer
+from apr_jax.tags.sums import CUTS
 from apr_jax.threads.engine import Sampling
 from apr_jax.threads.run import Budget, TreeRunner
 from apr_jax.train.grpo import run_grpo
@@ -32,10 +32,8 @@ from experiments import figures
 from tools import command
 from tools.factors import train_pupil
 
-DIGITS = 26
-PARTS = (1, 2, 4)  # threads that a teacher's tree shares its digits out to
-TRAIN, HELD_OUT = 6000, 200  # problems
-BUDGET = Budget(256)
+HELD_OUT = 200  # problems of 1,000
+BUDGET = Budget(384)
 PRICES = {"sequential tokens": Prices(sequential_token=0.002), "all tokens": Prices(token=0.002)}
 QUANTITIES = {
     "children": "children per tree", "sequential_tokens": "sequential tokens", "total_tokens": "tokens of all threads",
@@ -55,18 +53,18 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
         raise ValueError(f"only flags are taken, was given {arguments[0]!r}")
     sft_steps, steps, out = (values[name].value for name in ("sft_steps", "steps", "out"))
     workdir = Path(values["workdir"].value) / f"{sft_steps}_{steps}"
-    protocol, tokenizer = TagProtocol(SumTask(), inherit=True), tag_tokenizer(SUM_WORDS, 9)
-    rng = random.Random(0)
-    problems = [DigitSum(tuple(rng.choices(range(10), k=DIGITS))) for _ in range(TRAIN + HELD_OUT)]
-    train, held_out = problems[:TRAIN], problems[TRAIN:]
-    trees = [solve_sum(problem, rng.choice(PARTS)) for problem in train]
+    protocol, tokenizer = TagProtocol(SumTask()), tag_tokenizer(SUM_WORDS, 99)
+    problems = range_sums()
+    random.Random(0).shuffle(problems)
+    train, held_out = problems[HELD_OUT:], problems[:HELD_OUT]
+    trees = [solve_sum(problem, parts) for problem in train for parts in CUTS]
     mesh = data_mesh(jax.device_count())
-    models = {"before": train_pupil(trees, tokenizer, mesh, sft_steps, workdir / "sft", {}, row=512)}
+    models = {"before": train_pupil(trees, tokenizer, mesh, sft_steps, workdir / "sft", {}, row=BUDGET.context)}
     slots = 64 * mesh.size
     for name, prices in PRICES.items():
         config = GrpoConfig(
-            steps=steps, prompts=12, group=8, batch_rows=4 * mesh.size, row_length=512, inner_steps=1, prices=prices,
-            aggregate="constant", normalise=False, save_every=10,
+            steps=steps, prompts=12, group=8, batch_rows=4 * mesh.size, row_length=BUDGET.context, inner_steps=1,
+            prices=prices, aggregate="constant", normalise=False, save_every=10,
             optimizer=OptimizerConfig(name="muon", peak_rate=1e-3, muon_rate=5e-3, warmup_steps=1, schedule="constant"),
         )  # fmt: skip
         models[name] = run_grpo(

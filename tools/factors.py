@@ -64,18 +64,16 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
 
 
 def train_pupil(
-    trees: Sequence[ThreadTree], tokenizer: Tokenizer, mesh: Mesh, steps: int, folder: Path, meta: dict,
-    row: int = 256, width: int = 64, rows: int = 4,
-) -> Llama:  # fmt: skip
-    """A small model trained on all threads of trees of text, or what is left to train, with so many `rows` of `row`
-    tokens on every device a step."""
+    trees: Sequence[ThreadTree], tokenizer: Tokenizer, mesh: Mesh, steps: int, folder: Path, meta: dict, row: int = 256
+) -> Llama:
+    """A small model trained on all threads of trees of text, in rows of so many tokens, or what is left to train."""
     encoded = [encode_tree(tree, tokenizer.encode, tokenizer.bos, tokenizer.eos) for tree in trees]
     pieces = [piece for tree in encoded for piece in lay_out_tree(tree)]
-    model = Llama(LlamaConfig(len(tokenizer), width=width, layers=2, heads=4, context=row), rngs=nnx.Rngs(0))
+    model = Llama(LlamaConfig(len(tokenizer), width=64, layers=2, heads=4, context=row), rngs=nnx.Rngs(0))
     optimizer = OptimizerConfig(
         name="muon", peak_rate=3e-3, muon_rate=0.02, warmup_steps=20, schedule="linear", end_rate=0.02
     )
-    config = SftConfig(steps=steps, batch_rows=rows * mesh.size, row_length=row, optimizer=optimizer, log_every=100)
+    config = SftConfig(steps=steps, batch_rows=4 * mesh.size, row_length=row, optimizer=optimizer, log_every=100)
     return run_sft(model, pieces, pieces[:64], config, mesh, folder, {"stage": "sft", **meta})
 
 

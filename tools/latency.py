@@ -6,10 +6,10 @@
     python -m tools.latency --out=runs/latency                     # only draws again
     python -m tools.latency --engine=jax --apr=runs/export/apr     # no server: the JAX engine in this process
 
---config names a run of `experiments.run` as that command does, with --workdir and --config.A.B=VALUE: its last models are
-exported, and problems, window, depth and temperature are its own where no flag says otherwise.
+--config names a run by its preset (and --workdir, where it is not in runs/NAME): its last models are exported, and
+problems, window, depth and temperature are the run's own where no flag says otherwise.
 
-Servers are started here, one per GPU or --servers=N of them, and started again when they die; with --servers=URL,URL
+Servers are started here, one or --servers=N of them, and started again when they die; with --servers=URL,URL
 they are somebody else's (one model a call then) and waited for. One problem is one sample, one line of
 OUT/samples.jsonl; a call that was stopped goes on where it was. --concurrency=1 is the paper's; further numbers make a
 curve of latency under load, and --engine=sglang,jax --concurrency=64 compares what the two get through on one machine.
@@ -18,7 +18,6 @@ curve of latency under load, and --engine=sglang,jax --concurrency=64 compares w
 import asyncio
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import os
@@ -47,9 +46,8 @@ from apr_jax.text.hub import HubTokenizer, load_tokenizer
 from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.threads.engine import Engine, Sampling
 from apr_jax.threads.run import Budget, TreeRunner
-from experiments.command import change_setting, load_config, split_changes
+from experiments.command import load_config
 from experiments.latency_report import write_report
-from experiments.settings import read_settings
 from tools import command
 
 MODELS = ("sosp", "apr")
@@ -73,7 +71,7 @@ def _define(values: flags.FlagValues) -> None:
     text("sosp", None, "Folder of an exported SoS+ model.")
     text("out", "runs/latency", "Folder of samples, figures and report; with --config latency/ of the run.")
     numbers("engine", ["sglang"], "sglang, jax (in this process) or both, one after the other.")
-    text("servers", "", "How many to start (default: one per GPU, 1 without), or URL,URL of running ones.")
+    text("servers", "", "How many to start, or URL,URL of running ones. Default: 1; one per GPU, where threads part.")
     place = "Where threads go: one server, round_robin, or roots_apart (the paper's: children to all but the first)."
     flags.DEFINE_enum("placement", "one", sorted(PLACEMENTS), place, flag_values=values)
     text("launcher", str(LAUNCHER), "Command that serves; FOLDER PORT is added after serve.")
@@ -137,6 +135,7 @@ class Plan:
     depth: int
     temperature: float
     problems: Sequence[Problem]
+    source: str  # digest of the file of problems, "" of drawn ones
     warm: Sequence[Problem]  # others, to warm up with
     patience: float
 
@@ -161,15 +160,18 @@ def _plan(values: flags.FlagValues) -> Plan:
     if urls and len(exports) > 1:
         raise ValueError("running servers have one model: give --apr or --sosp, and the other in a second call")
     gpus = _gpus()
-    servers = len(urls) or int(given or 0) or max(gpus, 1)
-    problems, warm = _problems(values["problems"].value, values["count"].value)
+    one = values["placement"].value == "one"  # all threads go to the first
+    servers = len(urls) or int(given or 0) or (1 if one else max(len(gpus), 1))
+    path = values["problems"].value
+    problems, warm = _problems(path, values["count"].value)
+    source = hashlib.blake2b(Path(path).read_bytes(), digest_size=6).hexdigest() if path else ""
     return Plan(
         Path(values["out"].value), engines, exports, urls, servers, values["placement"].value,
         shlex.split(values["launcher"].value),
-        [{"CUDA_VISIBLE_DEVICES": str(index % gpus)} for index in range(servers)] if gpus else [],
+        [{"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]} for index in range(servers)] if gpus else [],
         _numbers("concurrency", values, 1), _numbers("windows", values, 32), _numbers("least_children", values, 0),
         {model: _numbers(f"{model}_budgets", values, 0) for model in MODELS},
-        values["depth"].value, values["temperature"].value, problems, warm, values["patience"].value,
+        values["depth"].value, values["temperature"].value, problems, source, warm, values["patience"].value,
     )  # fmt: skip
 
 
@@ -186,11 +188,14 @@ def _numbers(name: str, values: flags.FlagValues, least: int) -> list[int]:
     return list(dict.fromkeys(map(int, given)))
 
 
-def _gpus() -> int:
+def _gpus() -> list[str]:
+    """As CUDA_VISIBLE_DEVICES names them: those that it leaves us, where it is set."""
     if os.environ.get("APR_SGLANG_DEVICE") == "cpu" or not shutil.which("nvidia-smi"):
-        return 0
+        return []
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
-    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines()) if not listed.returncode else 0
+    there = [] if listed.returncode else [line for line in listed.stdout.splitlines() if line.startswith("GPU ")]
+    mask = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [str(index) for index in range(len(there))] if mask is None else [one for one in mask.split(",") if one]
 
 
 def _problems(path: str | None, count: int) -> tuple[list[Problem], list[Problem]]:
@@ -214,43 +219,37 @@ def _problems(path: str | None, count: int) -> tuple[list[Problem], list[Problem
 # ---------------------------------------------------------------------- a run's models
 
 
-def _take_from_run(values: flags.FlagValues, changes: Sequence[str]) -> None:
+def _take_from_run(values: flags.FlagValues) -> None:
     """Gives the flags that were left out the values of the run that --config names. Raises ValueError or OSError where
     there is no such run."""
-    config = load_config(values["config"].value)
-    for change in changes:
-        change_setting(config, change)
-    settings = read_settings(config)
-    run = Path(values["workdir"].value or Path("runs") / settings.name)
+    preset = load_config(values["config"].value)
+    run = Path(values["workdir"].value or Path("runs") / preset.name)
+    if not (run / "config.json").is_file():
+        raise FileNotFoundError(f"no run in {run}: give --workdir=FOLDER, or run experiments.run first")
+    config = json.loads((run / "config.json").read_text())
     found = {
-        "out": str(run / "latency"), "windows": [str(settings.window)], "depth": settings.budget.depth,
-        "temperature": settings.evaluate_sampling.temperature, "problems": str(run / "data" / "held_out.npy"),
+        "out": str(run / "latency"), "windows": [str(config["window"])], "depth": config["budget"]["depth"],
+        "temperature": config["evaluate"]["temperature"], "problems": str(run / "data" / "held_out.npy"),
     }  # fmt: skip
     for name, value in found.items():
         if not values[name].present:
             values[name].value = value
-    if not any(values[model].present for model in MODELS):
-        for model, checkpoint in _last_checkpoints(run).items():
-            values[model].value = str(_exported(checkpoint, run / "latency" / "exports" / model))
+    if any(values[model].present for model in MODELS):
+        return
+    from apr_jax.train.checkpoint import last_step  # here: it brings JAX
 
-
-def _last_checkpoints(run: Path) -> dict[str, Path]:
-    """Per style the newest step of its last stage; of GRPO with validation what validated best."""
-    found = {}
-    for model in MODELS:
-        for folder in (f"grpo_{model}/best", f"grpo_{model}/checkpoints", f"sft_{model}/checkpoints"):
-            if steps := [path for path in (run / folder).glob("*") if path.name.isdigit()]:
-                found[model] = max(steps, key=lambda path: int(path.name))
-                break
-    if not found:
+    last = {model: last_step(run / f"grpo_{model}") or last_step(run / f"sft_{model}") for model in MODELS}
+    if not any(last.values()):
         raise FileNotFoundError(f"no checkpoint under {run}: run --stage=sft of it first")
-    return found
+    for model, checkpoint in last.items():
+        if checkpoint is not None:
+            values[model].value = str(_exported(checkpoint, run / "latency" / "exports" / model))
 
 
 def _exported(checkpoint: Path, folder: Path) -> Path:
     """The checkpoint in Hugging Face format. By another process: JAX would keep a GPU's memory from the servers."""
-    stamp, of = folder.with_suffix(".txt"), f"{checkpoint.absolute()}\n"
-    if not stamp.exists() or stamp.read_text() != of:
+    stamp, of = folder.with_suffix(".txt"), f"{checkpoint.absolute()} {checkpoint.stat().st_mtime_ns}\n"
+    if not (folder / "config.json").is_file() or not stamp.is_file() or stamp.read_text() != of:
         words = [f"--checkpoint={checkpoint.absolute()}", f"--out={folder.absolute()}", "--check=0"]
         made = subprocess.run(
             [sys.executable, "-m", "tools.export_hf", *words], cwd=LAUNCHER.parent.parent, capture_output=True,
@@ -265,13 +264,13 @@ def _exported(checkpoint: Path, folder: Path) -> Path:
 # ---------------------------------------------------------------------- passes
 
 
-def _work(changes: Sequence[str], values: flags.FlagValues, arguments: Sequence[str]) -> None:
+def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     if arguments:
         raise ValueError(f"only flags are taken, was given {arguments[0]!r}")
     if values["config"].value:
-        _take_from_run(values, changes)
-    elif changes or values["workdir"].value:
-        raise ValueError("--workdir and --config.A.B=VALUE go with --config=FILE")
+        _take_from_run(values)
+    elif values["workdir"].value:
+        raise ValueError("--workdir is a run's and goes with --config=FILE, its preset")
     plan = _plan(values)
     for engine in plan.engines if plan.exports else ():
         for export in plan.exports:
@@ -287,7 +286,7 @@ def _measure_model(plan: Plan, engine: str, export: Export) -> None:
             many = plan.servers if engine == "sglang" else 1
             setting = Setting(
                 export.model, export.weights, engine, many, plan.placement if many > 1 else "one", concurrency,
-                budget.context, budget.depth, budget.least_children, plan.temperature, condition,
+                budget.context, budget.depth, budget.least_children, plan.temperature, condition, plan.source,
             )  # fmt: skip
             if not _measured(plan, setting):
                 passes.append((setting, budget))
@@ -334,6 +333,7 @@ async def _pass(plan: Plan, export: Export, setting: Setting, budget: Budget, se
             SglangEngine(
                 servers.urls, context=context, vocabulary=export.words, patience=PATIENCE,
                 placement=PLACEMENTS[setting.placement](), measurements=measurements, logprobs="none",
+                at_once=max(64, 16 * setting.concurrency),  # no request of a tree waits here, or it would not be load
             ),
             servers.ready,
         )  # fmt: skip
@@ -401,8 +401,7 @@ def _jax_engine(export: Export, setting: Setting, sampling: Sampling, measuremen
 
 def main(argv: Sequence[str]) -> int:
     command.use_all_cores()
-    changes, rest = split_changes(argv)
-    return command.run(__doc__, _define, functools.partial(_work, changes), rest)
+    return command.run(__doc__, _define, _work, argv)
 
 
 if __name__ == "__main__":

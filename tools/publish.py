@@ -30,10 +30,12 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     run, out = map(Path, arguments)
     if missing := [name for name in (*FILES, "figures") if not (run / name).exists()]:
         raise FileNotFoundError(f"{run} is no finished run: it has no {missing[0]}")
-    folders = (run / name / kind for name in MODELS for kind in ("best", "checkpoints"))
-    model = next((folder for folder in folders if folder.is_dir()), None)
-    if values["model"].value and model is None:
-        raise FileNotFoundError(f"{run} has no APR checkpoint")
+    if values["model"].value:
+        from apr_jax.train.checkpoint import last_step  # --help need not wait for JAX
+
+        model = next(filter(None, (last_step(run / name) for name in MODELS)), None)
+        if model is None:
+            raise FileNotFoundError(f"{run} has no APR checkpoint")
     out.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         shutil.copyfile(run / name, out / Path(name).name)
@@ -44,12 +46,12 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     print(f"written to {out}: {size / 1e6:.1f} MB")
 
 
-def _publish_model(checkpoints: Path, tokenizer: Path, out: Path) -> None:
-    from apr_jax.train.checkpoint import CheckpointError, load_model, save_model  # --help need not wait for JAX
+def _publish_model(checkpoint: Path, tokenizer: Path, out: Path) -> None:
+    from apr_jax.train.checkpoint import CheckpointError, load_model, save_model
 
     logging.set_verbosity(logging.ERROR)  # Orbax tells of every file
     try:
-        model, meta = load_model(checkpoints)
+        model, meta = load_model(checkpoint)
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
         save_model(out / "checkpoints", model, meta)
     except CheckpointError as error:

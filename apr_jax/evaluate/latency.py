@@ -49,6 +49,7 @@ class Setting:
     least_children: int
     temperature: float
     condition: str = ""  # first on the root's prompt
+    problems: str = ""  # tells lists of problems apart, whatever of them is measured
 
     @property
     def title(self) -> str:

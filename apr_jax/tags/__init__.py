@@ -2,9 +2,9 @@
 
 from apr_jax.tags.factors import WORDS, FactorTask, Span, solve, spans
 from apr_jax.tags.protocol import TagProtocol, tag_tokenizer
-from apr_jax.tags.sums import SUM_WORDS, DigitSum, SumTask, solve_sum
+from apr_jax.tags.sums import SUM_WORDS, RangeSum, SumTask, range_sums, solve_sum
 
 __all__ = [
-    "SUM_WORDS", "WORDS", "DigitSum", "FactorTask", "Span", "SumTask", "TagProtocol", "solve", "solve_sum", "spans",
-    "tag_tokenizer",
+    "SUM_WORDS", "WORDS", "FactorTask", "RangeSum", "Span", "SumTask", "TagProtocol", "range_sums", "solve",
+    "solve_sum", "spans", "tag_tokenizer",
 ]  # fmt: skip

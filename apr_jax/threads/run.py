@@ -124,7 +124,7 @@ class TreeRunner:
 
     async def _turns(self, live: "_LiveThread", depth: int, allowance: _Allowance, counts: Counter) -> Thread:
         """Writes, spawns, joins, writes again, until the thread ends."""
-        unread = 0
+        malformed = 0
         for turn in range(self.budget.context):  # every turn grows the context, so the window ends the loop
             start = len(live.ids)
             failure, written = await self._write(live, depth, allowance, counts)
@@ -132,15 +132,17 @@ class TreeRunner:
             if failure is not None or live.ids[-1] != self.spawn_close:
                 return live.thread(failure)
             call_at = self._opened(live.ids, start)
+            request, runnable = None, 0
             try:
                 request = self._request(live.ids, call_at)
-                runnable = self._runnable(request, depth, allowance.threads, counts)
+                runnable, kind = self._runnable(len(request.children), depth, allowance.threads)
             except MalformedSpawn as error:
-                counts[f"malformed:{error.kind}"] += 1
-                unread += 1
-                if self.budget.malformed == "stop" or call_at is None or unread >= self.budget.threads:
-                    return live.thread(f"malformed:{error.kind}")
-                request, runnable = None, 0
+                kind = error.kind
+            if kind is not None:
+                counts[f"malformed:{kind}"] += 1
+                malformed += 1
+                if self.budget.malformed == "stop" or call_at is None or malformed >= self.budget.threads:
+                    return live.thread(f"malformed:{kind}")
             children: list[Thread] = []
             if runnable:
                 share = allowance.share(runnable)
@@ -196,22 +198,11 @@ class TreeRunner:
             raise MalformedSpawn("unopened", "a spawn was closed that was not opened")
         return request
 
-    def _runnable(self, request: SpawnRequest, depth: int, threads: int, counts: Counter) -> int:
-        """How many of a spawn's children, the first ones, may be run; raises MalformedSpawn where some may not and the
-        thread is to stop."""
-        wanted = len(request.children)
+    def _runnable(self, wanted: int, depth: int, threads: int) -> tuple[int, str | None]:
+        """How many of a spawn's children, the first ones, may be run, and where that is not all of them why."""
         if depth >= self.budget.depth:
-            error = MalformedSpawn("too_deep", f"a spawn at depth {depth}, the limit is {self.budget.depth}")
-            allowed = 0
-        elif wanted > threads:
-            error = MalformedSpawn("too_many", f"{wanted} children, {threads} more threads are allowed")
-            allowed = threads
-        else:
-            return wanted
-        if self.budget.malformed == "stop":
-            raise error
-        counts[f"malformed:{error.kind}"] += 1
-        return allowed
+            return 0, "too_deep"
+        return (threads, "too_many") if wanted > threads else (wanted, None)
 
     def _join_ids(
         self, ids: list[int], call_at: int, request: SpawnRequest | None, children: Sequence[Thread]

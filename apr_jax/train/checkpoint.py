@@ -94,6 +94,18 @@ def save_model(folder: Path | str, model: Llama, meta: dict) -> None:
         mark.write_text("Checkpoint commit was successful\n")  # Orbax names the folder of this machine there
 
 
+def newest_step(folder: Path | str) -> Path | None:
+    """The folder of the newest step in a folder of steps; None where there is none, or only what a save left behind."""
+    steps = [path for path in Path(folder).glob("*") if path.name.isdigit()]
+    return max(steps, key=lambda path: int(path.name), default=None)
+
+
+def last_step(stage: Path | str) -> Path | None:
+    """The folder of the step that a stage of a run ends with: of GRPO with validation what validated best, else the
+    newest; None where none is saved."""
+    return newest_step(Path(stage) / "best") or newest_step(Path(stage) / "checkpoints")
+
+
 def load_meta(folder: Path | str) -> tuple[LlamaConfig, dict]:
     """The sizes of a saved step's model, and all of its meta; `folder` as in `load_model`. Raises CheckpointError."""
     return _read_meta(_step_folder(folder))
@@ -105,10 +117,9 @@ def _step_folder(folder: Path | str) -> Path:
         raise CheckpointError(f"no checkpoint at {folder}")
     if (folder / "state").is_dir():
         return folder
-    steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
-    if not steps:
+    if (step := newest_step(folder)) is None:
         raise CheckpointError(f"no checkpoint at {folder}: it holds no saved step")
-    return folder / str(max(steps))
+    return step
 
 
 def _read_meta(folder: Path) -> tuple[LlamaConfig, dict]:

@@ -69,7 +69,10 @@ def test_a_run_leaves_samples_figures_and_a_report(exports, tmp_path, capsys):
 def test_the_last_models_of_a_run_are_measured_on_its_problems(tmp_path, capsys):
     """Of GRPO the best, of what had none the last of SFT; again only when there is a newer one."""
     preset = "--config=experiments/configs/smoke.py"
-    flags = [preset, "--config.window=128", "--count=2", f"--launcher={FAKE}", f"--workdir={tmp_path}"]
+    flags = [preset, "--count=2", f"--launcher={FAKE}", f"--workdir={tmp_path}"]
+    assert f"no run in {tmp_path}" in refused(capsys, *flags)
+    config = {"window": 128, "budget": {"depth": 1}, "evaluate": {"temperature": 0.5}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     assert "no checkpoint under" in refused(capsys, *flags)
 
     def save(folder, seed, step):
@@ -88,6 +91,7 @@ def test_the_last_models_of_a_run_are_measured_on_its_problems(tmp_path, capsys)
         best = spawning_model(3).embed_VxD[...]
         np.testing.assert_array_equal(stored.get_tensor("model.embed_tokens.weight"), best)
     written = (exports / "sosp" / "model.safetensors").stat().st_mtime_ns
+    (tmp_path / "grpo_sosp/checkpoints/2.left-behind").mkdir(parents=True)
     save("grpo_sosp/checkpoints", 4, 1)
     assert run(*flags) == 0
     assert (exports / "sosp" / "model.safetensors").stat().st_mtime_ns > written
@@ -95,8 +99,8 @@ def test_the_last_models_of_a_run_are_measured_on_its_problems(tmp_path, capsys)
     assert [(one.setting["model"], one.problem["target"]) for one in samples] == [
         ("sosp", 10), ("sosp", 26), ("apr", 10), ("apr", 26), ("sosp", 10), ("sosp", 26)
     ]  # fmt: skip
-    assert "no setting wndow" in refused(capsys, preset, "--config.wndow=5")
-    assert "go with --config=FILE" in refused(capsys, f"--workdir={tmp_path}")
+    assert {(one.setting["window"], one.setting["temperature"]) for one in samples} == {(128, 0.5)}
+    assert "goes with --config=FILE" in refused(capsys, f"--workdir={tmp_path}")
 
 
 def test_running_servers_are_taken_as_they_are(exports, tmp_path, capsys):
