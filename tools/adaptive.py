@@ -44,7 +44,7 @@ QUANTITIES = {
 def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", "runs/adaptive", "Folder of the runs; goes on where it stopped.", flag_values=values)
     flags.DEFINE_integer("sft_steps", 2000, "Of supervised training.", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer("steps", 60, "Of GRPO.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("steps", 30, "Of GRPO.", lower_bound=1, flag_values=values)
     flags.DEFINE_string("out", None, "JSON file to write; the figure stands beside it.", flag_values=values)
 
 

@@ -128,9 +128,9 @@ class GrpoTrainer:
             if config.importance_cap:
                 batch["old"] = np.asarray(self._score(state.weights, batch))
         clock.lap("score")
-        trees = [tree for group in groups for tree in group]
-        threads = sum(1 for tree in trees for _ in tree.threads())
-        divisor = {"token": None, "paper": threads}.get(config.aggregate, len(trees))
+        threads = [thread for group in groups for tree in group for thread in tree.threads()]
+        sampled = sum(thread.sampled_tokens for thread in threads)
+        divisor = {"token": sampled, "paper": len(threads)}.get(config.aggregate, sum(map(len, groups)))
         for inner in range(config.inner_steps):
             state, sums = self.trainer.step(state, batches, divisor)
             if inner == 0:
@@ -143,7 +143,7 @@ class GrpoTrainer:
             raise FloatingPointError(f"a gradient of the GRPO updates up to {int(state.step)} is not finite")
         for name in ("clipped_low", "clipped_high", "importance", "kl", "entropy"):
             metrics[f"train/{name}"] = sums[name] / sums["trained"]
-        metrics |= {"train/gradient_norm": sums["gradient_norm"], "train/tokens": sums["trained"]}
+        metrics |= {"train/gradient_norm": sums["gradient_norm"], "train/sampled_tokens": sums["trained"]}
         clock.lap("update")
         return state, metrics | clock.laps
 
@@ -161,7 +161,10 @@ class GrpoTrainer:
             pieces = [piece for piece in pieces if piece.advantage.any()]
         # A piece holds calls, and children that inherit, beside its thread's window: cut by no one, so counted.
         fitting = [piece for piece in pieces if len(piece) <= config.row_length]
-        counts = {"train/threads": len(fitting), "train/threads_too_long": len(pieces) - len(fitting)}
+        counts = {
+            "train/threads": len(fitting), "train/threads_too_long": len(pieces) - len(fitting),
+            "train/tokens": config.inner_steps * sum(map(len, fitting)),  # those that were given, too, as SFT counts
+        }  # fmt: skip
         rows = first_fit([len(piece) for piece in fitting], config.row_length) if fitting else []
         rows.sort(key=lambda row: sum(int(fitting[i].positions.sum()) for i in row), reverse=True)
         batches = [

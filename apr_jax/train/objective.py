@@ -22,7 +22,7 @@ What it is not: no critic, no importance weights but these.
     sequence  every tree 1, every thread of it the same share, spread over its tokens
     paper     as the authors' code: as "sequence", but divided by the step's threads instead of its trees, and the
               k3 term of every thread counts in full: it is not divided by its tree's threads
-    token     every token of the step the same
+    token     every token of the step the same, those of groups without a signal counted, too
     constant  every token the same, divided by trees and the window (Dr. GRPO: with `normalise` off, longer answers
               are no longer favoured)
 """

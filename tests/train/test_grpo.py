@@ -74,8 +74,8 @@ def test_the_first_update_is_the_policy_gradient_of_the_paths_alone(sampled, agg
                     rows.append([entry[0] for entry in path])
                     weights.append([gain * share * (entry[1] and entry[3]) for entry in path])
     trained = sum(np.count_nonzero(row) for row in weights)
-    threads = sum(1 for group in groups for tree in group for _ in tree.threads())
-    divisor = {"token": trained, "paper": threads}.get(aggregate, 12)
+    threads = [thread for group in groups for tree in group for thread in tree.threads()]
+    divisor = {"token": sum(thread.sampled_tokens for thread in threads), "paper": len(threads)}.get(aggregate, 12)
     padded = np.zeros((2, len(rows), max(map(len, rows))))
     for i, (row, weight) in enumerate(zip(rows, weights)):
         padded[0, i, : len(row)], padded[1, i, : len(row)] = row, weight
@@ -85,7 +85,7 @@ def test_the_first_update_is_the_policy_gradient_of_the_paths_alone(sampled, agg
     gradient = policy_gradient(graphdef, parameters, tokens, weight)
     right = np.sqrt(sum(float((leaf**2).sum()) for leaf in jax.tree.leaves(gradient)))
     _, metrics = trainer.update(state, groups)
-    assert metrics["train/tokens"] == trained
+    assert metrics["train/sampled_tokens"] == trained < metrics["train/tokens"]
     assert metrics["train/gradient_norm"] == pytest.approx(right, rel=1e-3)
     assert metrics["train/engine_difference"] < metrics["train/engine_difference_most"] < 1e-4  # the ratio is 1
     assert metrics["train/clipped_low"] == metrics["train/clipped_high"] == metrics["train/kl"] == 0
