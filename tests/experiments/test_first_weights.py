@@ -109,9 +109,9 @@ def test_another_vocabulary_is_refused(begun, refused):
     assert not (folder / "sft_sosp").exists()
 
 
-def test_a_run_begun_before_there_was_the_choice_goes_on(begun, main, whole_run):
+def test_a_run_begun_before_there_was_a_setting_goes_on(begun, main, whole_run):
     folder, _, _ = begun
     config = json.loads((whole_run.folder / "config.json").read_text())
-    del config["model"]["checkpoint"]
+    del config["model"]["checkpoint"], config["grpo"]["prices"]
     (folder / "config.json").write_text(json.dumps(config))
     assert main(SMOKE, f"--workdir={folder}", "--stage=data").code == 0

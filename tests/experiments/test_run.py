@@ -221,6 +221,9 @@ def test_settings_of_stages_not_begun_may_change(copy, refused):
     line = refused(*other, "--stage=report")
     assert "evaluate.temperature" in line and "grpo" not in line
     shutil.rmtree(copy / "evaluate")
+    (copy / "grpo_apr" / "best").mkdir(parents=True)  # what it validated best it found by that temperature
+    assert "evaluate.temperature was 0.0" in refused(*other, "--stage=report")
+    shutil.rmtree(copy / "grpo_apr")
     assert "another config" not in refused(*other, "--stage=report")  # there is nothing to report on
     assert json.loads((copy / "config.json").read_text())["grpo"]["steps"] == 3
 
