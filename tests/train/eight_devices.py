@@ -90,7 +90,7 @@ def sharded():
     device holds."""
     rng = random.Random(1)
     batches = [pack_rows([[lay_out(random_thread(rng, depth=1, longest=4))] for _ in range(16)], 192) for _ in range(3)]
-    model = make_model(2, width=64, layers=8, heads=8, kv_heads=8, feed_forward=96, remat="full")
+    model = make_model(2, width=64, layers=4, heads=8, kv_heads=8, feed_forward=96, remat="full")
     found = {}
     for name, frozen, meshes in (("muon", "", ((8, 1), (8, 2))), ("adamw", "embed_|q_", ((8, 8),))):
         config = OptimizerConfig(name=name, peak_rate=1e-2, muon_rate=0.02, warmup_steps=1, frozen=frozen)
