@@ -197,9 +197,11 @@ def test_a_join_of_nothing_stands_in_the_place_of_the_whole_call():
     assert spawn.call[0].content[0] == opened[0] and not spawn.children
 
 
-def test_a_thread_that_writes_nothing_but_bad_spawns_ends():
-    tree = play({(7,): ids(call(), end=False) * 500}, malformed="fail", threads=5)
-    assert tree.root.failure == "malformed:empty" and tree.info["malformed"] == {"empty": 5}
+@pytest.mark.parametrize("kind, children", [("empty", ()), ("too_deep", ("0,0",))])
+def test_a_thread_that_writes_nothing_but_bad_spawns_ends(kind, children):
+    written = ids(BODY, end=False) + ids(call(*children), end=False) * 500
+    tree = play({(7,): written}, malformed="fail", threads=5, depth=int(kind != "too_deep"))
+    assert tree.root.failure == f"malformed:{kind}" and tree.info["malformed"] == {kind: 5}
 
 
 def test_a_spawn_that_no_token_opened_ends_its_thread_under_either_policy():
