@@ -32,7 +32,7 @@ def start(*arguments, most: int | None = None, **options) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> SimpleNamespace:
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=900)
     return SimpleNamespace(code=process.returncode, out=out, err=err)
 
 

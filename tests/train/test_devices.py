@@ -20,7 +20,7 @@ ROOT = Path(__file__).absolute().parent.parent.parent
 @pytest.fixture(scope="module")
 def found():
     command = [sys.executable, "-m", "tests.train.eight_devices"]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
     assert process.returncode == 0, process.stderr[-4000:]
     return json.loads(process.stdout.splitlines()[-1])
 
@@ -68,7 +68,7 @@ def test_two_processes_train_as_one(tmp_path):
             for i in range(2)
         ]
         for process in started:
-            _, errors = process.communicate(timeout=600)
+            _, errors = process.communicate(timeout=1800)
             assert process.returncode == code, errors[-4000:]
             assert not words or "sft together is saved at step 4 of 8" in errors
     right = processes.train(data_mesh(1), tmp_path / "alone")
