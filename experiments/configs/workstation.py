@@ -24,7 +24,7 @@ def get_config():
     c.grpo.steps, c.grpo.prompts, c.grpo.group = 30, 16, 8
     # Weights that do not fall with a tree's size, or a narrow tree's tokens would count for more than a wide one's.
     c.grpo.aggregate, c.grpo.normalise = "constant", False
-    # Without it a wrong answer is worth what none is, and three times as many greedy trees ended in one.
+    # Without it a wrong answer is worth what none is. (It did not keep wrong answers down: WORKSPACE_NOTES.md.)
     c.grpo.prices.wrong = 0.5
     c.grpo.optimizer.muon_rate, c.grpo.optimizer.peak_rate = 4e-3, 8e-4
     c.grpo.optimizer.start_rate, c.grpo.optimizer.end_rate = 1.0, 0.2
