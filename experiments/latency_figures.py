@@ -52,7 +52,7 @@ def accuracy_against_latency(groups: Sequence[Group], path: str | Path) -> None:
         percent_axis(axes, _top(groups))
         axes.set_xlabel("mean latency of a sample (ms)")
         axes.set_ylabel("problems answered right (%)")
-        legend(axes, "lower right")
+        legend(axes, "upper left")
 
     save_figure(path, f"Accuracy against latency: {_title(groups)}", draw)
 
@@ -76,7 +76,7 @@ def accuracy_within_latency(groups: Sequence[Group], path: str | Path) -> None:
         percent_axis(axes, _top(groups))
         axes.set_xlabel("latency of a sample (ms)")
         axes.set_ylabel("problems answered right (%)")
-        legend(axes, "lower right")
+        legend(axes, "upper left")
 
     save_figure(path, f"Accuracy within a latency (dashed: predicted): {_title(groups)}", draw)
 

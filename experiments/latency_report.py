@@ -103,8 +103,8 @@ def _compared(groups: Sequence[figures.Group], throughput: dict[Setting, Through
 
 
 def _gaps(setting: Setting, samples: Sequence[Sample]) -> list[str]:
-    """What the latency has more than the model of it, on average and for the samples where that is most."""
-    ran = sorted((sample for sample in samples if sample.ran), key=lambda s: s.predicted - s.latency)
+    """What the latency has more, or less, than the model of it, on average and for the samples where that is most."""
+    ran = sorted((sample for sample in samples if sample.ran), key=lambda s: -abs(s.latency - s.predicted))
     if not ran:
         return []
     row = summarise_latency(samples)
@@ -115,7 +115,7 @@ def _gaps(setting: Setting, samples: Sequence[Sample]) -> list[str]:
         f" the gap is {parts}. Largest:", "",
     ]  # fmt: skip
     for sample in ran[:WORST]:
-        part, seconds = max(sample.gap.items(), key=lambda item: item[1])
+        part, seconds = max(sample.gap.items(), key=lambda item: abs(item[1]))
         lines.append(
             f"- problem {sample.index}: {1000 * sample.latency:.0f} ms, predicted {1000 * sample.predicted:.0f} ms;"
             f" most of it {PARTS[part]} ({1000 * seconds:+.0f} ms), {sample.chain_tokens} tokens in"
