@@ -112,7 +112,7 @@ def test_equal_rewards_are_no_update(sampled, reward):
     ):
         np.testing.assert_array_equal(a, b)
     assert {name: value for name, value in metrics.items() if "seconds" not in name} == {
-        "train/threads": 0, "train/threads_too_long": 0, "train/rows": 0,
+        "train/threads": 0, "train/threads_too_long": 0, "train/rows": 0, "train/tokens": 0,
     }  # fmt: skip
 
 
