@@ -2,7 +2,7 @@
 
     python -m tools.adaptive                         # about ten minutes on two cores
 
-The task is `apr_jax.tags`' sum over 41 to 60 numbers, of which none can be skipped. The teacher adds up alone or shares
+The task is `apr_jax.tags`' sum over 42 to 60 numbers, of which none can be skipped. The teacher adds up alone or shares
 the range out to 2 or 4 threads: more threads are fewer tokens one after the other, and more in all. The pupil knows all
 of these ways, and GRPO goes two ways from it: with a price on sequential tokens, and with one on all tokens. Prints a
 table of problems that were held out, and writes it with every step's means to --out, with a figure beside it.

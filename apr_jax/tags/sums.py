@@ -3,7 +3,7 @@
     13 to 62 from 4                                 the problem: add 13, 14, ... 62 to 4, all modulo 10
     13+4=7 14+7=1 ...  <return>62:9</return>        a thread adds them up, and returns the last one and the sum
     <spawn><thread>13 to 39 from 0</thread> ...     or shares the range out to children,
-    39:7+4=1 62:8+1=9  <return>62:9</return>        and adds up what they return
+    39:2+4=6 62:3+6=9  <return>62:9</return>        and adds up what they return
 
 Every number counts, so a tree has done all of the work or is wrong; how many threads do it is a choice. The more there
 are, the shorter is the longest chain of tokens, and the more tokens are written in all.
@@ -43,7 +43,7 @@ class RangeSum:
 
 
 def range_sums() -> list[RangeSum]:
-    """All problems of 41 to 60 numbers with a first one of 10 to 19."""
+    """All problems that begin with 10 to 19 and end with 60 to 69: of 42 to 60 numbers."""
     ranges = itertools.product(range(10, 20), range(60, 70), range(10))
     return [RangeSum(first, last, start) for first, last, start in ranges]
 

@@ -94,14 +94,13 @@ def test_a_finished_run_is_only_read(whole, tmp_path):
     assert lines(copy) == lines(folder)
 
 
-PHASES = [pytest.param(phase, marks=pytest.mark.slow) for phase in ("sample", "update", "validate", "best")]
+MOMENTS = [("sft", "log"), ("sft", "save"), ("grpo", "log"), ("grpo", "save"), ("grpo", "inner")]
+PHASES = [pytest.param("grpo", phase, marks=pytest.mark.slow) for phase in ("sample", "update", "validate", "best")]
 
 
-@pytest.mark.parametrize("moment", ["log", "save", "inner", *PHASES])
+@pytest.mark.parametrize("whole, moment", [*MOMENTS, *PHASES], indirect=["whole"])
 def test_a_run_that_was_killed_ends_in_the_same_bits(whole, tmp_path, moment):
     kind, folder, right = whole
-    if kind == "sft" and moment not in ("log", "save"):
-        pytest.skip("a phase of GRPO")
     copy = tmp_path / "run"
     command = [sys.executable, "-m", "tests.train.runs", kind, str(copy), moment]
     killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
