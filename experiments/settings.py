@@ -64,22 +64,28 @@ def default_config() -> ml_collections.ConfigDict:
 
     c.sosp = ml_collections.ConfigDict()  # the SoS+ solver (SolverConfig)
     c.sosp.beam = (1, 5)  # table 2 has (5, 5) and (15, 15), too
+    c.sosp.beam_weights = ()  # how often each beam of the range is drawn, lowest first; (): all alike, the paper's
     c.sosp.search = "sosp"  # or "sos", Stream of Search's: one of `strategies` for a whole trace (table 1)
     c.sosp.strategies = ("dfs", "bfs")
     c.sosp.promising = 0.5
     c.sosp.heuristic = "multiply"
     c.sosp.shuffle = True  # operations kept by the beam are written in random order, as the authors do
+    c.sosp.rank_root = False  # but those of the problem's own state best first
+    c.sosp.distinct = False  # of operations that leave the same numbers only the first
     c.sosp.max_value = 0  # results above it are not explored; 0: no limit, the paper's
     c.sosp.correct_only = False  # train on solved problems alone (rejection sampling, table 2)
     c.sosp.conditioned = False  # a token budget first on the prompt (figure 4)
 
     c.apr = ml_collections.ConfigDict()  # the APR solver
     c.apr.beam = (3, 5)
+    c.apr.beam_weights = ()
     c.apr.sub_beam = (4, 5)
     c.apr.depth = 1  # levels of children; the authors' have one
     c.apr.promising = 0.9  # the authors' code; the paper's text says 0.1
     c.apr.heuristic = "multiply"
     c.apr.shuffle = True
+    c.apr.rank_root = False
+    c.apr.distinct = False
     c.apr.max_value = 0
     c.apr.correct_only = False
     c.apr.conditioned = False  # a budget of children first on the root's prompt

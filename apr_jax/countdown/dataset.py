@@ -29,6 +29,7 @@ import numpy as np
 
 from apr_jax.countdown.problem import Problem, ProblemRange
 from apr_jax.countdown.recipe import COUNTED, DROPPED, Recipe, count_tree
+from apr_jax.countdown.search import SolverConfig
 from apr_jax.countdown.vocabulary import countdown_tokenizer
 from apr_jax.text.hub import load_tokenizer
 from apr_jax.text.tokenizer import Tokenizer
@@ -163,6 +164,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _check_same(theirs: dict, mine: dict, folder: Path) -> None:
+    """Raises ValueError where a data set was made with another config. Solver settings that it was made before had
+    their defaults' effect."""
+    defaults = json.loads(json.dumps(dataclasses.asdict(SolverConfig(beam=(1, 1)))))
+    recipes = [{**one, "solver": defaults | one["solver"]} for one in theirs.get("recipes", ())]
+    theirs = {**theirs, "recipes": recipes}
     if different := [name for name in mine if mine[name] != theirs.get(name)]:
         raise ValueError(
             f"{folder} holds a data set of another config (another {', '.join(different)}): give another folder"

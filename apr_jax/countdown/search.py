@@ -9,7 +9,7 @@ import functools
 import itertools
 import operator
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from apr_jax.countdown import trace
@@ -32,18 +32,26 @@ class SolverConfig:
     """Settings of one solver; beams are drawn per problem from closed ranges.
 
     `max_value` keeps results above it out of the search (None: the paper's unbounded search): shorter
-    traces and fewer facts of arithmetic to learn, at a few solutions lost. `shuffle` off writes what the
+    traces and fewer facts of arithmetic to learn, at a few solutions lost. `distinct` keeps one of the results
+    that leave the same numbers (4 and 2 make 2 in two ways, and of 3, 3, 9 either 3 makes 12 with the 9), where
+    the authors' beam may hold one state several times. `shuffle` off writes what the
     beam kept in the order it was generated in: a small model that decodes greedily then goes through the
-    operations, where after shuffled traces it writes the likeliest one again and again. `depth` is how many
+    operations, where after shuffled traces it writes the likeliest one again and again. `rank_root` writes what
+    is kept at the problem's own state best first, so that narrow lists begin like wide ones and a pupil of beams
+    that are drawn need not guess the beam before the list's end. `depth` is how many
     levels of children APR spawns (1: the authors'). `strategies` is what SoS draws from, problem by problem.
+    `beam_weights` is how often each beam of the range is drawn, lowest first (empty: all alike).
     """
 
     beam: tuple[int, int]
+    beam_weights: tuple[float, ...] = ()
     sub_beam: tuple[int, int] | None = None  # of children; drawn at or above the problem's beam
     promising: float = APR_PROMISING
     heuristic: str = "multiply"
     max_value: int | None = None
+    distinct: bool = False
     shuffle: bool = True
+    rank_root: bool = False
     depth: int = 1
     strategies: tuple[str, ...] = ("dfs", "bfs")
 
@@ -54,6 +62,12 @@ class SolverConfig:
             value = getattr(self, name)
             if value is not None and not 1 <= value[0] <= value[1]:
                 raise ValueError(f"{name} needs 1 <= lowest <= highest, was given {value}")
+        if weights := self.beam_weights:
+            breadths = self.beam[1] - self.beam[0] + 1
+            if len(weights) != breadths or min(weights) < 0 or not sum(weights):
+                raise ValueError(
+                    f"beam_weights are none or {breadths}, one of 0 or more for each beam of {self.beam}, was given {weights}"
+                )
         if not 0 <= self.promising <= 1:
             raise ValueError(f"promising is a probability from 0 to 1, was given {self.promising}")
         if self.depth < 0:
@@ -120,6 +134,14 @@ def _pairs(count: int) -> tuple[tuple[int, int], ...]:
     return tuple(itertools.combinations(range(count), 2))
 
 
+def _first_of_each(places: Iterable[int], states: Iterable) -> list[int]:
+    """Of the places whose states are equal the first."""
+    first: dict = {}
+    for place, state in zip(places, states):
+        first.setdefault(state, place)
+    return list(first.values())
+
+
 _RANK = operator.itemgetter(0)
 _FAR = float("inf")
 
@@ -132,8 +154,12 @@ class Search:
         distance, self._fold = HEURISTICS[config.heuristic]
         self._near = _near(distance, target)
         self._cap = _FAR if config.max_value is None else config.max_value
+        self._distinct = config.distinct
         self._shuffles, self._bits = config.shuffle, rng.getrandbits
-        self.beam = rng.randint(*config.beam)
+        if config.beam_weights:
+            (self.beam,) = rng.choices(range(config.beam[0], config.beam[1] + 1), config.beam_weights)
+        else:
+            self.beam = rng.randint(*config.beam)
         low, high = config.sub_beam or (self.beam, self.beam)
         self.sub_beam = rng.randint(max(low, self.beam), max(high, self.beam))
 
@@ -152,10 +178,13 @@ class Search:
         places = range(len(ranks))
         if cap < _FAR or limit < _FAR:
             places = [place for place in places if ranks[place] <= limit and successors[place][1][0] <= cap]
+        if self._distinct:
+            states = (tuple(sorted((*rest, value))) for rest, (value, _) in map(successors.__getitem__, places))
+            places = _first_of_each(places, states)
         lines.append(node.state)
         before = f"{node.done}, " if node.done else ""
         children = []
-        for step, place in enumerate(self._keep(places, ranks, beam)):
+        for step, place in enumerate(self._keep(places, ranks, beam, node.parent is None)):
             rest, (value, operation) = successors[place]
             numbers, below, done = (*rest, value), f"{node.name},{step}", f"{before}'{operation}'"
             written, state = trace.explored(below, target, numbers, operation, done)
@@ -172,6 +201,8 @@ class Search:
         places = range(len(ranks))
         if cap < _FAR or limit < _FAR:
             places = [place for place in places if ranks[place] <= limit and results[place][0] <= cap]
+        if self._distinct:
+            places = _first_of_each(places, (results[place][0] for place in places))
         kept = [results[place] for place in self._keep(places, ranks, beam)]
         for step, (value, operation) in enumerate(kept):
             if value == target:
@@ -181,9 +212,11 @@ class Search:
         lines.append(node.state + trace.dead_ends(kept, target))
         return None
 
-    def _keep(self, places: Sequence[int], ranks: Sequence[float], beam: int | None) -> list[int]:
+    def _keep(self, places: Sequence[int], ranks: Sequence[float], beam: int | None, root: bool = False) -> list[int]:
         """The places of the `beam` best, in the order that they are written in."""
         kept = sorted(places, key=ranks.__getitem__)[:beam]  # stable: of equal ranks the first
+        if root and self.config.rank_root:
+            return kept
         if not self._shuffles:
             kept.sort()
             return kept

@@ -15,6 +15,7 @@ def get_config():
     c.name = "laptop"
     c.sosp.max_value = c.apr.max_value = 30
     c.sosp.shuffle = c.apr.shuffle = False
+    c.sosp.distinct = c.apr.distinct = True
     c.apr.beam, c.apr.sub_beam, c.apr.promising = (4, 5), (4, 5), 1.0
     # Roots hold the only lines that take four numbers to three: 9 % of the operations with all five children
     # to a root. And the one child, a solver where there is one, shows what an equal result looks like.

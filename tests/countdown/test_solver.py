@@ -29,6 +29,8 @@ def solved(draw, styles=tuple(SOLVERS), **changes):
         "heuristic": draw(st.sampled_from(sorted(HEURISTICS))),
         "max_value": draw(st.none() | st.just(60)),
         "shuffle": draw(st.booleans()),
+        "rank_root": draw(st.booleans()),
+        "distinct": draw(st.booleans()),
         "depth": draw(st.integers(0, 3)),
     }
     style = draw(st.sampled_from(styles))
@@ -89,14 +91,17 @@ def test_spawns_nest_to_the_depth_asked_for():
 @settings(max_examples=60)
 @given(
     st.lists(st.integers(0, 60), min_size=2, max_size=5).map(tuple), st.integers(2, 60),
-    st.sampled_from(sorted(HEURISTICS)), st.none() | st.just(50), st.integers(1, 9),
+    st.sampled_from(sorted(HEURISTICS)), st.none() | st.just(50), st.integers(1, 9), st.booleans(),
 )  # fmt: skip
-def test_an_expansion_keeps_the_best_of_all_successors(numbers, target, heuristic, cap, beam):
-    """Against the plain way: every successor, its rank, the best in their order."""
-    config = SolverConfig(beam=(beam, beam), heuristic=heuristic, max_value=cap, shuffle=False)
+def test_an_expansion_keeps_the_best_of_all_successors(numbers, target, heuristic, cap, beam, distinct):
+    """Against the plain way: every successor, or the first of those that leave the same numbers, its rank, the best in
+    their order."""
+    config = SolverConfig(beam=(beam, beam), heuristic=heuristic, max_value=cap, shuffle=False, distinct=distinct)
     lines = []
     found, goal = Search(target, config, random.Random(0)).expand(Node.root(numbers, target), beam, lines)
     plain = [(state, op) for state, op in successors(numbers) if cap is None or state[-1] <= cap]
+    if distinct:
+        plain = [one for i, one in enumerate(plain) if sorted(one[0]) not in [sorted(state) for state, _ in plain[:i]]]
     best = sorted(range(len(plain)), key=lambda i: rank(heuristic, plain[i][0], target))[:beam]
     kept = [plain[i] for i in sorted(best)]
     written = [trace.read_exploring(line) for text in lines for line in text.split("\n")]
@@ -120,6 +125,30 @@ def test_shuffling_gives_every_order_alike():
         search.expand(Node.root((7, 9), 50), 3, lines)
         counts[tuple(lines)] = counts.get(tuple(lines), 0) + 1
     assert len(counts) == 6 and all(abs(n - 500) < 5 * (3000 * 5 / 36) ** 0.5 for n in counts.values())
+
+
+def test_a_ranked_roots_narrow_list_begins_its_wide_one():
+    problem = Problem((3, 3, 7, 10), 24)
+
+    def written(beam):
+        config = SolverConfig(beam=(beam, beam), sub_beam=(6, 6), shuffle=False, rank_root=True, distinct=True)
+        tree = SOLVERS["apr"](problem, config, random.Random(0))
+        own = next(block.content for block in tree.root.blocks if block.sampled)
+        return [line for line in own.split("\n") if line.startswith("Exploring Operation")], tree
+
+    wide, tree = written(5)
+    assert len(wide) == 5 and all(written(beam)[0] == wide[:beam] for beam in (2, 3, 4))
+    (spawn,) = tree.root.spawns
+    assert [f"#0,{i}" in line for i, line in enumerate(spawn.call[0].content.split("\n")[1:6])] == [True] * 5
+
+
+def test_beams_are_drawn_as_often_as_their_weights_say():
+    config = SolverConfig(beam=(2, 4), beam_weights=(1, 0, 3), sub_beam=(6, 6))
+    drawn = [Search(50, config, random.Random(seed)).beam for seed in range(2000)]
+    assert drawn.count(3) == 0 and abs(drawn.count(2) - 500) < 5 * (2000 * 3 / 16) ** 0.5
+    for weights in ((1, 2), (0, 0, 0), (1, -1, 1)):
+        with pytest.raises(ValueError, match="one of 0 or more for each beam of"):
+            SolverConfig(beam=(2, 4), beam_weights=weights)
 
 
 def test_stream_of_search_goes_deep_or_broad():
