@@ -1,10 +1,11 @@
 """The report stage: a table of every evaluated model, figures, and the numbers behind them."""
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from apr_jax.countdown.dataset import write_text
-from apr_jax.evaluate.evaluate import paired_difference, read_records, summarise
+from apr_jax.evaluate.evaluate import Record, paired_difference, read_records, summarise
 from experiments import figures
 from experiments.dataset import load_manifest
 
@@ -15,13 +16,20 @@ HEADER = (
 )
 
 
-def write_report(workdir: Path) -> str:
-    """Writes report.md, summary.json and figures/ from what the run folder holds; returns the table."""
-    records = {
-        title: read_records(path)
-        for name, title in TITLES.items()
-        if (path := workdir / "evaluate" / f"{name}.jsonl").exists()
-    }
+def records_name(name: str, temperature: float) -> str:
+    """Of a model's records at one of the temperatures that it was also evaluated at."""
+    return f"{name}@{temperature:g}"
+
+
+def write_report(workdir: Path, also_at: Sequence[float] = ()) -> str:
+    """Writes report.md, summary.json and figures/ from what the run folder holds; returns the table, followed by those
+    of the further temperatures `also_at`."""
+
+    def read(file_name: Callable[[str], str]) -> dict[str, list[Record]]:
+        paths = {title: workdir / "evaluate" / f"{file_name(name)}.jsonl" for name, title in TITLES.items()}
+        return {title: read_records(path) for title, path in paths.items() if path.exists()}
+
+    records = read(str)
     if not records:
         raise FileNotFoundError(f"no records under {workdir / 'evaluate'}: run --stage=evaluate first")
     metrics = {
@@ -29,15 +37,14 @@ def write_report(workdir: Path) -> str:
         for name, title in TITLES.items()
         if (path := workdir / name / "metrics.jsonl").exists()
     }
+    trained = {title: _trained(rows) for title, rows in metrics.items()}
     summaries = {title: summarise(rows) for title, rows in records.items()}
-    lines = [HEADER, "|" + " --- |" * HEADER.count(" | ") + " --- |"]
-    lines += [_row(title, summary, _trained(metrics.get(title, []))) for title, summary in summaries.items()]
-    for style in ("SoS+", "APR"):
-        if {f"{style} SFT", f"{style} SFT+GRPO"} <= records.keys():
-            mean, low, high, gained, lost = paired_difference(records[f"{style} SFT"], records[f"{style} SFT+GRPO"])
-            lines += ["", f"GRPO over {style} SFT on the same problems: {100 * mean:+.1f} points "
-                      f"({100 * low:+.1f} to {100 * high:+.1f}), {gained} gained, {lost} lost. "
-                      + _changes(style, summaries[f"{style} SFT"], summaries[f"{style} SFT+GRPO"])]  # fmt: skip
+    lines = _table(records, summaries, trained)
+    for temperature in also_at:
+        if at := read(lambda name: records_name(name, temperature)):
+            found = {title: summarise(rows) for title, rows in at.items()}
+            lines += ["", f"At temperature {temperature:g}:", "", *_table(at, found, trained)]
+            summaries |= {f"{title} at temperature {temperature:g}": one for title, one in found.items()}
     check = workdir / "export" / "check.json"
     if check.exists():
         found = json.loads(check.read_text())
@@ -74,6 +81,20 @@ def write_report(workdir: Path) -> str:
 
 # What GRPO changed in the paper (figures 5 and 7): 6.1 to 8.2 children, 1,471 to 1,796 tokens a sequence; SoS+ is one.
 PAPER_CHANGES = {"APR": {"children": 0.344, "tokens a sequence": 0.221}, "SoS+": {"tokens a sequence": 2660 / 2201 - 1}}
+
+
+def _table(records: dict[str, list[Record]], summaries: dict[str, dict], trained: dict[str, float]) -> list[str]:
+    """A row for each model, and what GRPO changed on the same problems."""
+    lines = [HEADER, "|" + " --- |" * HEADER.count(" | ") + " --- |"]
+    lines += [_row(title, summaries[title], trained.get(title, 0.0)) for title in records]
+    for style in ("SoS+", "APR"):
+        before, after = f"{style} SFT", f"{style} SFT+GRPO"
+        if {before, after} <= records.keys():
+            mean, low, high, gained, lost = paired_difference(records[before], records[after])
+            lines += ["", f"GRPO over {before} on the same problems: {100 * mean:+.1f} points "
+                      f"({100 * low:+.1f} to {100 * high:+.1f}), {gained} gained, {lost} lost. "
+                      + _changes(style, summaries[before], summaries[after])]  # fmt: skip
+    return lines
 
 
 def _changes(style: str, before: dict, after: dict) -> str:

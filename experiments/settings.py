@@ -155,6 +155,7 @@ def default_config() -> ml_collections.ConfigDict:
 
     c.evaluate = ml_collections.ConfigDict()
     c.evaluate.temperature = 0.0  # greedy
+    c.evaluate.also_at = ()  # further temperatures, each with a table of its own (the paper's table 3: 0.1, 0.5, 1)
     c.evaluate.top_k = 0  # 0: all words
     c.evaluate.top_p = 1.0
     c.evaluate.slots = 64  # multiple of devices
@@ -198,6 +199,7 @@ class Settings:
     grpo_slots: int
     budget: Budget
     evaluate_sampling: Sampling
+    evaluate_also: dict[float, Sampling]  # by temperature
     evaluate_slots: int
     export_dtype: str
     export_check_trees: int
@@ -216,9 +218,9 @@ def read_settings(config: ml_collections.ConfigDict) -> Settings:
             raise ValueError(f"{name} is at least {least}, was given {value}")
         return value
 
-    def build(section: str, kind, **values):
+    def build(section: str, kind, *given, **values):
         try:
-            return kind(**values)
+            return kind(*given, **values)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{section}: {error}") from None
 
@@ -294,6 +296,16 @@ def read_settings(config: ml_collections.ConfigDict) -> Settings:
             values["prices"] = build(f"{name}.prices", Prices, **values["prices"])
         return build(name, kind, **values, seed=c["seed"])
 
+    def sampling(temperature: float) -> Sampling:
+        return build("evaluate", Sampling, temperature, c["evaluate"]["top_k"], c["evaluate"]["top_p"])
+
+    temperatures = [c["evaluate"]["temperature"], *c["evaluate"]["also_at"]]
+    if len(set(temperatures)) < len(temperatures):
+        raise ValueError(
+            f"evaluate.also_at has other temperatures than evaluate.temperature ({temperatures[0]:g}), each once, was "
+            f"given {c['evaluate']['also_at']}"
+        )
+
     problems = {field.name: c["problems"][field.name] for field in dataclasses.fields(ProblemRange)}
     if not 0 <= c["problems"]["unseen_targets"] < 1:
         raise ValueError(
@@ -311,9 +323,7 @@ def read_settings(config: ml_collections.ConfigDict) -> Settings:
         sft=section("sft", SftConfig), grpo=section("grpo", GrpoConfig, ("styles", "slots")),
         grpo_styles=tuple(c["grpo"]["styles"]), grpo_slots=c["grpo"]["slots"],
         budget=build("budget", Budget, context=window, **c["budget"] | {"tokens": c["budget"]["tokens"] or None}),
-        evaluate_sampling=build(
-            "evaluate", Sampling, **{key: c["evaluate"][key] for key in ("temperature", "top_k", "top_p")}
-        ),
+        evaluate_sampling=sampling(temperatures[0]), evaluate_also={t: sampling(t) for t in temperatures[1:]},
         evaluate_slots=c["evaluate"]["slots"], export_dtype=c["export"]["dtype"],
         export_check_trees=c["export"]["check_trees"],
     )  # fmt: skip

@@ -39,7 +39,7 @@ from apr_jax.train.grpo import run_grpo
 from apr_jax.train.sft import run_sft
 from apr_jax.train.step import data_mesh
 from experiments.dataset import load_pieces, load_problems, load_run_tokenizer, make_data
-from experiments.report import write_report
+from experiments.report import records_name, write_report
 from experiments.settings import STYLES, Settings, default_config
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers", "transformers", "torch")
@@ -49,6 +49,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "toke
 EXECUTION = {
     "devices", "fsdp", "model.attention", "model.remat", "model.scan", "sft.microbatches", "sft.save_every",
     "sft.log_every", "sft.most_skipped", "grpo.batch_rows", "grpo.slots", "grpo.save_every", "evaluate.slots",
+    "evaluate.also_at",
 }  # fmt: skip
 # Settings that a run may still change as long as these folders, of the stages that read them, are not there.
 UNTIL = {"grpo": ("grpo_*",), "evaluate": ("evaluate", "grpo_*/best"), "export": ("export",)}
@@ -159,7 +160,7 @@ class Run:
             folder = self.workdir / "evaluate"
             stamp = {"step": meta["step"], "problems": len(problems)}
             if _read_json(folder / f"{name}.stamp.json") != stamp:
-                for old in folder.glob(f"{name}.jsonl*"):  # of another checkpoint
+                for old in (*folder.glob(f"{name}.jsonl*"), *folder.glob(f"{name}@*")):  # of another checkpoint
                     old.unlink()
                 write_text(folder / f"{name}.stamp.json", json.dumps(stamp))
             engine = JaxEngine(
@@ -169,15 +170,20 @@ class Run:
                 context=self.settings.window,
                 seed=self.settings.seed,
             )
-            runner = TreeRunner(
-                engine,
-                CountdownProtocol(meta["style"]),
-                self.tokenizer,
-                self.settings.budget_of(meta["style"]),
-                self.settings.evaluate_sampling,
-            )
-            at_once = max(256, self.settings.evaluate_slots)
-            evaluate(runner, problems, folder / f"{name}.jsonl", progress_title=f"evaluate {name}", at_once=at_once)
+            samplings = {name: self.settings.evaluate_sampling}
+            samplings |= {records_name(name, t): sampling for t, sampling in self.settings.evaluate_also.items()}
+            for records, sampling in samplings.items():
+                runner = TreeRunner(
+                    engine,
+                    CountdownProtocol(meta["style"]),
+                    self.tokenizer,
+                    self.settings.budget_of(meta["style"]),
+                    sampling,
+                )
+                evaluate(
+                    runner, problems, folder / f"{records}.jsonl", progress_title=f"evaluate {records}",
+                    at_once=max(256, self.settings.evaluate_slots),
+                )  # fmt: skip
 
     def export(self) -> None:
         models = self.models()
@@ -207,7 +213,7 @@ class Run:
         print(f"export {folder}: {json.dumps(check)}")
 
     def report(self) -> None:
-        print(write_report(self.workdir))
+        print(write_report(self.workdir, tuple(self.settings.evaluate_also)))
 
     # ------------------------------------------------------------------ what stages share
 

@@ -31,6 +31,7 @@ WARM = 4  # trees that are run before the first is measured
 
 def define_flags(values: flags.FlagValues) -> None:
     """The tool's flags; `make_plan` reads them."""
+
     def text(name: str, default: str | None, help: str) -> None:
         flags.DEFINE_string(name, default, help, flag_values=values)
 

@@ -31,16 +31,15 @@ HEURISTICS = {
 class SolverConfig:
     """Settings of one solver; beams are drawn per problem from closed ranges.
 
-    `max_value` keeps results above it out of the search (None: the paper's unbounded search): shorter
-    traces and fewer facts of arithmetic to learn, at a few solutions lost. `distinct` keeps one of the results
-    that leave the same numbers (4 and 2 make 2 in two ways, and of 3, 3, 9 either 3 makes 12 with the 9), where
-    the authors' beam may hold one state several times. `shuffle` off writes what the
-    beam kept in the order it was generated in: a small model that decodes greedily then goes through the
-    operations, where after shuffled traces it writes the likeliest one again and again. `rank_root` writes what
-    is kept at the problem's own state best first, so that narrow lists begin like wide ones and a pupil of beams
-    that are drawn need not guess the beam before the list's end. `depth` is how many
-    levels of children APR spawns (1: the authors'). `strategies` is what SoS draws from, problem by problem.
-    `beam_weights` is how often each beam of the range is drawn, lowest first (empty: all alike).
+    `beam_weights` is how often each beam of the range is drawn, lowest first (empty: all alike). `max_value` keeps
+    results above it out of the search (None: the paper's unbounded search): shorter traces and fewer facts of
+    arithmetic to learn, at a few solutions lost. `distinct` keeps one of the operations that leave the same numbers
+    (4-2 and 4/2; of 3, 3, 9 either 3 with the 9), where the authors' beam may hold one state several times.
+    `shuffle` off writes what the beam kept in the order it was generated in: a small model that decodes greedily then
+    goes through the operations, where after shuffled traces it writes the likeliest one again and again. `rank_root`
+    writes what is kept at the problem's own state best first: narrow lists then begin like wide ones, and a pupil of
+    beams that are drawn need not know the beam before the list's end. `depth` is how many levels of children APR
+    spawns (1: the authors'). `strategies` is what SoS draws from, problem by problem.
     """
 
     beam: tuple[int, int]
@@ -66,7 +65,8 @@ class SolverConfig:
             breadths = self.beam[1] - self.beam[0] + 1
             if len(weights) != breadths or min(weights) < 0 or not sum(weights):
                 raise ValueError(
-                    f"beam_weights are none or {breadths}, one of 0 or more for each beam of {self.beam}, was given {weights}"
+                    f"beam_weights are none or {breadths}, one of 0 or more for each beam of {self.beam}, was given "
+                    f"{weights}"
                 )
         if not 0 <= self.promising <= 1:
             raise ValueError(f"promising is a probability from 0 to 1, was given {self.promising}")

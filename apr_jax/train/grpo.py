@@ -27,7 +27,7 @@ from apr_jax.train.metrics import MetricsLog, Progress
 from apr_jax.train.objective import GrpoConfig, advantages, grpo_loss, policy_logprobs, tree_pieces
 from apr_jax.train.optimizer import make_optimizer
 from apr_jax.train.pack import Piece, first_fit, pack_rows
-from apr_jax.train.reward import Groups, rewards, rollout_metrics
+from apr_jax.train.reward import Groups, child_value, rewards, rollout_metrics
 from apr_jax.train.step import Trainer
 from apr_jax.train.termination import Notice, Terminated
 
@@ -95,8 +95,8 @@ class GrpoTrainer:
         trees = asyncio.run(run_all([job(prompt, rollout) for prompt in prompts for rollout in range(G)]))
         if self.config.child_credit:
             for tree in trees:
-                tree.info["children_correct"] = [
-                    thread.failure is None and runner.protocol.child_correct(runner.text(thread))
+                tree.info["child_values"] = [
+                    child_value(runner.protocol, runner.text(thread), thread.failure, self.config.prices)
                     for thread in tree.threads()
                     if thread is not tree.root
                 ]

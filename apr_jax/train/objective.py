@@ -93,11 +93,11 @@ def advantages(rewards: Sequence[float], normalise: bool) -> np.ndarray:
 
 
 def child_advantages(tree: ThreadTree, normalise: bool) -> list[float]:
-    """Of each thread, depth first, what its own subtree achieved against its siblings' (`info["children_correct"]`,
-    whether each child's result answers its own prompt), summed over the threads above it: a grandchild has its parent's
+    """Of each thread, depth first, what its own subtree achieved against its siblings' (`info["child_values"]`, of each
+    child `reward.child_value`), summed over the threads above it: a grandchild has its parent's
     part, too. 0 for the root, and where siblings did equally well."""
-    correct = iter(tree.info["children_correct"])
-    values = {id(thread): float(next(correct)) for thread in tree.threads() if thread is not tree.root}
+    worth = iter(tree.info["child_values"])
+    values = {id(thread): next(worth) for thread in tree.threads() if thread is not tree.root}
     found: list[float] = []
 
     def walk(thread: Thread, own: float) -> None:

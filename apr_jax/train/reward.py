@@ -10,7 +10,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 
-from apr_jax.threads import ThreadTree
+from apr_jax.threads import TaskProtocol, ThreadTree
 from apr_jax.threads.metrics import (
     children,
     depth,
@@ -32,7 +32,7 @@ class Prices:
     sequential_token: float = 0.0  # of the longest chain of threads
     child: float = 0.0
     malformed: float = 0.0  # spawn that could not be run
-    wrong: float = 0.0  # answer of a root that ended well and is not right: else it is worth as much as none
+    wrong: float = 0.0  # answer of a root, or a child with credit of its own, that ended well: else worth what none is
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -55,6 +55,16 @@ def reward_terms(tree: ThreadTree, prices: Prices) -> dict[str, float]:
 
 def _wrong(tree: ThreadTree) -> bool:
     return tree.info["claimed"] and not tree.info["correct"] and tree.root.failure is None
+
+
+def child_value(protocol: TaskProtocol, text: str, failure: str | None, prices: Prices) -> float:
+    """What a child achieved on its own, for credit below the tree: 1 for a right answer to its prompt, minus the price
+    of a wrong one where it ended well with that, else 0."""
+    if failure is not None:
+        return 0.0
+    if protocol.child_correct(text):
+        return 1.0
+    return 0.0 if protocol.result(text) is None else -prices.wrong
 
 
 def rewards(group: Sequence[ThreadTree], prices: Prices) -> list[float]:

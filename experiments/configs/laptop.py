@@ -41,5 +41,6 @@ def get_config():
     c.grpo.optimizer.muon_rate = 2e-3
     c.grpo.optimizer.start_rate, c.grpo.optimizer.end_rate, c.grpo.optimizer.warmup_steps = 0.5, 0.5, 1
     c.grpo.slots = c.evaluate.slots = 128
+    c.evaluate.also_at = (1.0,)
     c.export.check_trees = 5  # transformers decodes them a token at a time: about 4 s a tree
     return c

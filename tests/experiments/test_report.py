@@ -15,7 +15,7 @@ def test_every_model_has_a_row_and_a_summary(whole_run):
     folder = whole_run.folder
     summary = json.loads((folder / "summary.json").read_text())
     text = (folder / "report.md").read_text()
-    assert list(summary) == list(ROWS.values())
+    assert list(summary) == [*ROWS.values(), *(f"{title} at temperature 1" for title in ROWS.values())]
     for name, title in ROWS.items():
         records = read_records(folder / "evaluate" / f"{name}.jsonl")
         found = summary[title]
@@ -23,9 +23,12 @@ def test_every_model_has_a_row_and_a_summary(whole_run):
         assert found["accuracy"] == sum(record.correct for record in records) / 12
         assert found["total_tokens"] == pytest.approx(sum(record.total_tokens for record in records) / 12)
         assert found["sequential_tokens"] <= found["total_tokens"]
-        [row] = [line for line in text.splitlines() if line.startswith(f"| {title} |")]
+        row, sampled = [line for line in text.splitlines() if line.startswith(f"| {title} |")]
         assert f"| {found['accuracy']:.1%} (" in row and "n=12" in row
         assert row.count(" | ") == text.splitlines()[0].count(" | ")
+        again = summary[f"{title} at temperature 1"]
+        assert again["accuracy"] == sum(r.correct for r in read_records(folder / f"evaluate/{name}@1.jsonl")) / 12
+        assert f"| {again['accuracy']:.1%} (" in sampled and text.index("At temperature 1:") < text.index(sampled)
     assert "Export of grpo_apr against transformers: " in text
     before, after = (read_records(folder / "evaluate" / f"{name}.jsonl") for name in ("sft_apr", "grpo_apr"))
     points = 100 * (sum(r.correct for r in after) - sum(r.correct for r in before)) / 12

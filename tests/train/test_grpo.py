@@ -227,10 +227,10 @@ def test_a_childs_result_is_asked_for_where_it_has_a_credit():
     trainer, state = make_trainer(spawning_model(1), AlwaysRight(2), child_credit=1.0)
     groups, _ = trainer.sample(state, 1, range(3))
     trees = [tree for group in groups for tree in group]
-    assert all(len(tree.info["children_correct"]) == sum(1 for _ in tree.threads()) - 1 for tree in trees)
+    assert all(len(tree.info["child_values"]) == sum(1 for _ in tree.threads()) - 1 for tree in trees)
     unequal = 0
     for tree in trees:
-        found = dict(zip(map(id, list(tree.threads())[1:]), tree.info["children_correct"]))
+        found = dict(zip(map(id, list(tree.threads())[1:]), tree.info["child_values"]))
         for thread in tree.threads():
             for spawn in thread.spawns:
                 unequal += len({found[id(child)] for child in spawn.children}) == 2

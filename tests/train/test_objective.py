@@ -230,7 +230,7 @@ def nested_tree():
 
 def test_a_childs_credit_is_against_its_siblings_and_goes_down_to_its_own_children():
     """Depth first: root, first, its two, second, alone."""
-    tree = ThreadTree(nested_tree(), {"children_correct": [True, False, True, False, True]})
+    tree = ThreadTree(nested_tree(), {"child_values": [True, False, True, False, True]})
     assert child_advantages(tree, normalise=False) == [0, 0.5, 0.0, 1.0, -0.5, 0]
     assert child_advantages(tree, normalise=True) == [0, 1, 0, 2, -1, 0]
     pieces = tree_pieces(tree, 3.0, make_config(child_credit=0.5, normalise=False), window=64)
@@ -244,7 +244,7 @@ def test_children_that_inherit_have_their_own_credit_within_one_piece():
         return Thread((Block((5,), False), Block((token,), True)), inherits=True)
 
     spawn = Spawn((Block((12,), True),), (child(7), child(8)), Block((14,), False))
-    tree = ThreadTree(Thread((Block((6,), False), spawn)), {"children_correct": [False, True]})
+    tree = ThreadTree(Thread((Block((6,), False), spawn)), {"child_values": [False, True]})
     (piece,) = tree_pieces(tree, 0.0, make_config(child_credit=1.0), window=64)
     gains = dict(zip(piece.tokens.tolist(), piece.advantage.tolist()))
     assert (gains[6], gains[7], gains[8]) == (0, -1, 1)

@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
+from apr_jax.countdown import CountdownProtocol, trace
 from apr_jax.threads import ThreadTree
-from apr_jax.train.reward import Prices, reward_terms, rewards, rollout_metrics
+from apr_jax.train.reward import Prices, child_value, reward_terms, rewards, rollout_metrics
 from tests.train.objectives import hand_made_tree
 
 
@@ -36,6 +37,18 @@ def test_an_answer_that_is_wrong_can_cost_more_than_none():
     group = [tree(True), tree(False), silent, cut_off]
     assert rewards(group, Prices(wrong=0.25)) == [1.0, -0.25, 0.0, 0.0] and rewards(group, Prices()) == [1, 0, 0, 0]
     assert rollout_metrics([group], Prices())["rollout/wrong"] == 1 / 4
+
+
+def test_a_child_is_worth_its_right_answer_and_can_pay_for_a_wrong_one():
+    protocol, prices = CountdownProtocol("apr"), Prices(wrong=0.25)
+    prompt = trace.moving("0,1") + trace.state(20, (4, 5), ("9-4=5",)) + "\n"
+    right = prompt + "Exploring Operation: 4*5=20, Resulting Numbers: [20]\n20,20 equal: Goal Reached\n"
+    right += prompt + "Exploring Operation: 4*5=20, Resulting Numbers: [20]\n20,20 equal: Goal Reached\n"
+    wrong, nothing = right.replace("4*5", "4+5"), prompt + trace.NO_SOLUTION
+    values = [child_value(protocol, text, None, prices) for text in (right, wrong, nothing)]
+    assert values == [1, -0.25, 0]
+    assert [child_value(protocol, text, None, Prices()) for text in (right, wrong, nothing)] == [1, 0, 0]
+    assert child_value(protocol, right, "length", prices) == child_value(protocol, wrong, "length", prices) == 0
 
 
 @pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
