@@ -15,22 +15,20 @@ def get_config():
     c = laptop.get_config()
     c.name = "workstation"
     c.problems.train, c.problems.held_out = 20_000, 500
+    c.problems.max_target = c.sosp.max_value = c.apr.max_value = 30
     c.apr.beam, c.apr.beam_weights, c.apr.sub_beam = (1, 5), (1, 1, 5, 1, 2), (6, 6)
-    c.apr.rank_root = True
     c.sosp.beam, c.sosp.promising = (3, 3), 1.0
     # One key head, as on the laptop, copies less exactly: of what the model claimed 12 % was wrong instead of 4 %.
     c.model.kv_heads = 4
     c.sft.steps, c.sft.save_every = 12_000, 500
     c.grpo.styles = ("apr", "sosp")
     c.grpo.steps, c.grpo.prompts, c.grpo.group = 24, 16, 8
-    # Weights that do not fall with a tree's size, or a narrow tree's tokens would count for more than a wide one's.
-    c.grpo.aggregate, c.grpo.normalise = "constant", False
     # Without it a wrong answer is worth what none is. (It did not keep wrong answers down: WORKSPACE_NOTES.md.)
     c.grpo.prices.wrong = 0.5
-    c.grpo.optimizer.muon_rate, c.grpo.optimizer.peak_rate = 4e-3, 8e-4
-    c.grpo.optimizer.start_rate, c.grpo.optimizer.end_rate = 1.0, 0.2
+    c.grpo.optimizer.end_rate = 0.2
     c.grpo.validate_every = 8
     c.grpo.batch_rows, c.grpo.row_length = 4, 1536  # two long threads fill only 70 % of a row of 896
     c.grpo.slots = 256
+    c.evaluate.also_at = (1.0,)
     c.export.check_trees = 20
     return c
