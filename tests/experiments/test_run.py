@@ -350,12 +350,12 @@ def test_a_sweep_is_the_product_with_a_folder_each(monkeypatch, refused, tmp_pat
 
     monkeypatch.setattr(sweep.subprocess, "run", fake)
     arguments = ("--config.sft.steps=7", "--stage=data,sft", f"--workdir={tmp_path}")
-    line = refused(SMOKE, *arguments, "--sweep=seed=0,1", "--sweep", "apr.beam=(1,2),(3,4)")
-    assert line == "2 of 4 runs failed: seed=0,apr.beam=(1,2); seed=0,apr.beam=(3,4)"
+    line = refused(SMOKE, *arguments, "--sweep=seed=0,1", "--sweep", "sosp.beam=(1,2),(3,4)")
+    assert line == "2 of 4 runs failed: seed=0,sosp.beam=(1,2); seed=0,sosp.beam=(3,4)"
     assert [line[-1] for line in lines] == [
-        f"--workdir={tmp_path}/seed={seed},apr.beam={beam}" for seed in (0, 1) for beam in ("(1,2)", "(3,4)")
+        f"--workdir={tmp_path}/seed={seed},sosp.beam={beam}" for seed in (0, 1) for beam in ("(1,2)", "(3,4)")
     ]
-    changes = ["--config.sft.steps=7", "--config.seed=1", "--config.apr.beam=(3,4)"]
+    changes = ["--config.sft.steps=7", "--config.seed=1", "--config.sosp.beam=(3,4)"]
     assert lines[-1][:-1] == [SMOKE, *changes, "--stage=data,sft"]
 
 

@@ -21,14 +21,14 @@ def test_presets_are_right(name):
 
 def test_changes_are_read_as_the_type_of_what_they_replace(config):
     for change in (
-        "sft.steps=7", "sft.optimizer.peak_rate=1", "model.scan=true", "grpo.styles=apr,sosp", "apr.beam=(2, 3)",
+        "sft.steps=7", "sft.optimizer.peak_rate=1", "model.scan=true", "grpo.styles=apr,sosp", "sosp.beam=(2, 3)",
         "name=a=b",
     ):  # fmt: skip
         change_setting(config, change)
     assert config.sft.steps == 7 and config.model.scan is True and config.name == "a=b"
     assert config.sft.optimizer.peak_rate == 1.0 and isinstance(config.sft.optimizer.peak_rate, float)
     settings = read_settings(config)
-    assert settings.grpo_styles == ("apr", "sosp") and settings.solvers["apr"].beam == (2, 3)
+    assert settings.grpo_styles == ("apr", "sosp") and settings.solvers["sosp"].beam == (2, 3)
 
 
 def test_budgets_and_sampling_reach_those_who_run_trees(config):
@@ -55,7 +55,7 @@ def test_budgets_and_sampling_reach_those_who_run_trees(config):
         ("sft.steps=1.5", "sft.steps is an integer, was given '1.5'"),
         ("model.scan=maybe", "model.scan is true or false, was given 'maybe'"),
         ("apr.promising=nan", "apr.promising is a number, was given 'nan'"),
-        ("apr.beam=4,x", "apr.beam is a list like 4,5, was given '4,x'"),
+        ("apr.beam=4,x", "apr.beam is a list like 2,5, was given '4,x'"),
     ],
 )
 def test_wrong_changes_are_refused(config, change, says):
