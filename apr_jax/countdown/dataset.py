@@ -164,8 +164,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _check_same(theirs: dict, mine: dict, folder: Path) -> None:
-    """Raises ValueError where a data set was made with another config. Solver settings that it was made before had
-    their defaults' effect."""
+    """Raises ValueError where a data set was made with another config. Solver settings that its config
+    does not name yet had their defaults then."""
     defaults = json.loads(json.dumps(dataclasses.asdict(SolverConfig(beam=(1, 1)))))
     recipes = [{**one, "solver": defaults | one["solver"]} for one in theirs.get("recipes", ())]
     theirs = {**theirs, "recipes": recipes}
