@@ -1,7 +1,7 @@
 """The report stage: a table of every evaluated model, figures, and the numbers behind them."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from apr_jax.countdown.dataset import write_text
@@ -16,20 +16,21 @@ HEADER = (
 )
 
 
-def records_name(name: str, temperature: float) -> str:
-    """Of a model's records at one of the temperatures that it was also evaluated at."""
-    return f"{name}@{temperature:g}"
+def records_name(name: str, temperature: float | None = None) -> str:
+    """Of a model's records: the run's own, or those of a temperature that it was also evaluated at."""
+    return name if temperature is None else f"{name}@{temperature:g}"
 
 
 def write_report(workdir: Path, also_at: Sequence[float] = ()) -> str:
     """Writes report.md, summary.json and figures/ from what the run folder holds; returns the table, followed by those
     of the further temperatures `also_at`."""
 
-    def read(file_name: Callable[[str], str]) -> dict[str, list[Record]]:
-        paths = {title: workdir / "evaluate" / f"{file_name(name)}.jsonl" for name, title in TITLES.items()}
+    def read(temperature: float | None = None) -> dict[str, list[Record]]:
+        names = {title: records_name(name, temperature) for name, title in TITLES.items()}
+        paths = {title: workdir / "evaluate" / f"{name}.jsonl" for title, name in names.items()}
         return {title: read_records(path) for title, path in paths.items() if path.exists()}
 
-    records = read(str)
+    records = read()
     if not records:
         raise FileNotFoundError(f"no records under {workdir / 'evaluate'}: run --stage=evaluate first")
     metrics = {
@@ -41,7 +42,7 @@ def write_report(workdir: Path, also_at: Sequence[float] = ()) -> str:
     summaries = {title: summarise(rows) for title, rows in records.items()}
     lines = _table(records, summaries, trained)
     for temperature in also_at:
-        if at := read(lambda name: records_name(name, temperature)):
+        if at := read(temperature):
             found = {title: summarise(rows) for title, rows in at.items()}
             lines += ["", f"At temperature {temperature:g}:", "", *_table(at, found, trained)]
             summaries |= {f"{title} at temperature {temperature:g}": one for title, one in found.items()}

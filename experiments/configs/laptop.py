@@ -2,11 +2,12 @@
 
     python -m experiments.run --config=experiments/configs/laptop.py
 
-4 numbers of 1 to 10, targets 10 to 20, a window of 768 tokens. Search keeps results up to the largest
-target only (`max_value`): a small part of the facts of arithmetic to learn, at 2 % of the problems that the
-teacher would solve. It ranks by the paper's formula, not by the authors' code (a state is good that holds one
-good number), which costs the teacher 4 to 6 % and is easier to copy. Half of the teacher's trees have two children, the others up to five, which solve more (56, 69 and 78 % with two, three and
-five): a greedy pupil takes two, and GRPO can find out. What it reaches is in README.md, as measured.
+4 numbers of 1 to 10, targets 10 to 20, a window of 768 tokens. Search keeps results up to the largest target only
+(`max_value`): a small part of the facts of arithmetic to learn, at 2 % of the problems that the teacher would solve.
+It ranks by the paper's formula, not by the authors' code (a state is good that holds one good number), which costs the
+teacher 4 to 6 % and is easier to copy. Half of the teacher's trees have two children, the others up to five, which
+solve more (56, 69 and 78 % with two, three and five): a greedy pupil takes two, and GRPO can find out. What it reaches
+is in README.md, as measured.
 """
 
 from experiments.settings import default_config

@@ -1,7 +1,9 @@
 """Data sets: recipes do what they say, and shares, processes and kills change no byte."""
 
 import dataclasses
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -101,6 +103,19 @@ def test_another_config_is_refused_where_one_was_begun(made):
         with pytest.raises(ValueError, match="holds a data set of another config .another (train|seed|recipes)"):
             make_dataset(dataclasses.replace(CONFIG, **change), made)
     assert files(made) == before
+
+
+def test_a_data_set_older_than_a_solver_setting_is_taken(made, tmp_path):
+    shutil.copytree(made, copy := tmp_path / "data")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    for recipe in manifest["config"]["recipes"]:
+        del recipe["solver"]["distinct"], recipe["solver"]["beam_weights"]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    assert make_dataset(CONFIG, copy) == manifest
+    manifest["config"]["recipes"][0]["solver"]["distinct"] = True
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="another recipes"):
+        make_dataset(CONFIG, copy)
 
 
 # ---------------------------------------------------------------------- problems
