@@ -17,7 +17,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments.settings import STAGES, Settings, default_config, read_settings
+from experiments.settings import STAGES, STYLES, Settings, default_config, read_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = ROOT / "experiments" / "configs"
@@ -27,6 +27,7 @@ FLAGS_HELP = f"""\
                        FILE:WORD gives WORD to get_config
   --config.A.B=VALUE   changes one setting, as --config.sft.steps=100 or --config.apr.beam=4,5; may be repeated
   --stage=STAGE,...    runs only these stages, in this order (default all: {", ".join(STAGES)})
+  --styles=STYLE,...   trains and evaluates the models of these alone (default all: {", ".join(STYLES)})
   --workdir=FOLDER     the run folder (default runs/NAME, NAME from the config)
   --sweep=A.B=V1,V2    one run per value, each in its own folder under the run folder; repeated: the product of all
   --coordinator=HOST:PORT --processes=N --process=I
@@ -43,6 +44,7 @@ class Command:
     changes: tuple[str, ...]  # "A.B=VALUE", in their order
     settings: Settings
     stages: tuple[str, ...]
+    styles: tuple[str, ...]
     workdir: Path
     sweeps: tuple[str, ...]
     coordinator: str = ""  # where the first of several processes listens; "": there is one
@@ -58,7 +60,8 @@ def parse(argv: Sequence[str]) -> Command | None:
         flags.DEFINE_string(name, None, "", flag_values=values)
     for name, default in (("processes", 1), ("process", 0)):
         flags.DEFINE_integer(name, default, "", flag_values=values)
-    flags.DEFINE_list("stage", "all", "", flag_values=values)
+    for name in ("stage", "styles"):
+        flags.DEFINE_list(name, "all", "", flag_values=values)
     flags.DEFINE_multi_string("sweep", [], "", flag_values=values)
     flags.DEFINE_boolean("help", False, "", short_name="h", flag_values=values)
     try:
@@ -66,8 +69,8 @@ def parse(argv: Sequence[str]) -> Command | None:
     except flags.UnrecognizedFlagError as error:
         raise ValueError(
             f"no such flag: --{error.flagname}{_nearest(error.flagname, values, '--')}; flags are "
-            f"--config, --stage, --workdir, --sweep, --coordinator, --processes, --process and --help, settings are "
-            f"given as --config.a.b=value"
+            f"--config, --stage, --styles, --workdir, --sweep, --coordinator, --processes, --process and --help, settings "
+            f"are given as --config.a.b=value"
         ) from None
     except flags.Error as error:
         raise ValueError(" ".join(str(error).split())) from None
@@ -77,12 +80,7 @@ def parse(argv: Sequence[str]) -> Command | None:
         raise ValueError(f"no such argument: {rest[0]!r}; settings are given as --config.a.b=value (--help explains)")
     if not values.config:
         raise ValueError(f"--config=FILE is needed: {_presets()}, or a file of your own")
-    stages = STAGES if "all" in values.stage else tuple(values.stage)
-    if unknown := [stage for stage in stages if stage not in STAGES]:
-        near = _nearest(unknown[0], STAGES)
-        raise ValueError(f"--stage is all or some of {', '.join(STAGES)}, was given {unknown[0]!r}{near}")
-    if not stages:
-        raise ValueError(f"--stage is all or some of {', '.join(STAGES)}, was given nothing")
+    stages, styles = _some("stage", values.stage, STAGES), _some("styles", values.styles, STYLES)
     config = load_config(values.config)
     for change in changes:
         change_setting(config, change)
@@ -95,9 +93,21 @@ def parse(argv: Sequence[str]) -> Command | None:
                 raise NotADirectoryError(f"--workdir is a folder, was given {workdir}: {folder} is a file")
             break
     return Command(
-        values.config, changes, settings, stages, workdir, tuple(values.sweep),
+        values.config, changes, settings, stages, styles, workdir, tuple(values.sweep),
         values.coordinator or "", values.processes, values.process,
     )  # fmt: skip
+
+
+def _some(flag: str, given: Sequence[str], names: tuple[str, ...]) -> tuple[str, ...]:
+    """What a list flag chooses of `names`. Raises ValueError."""
+    if "all" in given:
+        return names
+    allowed = f"--{flag} is all or some of {', '.join(names)}"
+    if unknown := [name for name in given if name not in names]:
+        raise ValueError(f"{allowed}, was given {unknown[0]!r}{_nearest(unknown[0], names)}")
+    if not given:
+        raise ValueError(f"{allowed}, was given nothing")
+    return tuple(given)
 
 
 def _check_processes(values: flags.FlagValues, stages: Sequence[str], settings: Settings) -> None:

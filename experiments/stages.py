@@ -56,15 +56,16 @@ UNTIL = {"grpo": ("grpo_*",), "evaluate": ("evaluate", "grpo_*/best"), "export":
 
 
 class Run:
-    """One run folder and the stages that fill it."""
+    """One run folder and the stages that fill it, with the models of some styles or all. Two processes may work on one
+    folder, each on a style of its own, once its data are made."""
 
-    def __init__(self, settings: Settings, workdir: Path):
-        self.settings, self.workdir = settings, workdir
+    def __init__(self, settings: Settings, workdir: Path, styles: Sequence[str] = STYLES):
+        self.settings, self.workdir, self.styles = settings, workdir, styles
         if settings.model["attention"] == "cudnn" and jax.default_backend() != "gpu":
             raise ValueError(f"model.attention cudnn needs an NVIDIA GPU, JAX runs on {jax.default_backend()}")
         # First: a refusal must not leave its config in the folder.
         self.mesh = data_mesh(settings.devices, settings.fsdp)
-        for style in STYLES:
+        for style in styles:
             if first := self._first_checkpoint(style):
                 try:
                     given, _ = load_meta(first)
@@ -120,7 +121,7 @@ class Run:
             time.sleep(1)
 
     def sft(self) -> None:
-        for style in STYLES:
+        for style in self.styles:
             model = self._first_model(style)
             children = self.settings.children if style == "apr" else 0
             pieces, validation = (
@@ -133,8 +134,8 @@ class Run:
             )  # fmt: skip
 
     def grpo(self) -> None:
-        for style in self.settings.grpo_styles:
-            if not self.settings.grpo.steps:
+        for style in self.settings.grpo_styles if self.settings.grpo.steps else ():
+            if style not in self.styles:
                 continue
             folder = self.workdir / f"sft_{style}" / "checkpoints"
             if (saved := newest_step(folder)) is None:
@@ -189,6 +190,8 @@ class Run:
         models = self.models()
         name = next((name for name in ("grpo_apr", "sft_apr") if name in models), None)
         if name is None:
+            if "apr" not in self.styles:
+                return
             raise FileNotFoundError(f"no APR checkpoint under {self.workdir}: run --stage=sft first")
         model, meta = models[name]
         folder = self.workdir / "export"
@@ -286,9 +289,9 @@ class Run:
             )
 
     def models(self) -> dict[str, tuple[Llama, dict]]:
-        """Every trained model of the run with its meta, by the name of its stage: sft_sosp, sft_apr, ... Of GRPO with
-        validation what validated best."""
-        names = (f"{kind}_{style}" for kind in ("sft", "grpo") for style in STYLES)
+        """Every trained model of these styles with its meta, by the name of its stage: sft_sosp, sft_apr, ... Of GRPO
+        with validation what validated best."""
+        names = (f"{kind}_{style}" for kind in ("sft", "grpo") for style in self.styles)
         return {name: load_model(step) for name in names if (step := last_step(self.workdir / name))}
 
     def _meta(self, config: LlamaConfig, style: str, kind: str) -> dict:

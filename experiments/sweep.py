@@ -30,7 +30,7 @@ def expand(command: Command) -> list[tuple[str, list[str]]]:
         folder = command.workdir / ",".join(changes)
         line = [
             f"--config={command.file}", *(f"--config.{change}" for change in (*command.changes, *changes)),
-            f"--stage={','.join(command.stages)}", f"--workdir={folder}",
+            f"--stage={','.join(command.stages)}", f"--styles={','.join(command.styles)}", f"--workdir={folder}",
         ]  # fmt: skip
         parse(["run", *line])
         points.append((folder.name, line))

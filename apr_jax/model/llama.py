@@ -5,6 +5,7 @@ has L; `apr_jax.export.hf` unstacks them into the Hugging Face names.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -79,6 +80,18 @@ PRESETS = {
 }
 
 
+def _as_precise(method):
+    """Makes a model's method multiply float32 as float32. By default GPUs round it to TF32 and TPUs to bfloat16, and
+    rollouts and training, whose products have other shapes, then tell the same token's log-probability 1e-3 apart."""
+
+    @functools.wraps(method)
+    def exact(self, *args, **kwargs):
+        with jax.default_matmul_precision("highest" if self.config.dtype == "float32" else "default"):
+            return method(self, *args, **kwargs)
+
+    return exact
+
+
 class Llama(nnx.Module):
     """The parameters and one way through them; what attention sees is the caller's (`Attend`).
 
@@ -113,6 +126,7 @@ class Llama(nnx.Module):
         self.norm_D = nnx.Param(jnp.ones(D))
         self.head_DxV = None if config.tie_embeddings else normal(D, V, scale=into)
 
+    @_as_precise
     def hidden(self, tokens_BxT: Array, positions_BxT: Array, attend: Attend, cache: list | None = None):
         """Last hidden states [B, T, D], normed, and the cache as `attend` left it.
 
@@ -159,6 +173,7 @@ class Llama(nnx.Module):
             left.append(after)
         return self._normed(x_MxD).reshape(B, T, -1), left
 
+    @_as_precise
     def logits(self, hidden: Array) -> Array:
         """float32 logits over V of hidden states with any leading axes."""
         name, table = ("embed_VxD", self.embed_VxD) if self.head_DxV is None else ("head_DxV", self.head_DxV)

@@ -17,7 +17,6 @@ def get_config():
     c.name = "workstation"
     c.problems.train, c.problems.held_out = 20_000, 500
     c.problems.max_target = c.sosp.max_value = c.apr.max_value = 30
-    c.sosp.heuristic = c.apr.heuristic = "multiply"  # the authors' code: what it was measured with
     c.apr.beam, c.apr.beam_weights, c.apr.sub_beam = (1, 5), (1, 1, 5, 1, 2), (6, 6)
     c.sosp.beam, c.sosp.promising = (3, 3), 1.0
     # One key head, as on the laptop, copies less exactly: of what the model claimed 12 % was wrong instead of 4 %.
