@@ -69,8 +69,8 @@ def parse(argv: Sequence[str]) -> Command | None:
     except flags.UnrecognizedFlagError as error:
         raise ValueError(
             f"no such flag: --{error.flagname}{_nearest(error.flagname, values, '--')}; flags are "
-            f"--config, --stage, --styles, --workdir, --sweep, --coordinator, --processes, --process and --help, settings "
-            f"are given as --config.a.b=value"
+            f"--config, --stage, --styles, --workdir, --sweep, --coordinator, --processes, --process and --help, "
+            f"settings are given as --config.a.b=value"
         ) from None
     except flags.Error as error:
         raise ValueError(" ".join(str(error).split())) from None
