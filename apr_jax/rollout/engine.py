@@ -21,6 +21,7 @@ import heapq
 from collections import Counter, deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Ids
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -34,18 +35,31 @@ from apr_jax.rollout.decode import Distribution, SlotInputs, make_copy, make_dec
 from apr_jax.rollout.slots import Sequence, Slots
 from apr_jax.threads.engine import Decoded, Sampling
 
-SHORTEST = 64  # tokens: the least width that slots attend over; longer ones are in `width_of`, each a shape to compile
-SMALLEST_GROUP = 4  # slots per device of the smallest decode call; larger ones are its doubles, up to all
+SHORTEST = 64  # tokens: the least width that slots attend over; longer ones are in `width_of`
 FILLED = 0.75  # of a call's places that slots of its width take at least, but of the smallest
 LEAVE = 0.25  # a decode call ends when no more of its slots run: the others can be refilled
 UNEVEN = 8  # slots that one device may run more than another when nothing waits
-PREFILL_ROWS = (1, 8)  # prompts per device and prefill call
-PREFILL_LENGTH = 32  # tokens of the shortest prefill; longer ones are its doubles, up to all
+
+
+class Shapes(NamedTuple):
+    """In what shapes an engine calls its compiled parts. Between the least and all they are doubles."""
+
+    group: int | None  # slots per device of the smallest decode call; None: all, there is one size
+    width: int  # tokens: the least that a call attends over
+    fine: bool  # decode calls have the widths of `width_of` instead of doubles
+    rows: tuple[int, ...]  # prompts per device and prefill call
+    length: int  # tokens of the shortest prefill
+
+
+# A CPU's call takes as long as its arithmetic, so calls fit what they are for. An accelerator's takes as long as its
+# launches, whatever their size, and every shape is longer to compile: few shapes, and as much in a call as there is.
+CPU_SHAPES = Shapes(group=4, width=SHORTEST, fine=True, rows=(1, 8), length=32)
+ACCELERATOR_SHAPES = Shapes(group=None, width=1024, fine=False, rows=(32,), length=128)
 
 
 def width_of(tokens: int) -> int:
-    """The width that a context of so many tokens is attended over: eight multiples of SHORTEST, then four to a
-    doubling, so that at most a fifth of a long one is padding."""
+    """The width that a context of so many tokens is attended over, at its finest: eight multiples of SHORTEST, then
+    four to a doubling, so that at most a fifth of a long one is padding."""
     step = SHORTEST
     while tokens > 8 * step:
         step *= 2
@@ -80,9 +94,20 @@ class _Request:
 
 class JaxEngine:
     """An `Engine` on the devices of a mesh, each with slots and a copy of the weights. One stop set and one
-    `Sampling` at a time. `weights` may be replaced between decodes (`load`)."""
+    `Sampling` at a time. `weights` may be replaced between decodes (`load`). `shapes` are the devices' own where none
+    are given."""
 
-    def __init__(self, model: Llama, mesh: Mesh, *, slots: int, context: int, seed: int = 0, steps: int = 64):
+    def __init__(
+        self,
+        model: Llama,
+        mesh: Mesh,
+        *,
+        slots: int,
+        context: int,
+        seed: int = 0,
+        steps: int = 64,
+        shapes: Shapes | None = None,
+    ):
         devices = mesh.devices.size
         if slots < 1 or slots % devices:
             raise ValueError(f"slots must be a multiple of the {devices} devices, was given {slots}")
@@ -91,9 +116,15 @@ class JaxEngine:
         self.context, self.seed, self.steps = context, seed, steps
         self._mesh = mesh = Mesh(mesh.devices.reshape(-1), ("data",))
         self._devices, self._per_device, self._config = devices, slots // devices, model.config
-        self._sizes = _doubles(SMALLEST_GROUP, self._per_device)
-        # Prefills and copies are short: they have fewer widths than decoding, doubles, up to all.
-        self._lengths, self._wides = (_doubles(least, width_of(context)) for least in (PREFILL_LENGTH, SHORTEST))
+        if shapes is None:
+            shapes = CPU_SHAPES if mesh.devices.flat[0].platform == "cpu" else ACCELERATOR_SHAPES
+        self._sizes = _doubles(shapes.group or self._per_device, self._per_device)
+        # Prefills and copies are short: they have fewer widths than decoding.
+        self._rows = shapes.rows
+        self._lengths, self._wides = (_doubles(least, width_of(context)) for least in (shapes.length, shapes.width))
+        self._widths = self._wides
+        if shapes.fine:
+            self._widths = sorted({width_of(tokens) for tokens in range(1, context + 1)})
         self._by_slot = NamedSharding(mesh, P("data"))
         self._graphdef, weights = nnx.split(model)
         self._slots = Slots(slots, devices)
@@ -123,15 +154,15 @@ class JaxEngine:
         """Compiles ahead all that rollouts under `sampling` can need; returns how many shapes that were. Without it
         each is compiled when it first comes up. Either way JAX's persistent compilation cache keeps them."""
         shapes = 0
-        nowhere = np.full(self._devices * max(PREFILL_ROWS), self._per_device, np.int32)
+        nowhere = np.full(self._devices * max(self._rows), self._per_device, np.int32)
         for width in self._wides:
             self._run_copy(width, nowhere, nowhere)
-            prefills = [(rows, T) for rows in PREFILL_ROWS for T in self._lengths if T <= width]
+            prefills = [(rows, T) for rows in self._rows for T in self._lengths if T <= width]
             for rows, T in prefills:
                 B = self._devices * rows
                 self._run_prefill(width, nowhere[:B], np.zeros((B, T), np.int32), *np.zeros((2, B), np.int32))
             shapes += 1 + len(prefills)
-        for width in sorted({width_of(tokens) for tokens in range(1, self.context + 1)}):
+        for width in self._widths:
             for size in self._sizes:
                 self._run_decode(width, self._inputs(size), np.zeros(self._devices, np.int32), frozenset(), sampling)
                 shapes += 1
@@ -253,7 +284,7 @@ class JaxEngine:
 
     def _copy(self, copies: list[tuple[int, int, int]]) -> None:
         """(source, target, tokens): what a slot holds goes to another of its device, in order."""
-        rows = max(PREFILL_ROWS)
+        rows = max(self._rows)
         for batch in self._by_device(copies, lambda entry: entry[0], rows):
             places = np.full((2, self._devices * rows), self._per_device, np.int32)
             for at, (source, target, count) in batch:
@@ -266,7 +297,7 @@ class JaxEngine:
         one padded length."""
         fills = sorted(fills, key=lambda fill: len(fill[0].ids) - fill[1])
         most = max(Counter(self._slots.device(sequence.slot) for sequence, _ in fills).values(), default=0)
-        rows = next((size for size in PREFILL_ROWS if size >= most), max(PREFILL_ROWS))
+        rows = next((size for size in self._rows if size >= most), max(self._rows))
         for batch in self._by_device(fills, lambda fill: fill[0].slot, rows):
             longest = max(len(s.ids) - 1 - first for _, (s, first) in batch)
             T = _least(self._lengths, longest)
@@ -298,7 +329,7 @@ class JaxEngine:
         length, so that a short sequence does not pay for attending over the width of a long one. Where a group leaves
         places, the next shorter ones take them."""
         ends = {
-            slot: width_of(len(request.sequence.ids) + min(self.steps, request.left))
+            slot: _least(self._widths, len(request.sequence.ids) + min(self.steps, request.left))
             for slot, request in self._running.items()
         }
         queues: list[deque[int]] = [deque() for _ in range(self._devices)]

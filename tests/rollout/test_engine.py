@@ -13,7 +13,7 @@ from scipy import stats
 from apr_jax.countdown import CountdownProtocol, Problem, ProblemRange
 from apr_jax.evaluate.evaluate import evaluate
 from apr_jax.rollout.decode import Distribution, sample
-from apr_jax.rollout.engine import JaxEngine
+from apr_jax.rollout.engine import ACCELERATOR_SHAPES, JaxEngine
 from apr_jax.threads import Block, Spawn
 from apr_jax.threads.engine import Sampling
 from apr_jax.threads.metrics import children, depth
@@ -39,7 +39,7 @@ NOWHERE = frozenset()  # no stop
 
 @pytest.fixture(scope="module")
 def mesh():
-    return data_mesh(2)
+    return data_mesh(min(2, jax.device_count()))  # one on a GPU
 
 
 @pytest.fixture(scope="module")
@@ -208,10 +208,21 @@ def test_the_model_s_own_log_probabilities_come_with_the_tokens_where_they_diffe
     assert all(b.model_logprobs is None for b in plain)
 
 
-@pytest.mark.parametrize("devices, slots", [(1, 1), (2, 2), (1, 7), (2, 64)])
-def test_tokens_depend_on_no_slots_no_devices_and_no_order(trees, spawning, devices, slots):
+@pytest.mark.parametrize(
+    "devices, slots, shapes",
+    [
+        (1, 1, None),
+        (2, 2, None),
+        (1, 7, None),
+        (2, 64, None),
+        (1, 8, ACCELERATOR_SHAPES),
+        (2, 32, ACCELERATOR_SHAPES._replace(width=32, length=16)),
+    ],
+)
+def test_tokens_depend_on_no_slots_no_devices_no_shapes_and_no_order(trees, spawning, devices, slots, shapes):
     order = random.Random(slots).sample(range(len(NAMES)), len(NAMES))
-    engine = JaxEngine(spawning, data_mesh(devices), slots=slots, context=CONTEXT, seed=3, steps=8)
+    mesh = data_mesh(min(devices, jax.device_count()))
+    engine = JaxEngine(spawning, mesh, slots=slots, context=CONTEXT, seed=3, steps=8, shapes=shapes)
     for tree, other in zip(run_trees(engine, NonsenseProtocol(), BUDGET, NAMES, order), trees):
         assert without_logprobs(tree) == without_logprobs(other) and tree.info == other.info
 
