@@ -2,7 +2,7 @@
 
 A run folder holds:
 
-    config.json versions.json      what was run, by what
+    config.json versions.json      what was run, by what: device and packages, earlier ones where it went on elsewhere
     data/                          problems, traces, tokenizer.json, manifest.json
     sft_STYLE/ grpo_STYLE/         checkpoints/, metrics.jsonl, tensorboard/; of GRPO with validation best/
     evaluate/MODEL.jsonl           one record per held-out problem, in their order
@@ -110,6 +110,10 @@ class Run:
             "device": jax.devices()[0].device_kind,
         }
         versions |= {name: metadata.version(name) for name in PACKAGES}
+        noted = _read_json(self.workdir / "versions.json")
+        known = [*noted.pop("earlier", []), noted] if noted else []
+        if earlier := [one for one in known if one != versions]:
+            versions["earlier"] = earlier
         write_text(self.workdir / "versions.json", json.dumps(versions, indent=1))
 
     # ------------------------------------------------------------------ stages

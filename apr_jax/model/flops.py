@@ -4,11 +4,11 @@ import jax
 
 from apr_jax.model.llama import LlamaConfig
 
-# Dense tensor-core products a second, from NVIDIA's data sheets; float32 as JAX computes it there, in TF32.
+# Dense products a second, from NVIDIA's data sheets: bfloat16 on tensor cores; float32 off them, as `Llama` has it.
 PEAK = {
-    "H200": {"bfloat16": 989.5e12, "float32": 494.7e12},
-    "H100": {"bfloat16": 989.5e12, "float32": 494.7e12},
-    "A100": {"bfloat16": 312e12, "float32": 156e12},
+    "H200": {"bfloat16": 989.5e12, "float32": 66.9e12},
+    "H100": {"bfloat16": 989.5e12, "float32": 66.9e12},
+    "A100": {"bfloat16": 312e12, "float32": 19.5e12},
 }
 
 

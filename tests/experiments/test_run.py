@@ -172,6 +172,24 @@ def test_the_report_alone(copy, whole_run, main):
     assert len(list((copy / "figures").glob("*.png"))) == 6
 
 
+def test_versions_tell_of_every_machine_that_a_run_was_on(copy, whole_run, main):
+    here, path = json.loads((whole_run.folder / "versions.json").read_text()), copy / "versions.json"
+    path.write_text(json.dumps({**here, "device": "another"}))
+    for _ in range(2):
+        assert main(SMOKE, f"--workdir={copy}", "--stage=report").code == 0
+        assert json.loads(path.read_text()) == {**here, "earlier": [{**here, "device": "another"}]}
+
+
+def test_a_style_alone_is_what_it_is_beside_the_other(whole_run, main, tmp_path):
+    shutil.copytree(whole_run.folder / "data", tmp_path / "data")
+    done = main(SMOKE, f"--workdir={tmp_path}", "--styles=sosp", "--stage=sft,grpo,evaluate,export")
+    assert done.code == 0, done.err
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"data", "sft_sosp", "evaluate"}
+    assert same_weights(tmp_path / "sft_sosp" / "checkpoints", whole_run.folder / "sft_sosp" / "checkpoints")
+    records = snapshot(tmp_path, "evaluate/*.jsonl")
+    assert len(records) == 2 and records.items() <= snapshot(whole_run.folder, "evaluate/*.jsonl").items()
+
+
 @pytest.mark.parametrize(
     "stage, says",
     [
@@ -297,7 +315,7 @@ def test_an_interrupt_says_how_to_go_on(tmp_path, monkeypatch, main):
 def test_help_names_every_flag_and_stage(main):
     done = main("--help")
     assert done.code == 0 and not done.err
-    for word in ("--config=", "--config.A.B=", "--stage=", "--workdir=", "--sweep=", "--help", *STAGES):
+    for word in ("--config=", "--config.A.B=", "--stage=", "--styles=", "--workdir=", "--sweep=", "--help", *STAGES):
         assert word in done.out
 
 
@@ -315,6 +333,7 @@ TWO = ("--coordinator=localhost:1", "--processes=2")
         ([SMOKE, "--stage=sftt"], "was given 'sftt' (did you mean sft?)"),
         ([SMOKE, "--stage="], "--stage is all or some of data, sft, grpo, evaluate, export, report, was given nothing"),
         ([SMOKE, "--stage"], "--stage"),
+        ([SMOKE, "--styles=abr"], "--styles is all or some of sosp, apr, was given 'abr' (did you mean apr?)"),
         ([SMOKE, "sft"], "no such argument: 'sft'"),
         ([SMOKE, f"--workdir={__file__}"], "is a file"),
         ([SMOKE, f"--workdir={__file__}/x/y"], "is a file"),
@@ -349,14 +368,14 @@ def test_a_sweep_is_the_product_with_a_folder_each(monkeypatch, refused, tmp_pat
         return SimpleNamespace(returncode=int("--config.seed=0" in line))
 
     monkeypatch.setattr(sweep.subprocess, "run", fake)
-    arguments = ("--config.sft.steps=7", "--stage=data,sft", f"--workdir={tmp_path}")
+    arguments = ("--config.sft.steps=7", "--stage=data,sft", "--styles=apr", f"--workdir={tmp_path}")
     line = refused(SMOKE, *arguments, "--sweep=seed=0,1", "--sweep", "sosp.beam=(1,2),(3,4)")
     assert line == "2 of 4 runs failed: seed=0,sosp.beam=(1,2); seed=0,sosp.beam=(3,4)"
     assert [line[-1] for line in lines] == [
         f"--workdir={tmp_path}/seed={seed},sosp.beam={beam}" for seed in (0, 1) for beam in ("(1,2)", "(3,4)")
     ]
     changes = ["--config.sft.steps=7", "--config.seed=1", "--config.sosp.beam=(3,4)"]
-    assert lines[-1][:-1] == [SMOKE, *changes, "--stage=data,sft"]
+    assert lines[-1][:-1] == [SMOKE, *changes, "--stage=data,sft", "--styles=apr"]
 
 
 def test_a_point_that_fails_does_not_stop_the_others(tmp_path):
