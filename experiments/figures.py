@@ -150,7 +150,7 @@ def _cumulative(models: Mapping[str, Sequence[Record]], path, cost: Callable[[Re
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axes.set_xlabel(label)
         axes.set_ylabel("problems answered right (%)")
-        legend(axes, "lower right", title="model (without limit)")
+        legend(axes, "upper left", title="model (without limit)")
 
     save_figure(path, f"{title}, 95 % bands", draw)
 
