@@ -38,9 +38,9 @@ def make_data(settings: Settings, folder: Path, processes: int = 0, shard: tuple
     return make_dataset(dataset_config(settings), folder, processes=processes, shard=shard, progress=Progress)
 
 
-def load_pieces(folder: Path, style: str, part: str, children: float = 0, seed: int = 0) -> StoredPieces:
+def load_pieces(folder: Path, style: str, part: str, children: int = 0, seed: int = 0) -> StoredPieces:
     """The threads of a style's trees ("train" or "validation") to train on: roots, and of each tree's children at most
-    `children` (0: all; 0.5: one of every other tree's), drawn by the seed, those that found the target first.
+    `children` (0: all), drawn by the seed, those that found the target first.
 
     Raises FileNotFoundError where the data stage has not run, ValueError where a file is broken.
     """
@@ -59,8 +59,7 @@ def load_pieces(folder: Path, style: str, part: str, children: float = 0, seed: 
         drawn = rng.sample(range(1, count), count - 1)
         found = set(store.info(tree)["found"])
         drawn.sort(key=lambda thread: thread not in found)
-        most = int(children) + (children % 1 > 0 and rng.random() < children % 1)
-        chosen += [int(first) + thread for thread in (0, *drawn[:most])]
+        chosen += [int(first) + thread for thread in (0, *drawn[:children])]
     return StoredPieces(store, np.array(chosen))
 
 

@@ -89,7 +89,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.apr.max_value = 0
     c.apr.correct_only = False
     c.apr.conditioned = False  # a budget of children first on the root's prompt
-    c.apr.children = 0.0  # child threads of a tree that are trained on, solvers first; 0.5: of every other; 0: all
+    c.apr.children = 0  # child threads of a tree that are trained on, solvers of it first; 0: all, the paper's
 
     c.tokenizer = ml_collections.ConfigDict()
     c.tokenizer.max_number = 99  # larger numbers are spelled in digits
@@ -188,7 +188,7 @@ class Settings:
     unseen_targets: float
     solvers: dict[str, SolverConfig]
     recipes: dict[str, dict[str, Any]]  # per style, what `Recipe` has beside the solver
-    children: float
+    children: int
     tokenizer: str
     max_number: int
     model: dict[str, Any]  # LlamaConfig but for the vocabulary
