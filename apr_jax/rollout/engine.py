@@ -21,7 +21,6 @@ import heapq
 from collections import Counter, deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Ids
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -32,51 +31,13 @@ from jax.sharding import PartitionSpec as P
 from apr_jax.model.cache import make_cache
 from apr_jax.model.llama import Llama
 from apr_jax.rollout.decode import Distribution, SlotInputs, make_copy, make_decode, make_prefill
+from apr_jax.rollout.shapes import ACCELERATOR_SHAPES, CPU_SHAPES, Shapes, doubles, fitting, width_of
 from apr_jax.rollout.slots import Sequence, Slots
 from apr_jax.threads.engine import Decoded, Sampling
 
-SHORTEST = 64  # tokens: the least width that slots attend over; longer ones are in `width_of`
 FILLED = 0.75  # of a call's places that slots of its width take at least, but of the smallest
 LEAVE = 0.25  # a decode call ends when no more of its slots run: the others can be refilled
 UNEVEN = 8  # slots that one device may run more than another when nothing waits
-
-
-class Shapes(NamedTuple):
-    """In what shapes an engine calls its compiled parts. Between the least and all they are doubles."""
-
-    group: int | None  # slots per device of the smallest decode call; None: all, there is one size
-    width: int  # tokens: the least that a call attends over
-    fine: bool  # decode calls have the widths of `width_of` instead of doubles
-    rows: tuple[int, ...]  # prompts per device and prefill call
-    length: int  # tokens of the shortest prefill
-
-
-# A CPU's call takes as long as its arithmetic, so calls fit what they are for. An accelerator's takes as long as its
-# launches, whatever their size, and every shape is longer to compile: few shapes, and as much in a call as there is.
-CPU_SHAPES = Shapes(group=4, width=SHORTEST, fine=True, rows=(1, 8), length=32)
-ACCELERATOR_SHAPES = Shapes(group=None, width=1024, fine=False, rows=(32,), length=128)
-
-
-def width_of(tokens: int) -> int:
-    """The width that a context of so many tokens is attended over, at its finest: eight multiples of SHORTEST, then
-    four to a doubling, so that at most a fifth of a long one is padding."""
-    step = SHORTEST
-    while tokens > 8 * step:
-        step *= 2
-    return -(-tokens // step) * step
-
-
-def _doubles(least: int, most: int) -> list[int]:
-    """`least` and its doubles below `most`, then `most`."""
-    sizes = []
-    while least < most:
-        sizes.append(least)
-        least *= 2
-    return [*sizes, most]
-
-
-def _least(sizes: list[int], needed: int) -> int:
-    return next(size for size in sizes if size >= needed)
 
 
 class _Request:
@@ -118,10 +79,10 @@ class JaxEngine:
         self._devices, self._per_device, self._config = devices, slots // devices, model.config
         if shapes is None:
             shapes = CPU_SHAPES if mesh.devices.flat[0].platform == "cpu" else ACCELERATOR_SHAPES
-        self._sizes = _doubles(shapes.group or self._per_device, self._per_device)
+        self._sizes = doubles(shapes.group or self._per_device, self._per_device)
         # Prefills and copies are short: they have fewer widths than decoding.
         self._rows = shapes.rows
-        self._lengths, self._wides = (_doubles(least, width_of(context)) for least in (shapes.length, shapes.width))
+        self._lengths, self._wides = (doubles(least, width_of(context)) for least in (shapes.length, shapes.width))
         self._widths = self._wides
         if shapes.fine:
             self._widths = sorted({width_of(tokens) for tokens in range(1, context + 1)})
@@ -290,7 +251,7 @@ class JaxEngine:
             for at, (source, target, count) in batch:
                 places[:, at] = source % self._per_device, target % self._per_device
                 self.copied += count
-            self._run_copy(_least(self._wides, max(count for _, (_, _, count) in batch)), *places)
+            self._run_copy(fitting(self._wides, max(count for _, (_, _, count) in batch)), *places)
 
     def _prefill(self, fills: list[tuple[Sequence, int]]) -> None:
         """(sequence, first): caches its ids from `first` on, all but the last, in calls of a few rows per device and
@@ -300,8 +261,8 @@ class JaxEngine:
         rows = next((size for size in self._rows if size >= most), max(self._rows))
         for batch in self._by_device(fills, lambda fill: fill[0].slot, rows):
             longest = max(len(s.ids) - 1 - first for _, (s, first) in batch)
-            T = _least(self._lengths, longest)
-            width = _least(self._wides, max(T, *(len(s.ids) for _, (s, _) in batch)))
+            T = fitting(self._lengths, longest)
+            width = fitting(self._wides, max(T, *(len(s.ids) for _, (s, _) in batch)))
             places = np.full(self._devices * rows, self._per_device, np.int32)
             tokens = np.zeros((len(places), T), np.int32)
             firsts, counts = np.zeros((2, len(places)), np.int32)
@@ -329,7 +290,7 @@ class JaxEngine:
         length, so that a short sequence does not pay for attending over the width of a long one. Where a group leaves
         places, the next shorter ones take them."""
         ends = {
-            slot: _least(self._widths, len(request.sequence.ids) + min(self.steps, request.left))
+            slot: fitting(self._widths, len(request.sequence.ids) + min(self.steps, request.left))
             for slot, request in self._running.items()
         }
         queues: list[deque[int]] = [deque() for _ in range(self._devices)]

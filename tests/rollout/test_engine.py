@@ -13,7 +13,8 @@ from scipy import stats
 from apr_jax.countdown import CountdownProtocol, Problem, ProblemRange
 from apr_jax.evaluate.evaluate import evaluate
 from apr_jax.rollout.decode import Distribution, sample
-from apr_jax.rollout.engine import ACCELERATOR_SHAPES, JaxEngine
+from apr_jax.rollout.engine import JaxEngine
+from apr_jax.rollout.shapes import ACCELERATOR_SHAPES
 from apr_jax.threads import Block, Spawn
 from apr_jax.threads.engine import Sampling
 from apr_jax.threads.metrics import children, depth

@@ -7,7 +7,8 @@ import pytest
 
 from apr_jax.rollout import slots
 from apr_jax.rollout.decode import make_copy, make_decode, make_prefill
-from apr_jax.rollout.engine import JaxEngine, _Plan, width_of
+from apr_jax.rollout.engine import JaxEngine, _Plan
+from apr_jax.rollout.shapes import width_of
 from apr_jax.rollout.slots import HEAD, Sequence, Slots
 from apr_jax.threads.engine import Sampling
 from apr_jax.train.step import data_mesh
