@@ -107,7 +107,7 @@ def _some(flag: str, given: Sequence[str], names: tuple[str, ...]) -> tuple[str,
         raise ValueError(f"{allowed}, was given {unknown[0]!r}{_nearest(unknown[0], names)}")
     if not given:
         raise ValueError(f"{allowed}, was given nothing")
-    return tuple(given)
+    return tuple(dict.fromkeys(given))
 
 
 def _check_processes(values: flags.FlagValues, stages: Sequence[str], settings: Settings) -> None:

@@ -38,7 +38,7 @@ def write_report(workdir: Path, also_at: Sequence[float] = ()) -> str:
         for name, title in TITLES.items()
         if (path := workdir / name / "metrics.jsonl").exists()
     }
-    trained = {title: _trained(rows) for title, rows in metrics.items()}
+    trained = {TITLES[name]: _trained(metrics.get(TITLES[name], []), _step(workdir, name)) for name in TITLES}
     summaries = {title: summarise(rows) for title, rows in records.items()}
     lines = _table(records, summaries, trained)
     for temperature in also_at:
@@ -121,8 +121,15 @@ def _row(title: str, s: dict, trained: float) -> str:
     )
 
 
-def _trained(rows: list[dict]) -> float:
-    """Tokens that went through training: SFT logs those of one step every few, GRPO of every step."""
+def _step(workdir: Path, name: str) -> float:
+    """The step of the weights that were evaluated: the last, or with validation the best."""
+    stamp = workdir / "evaluate" / f"{name}.stamp.json"
+    return json.loads(stamp.read_text())["step"] if stamp.exists() else float("inf")
+
+
+def _trained(rows: list[dict], last: float) -> float:
+    """Tokens that went through training up to a step: SFT logs those of one step every few, GRPO of every step."""
+    rows = [row for row in rows if row["step"] <= last]
     steps = [row for row in rows if "tokens" in row]
     if steps:
         return steps[-1]["step"] * sum(row["tokens"] for row in steps) / len(steps)

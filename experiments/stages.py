@@ -2,7 +2,8 @@
 
 A run folder holds:
 
-    config.json versions.json      what was run, by what: device and packages, earlier ones where it went on elsewhere
+    config.json                    what was run; devices, slots and the like as last called (checkpoints have theirs)
+    versions.json                  device and packages, `earlier` ones where a run went on elsewhere
     data/                          problems, traces, tokenizer.json, manifest.json
     sft_STYLE/ grpo_STYLE/         checkpoints/, metrics.jsonl, tensorboard/; of GRPO with validation best/
     evaluate/MODEL.jsonl           one record per held-out problem, in their order
@@ -83,9 +84,11 @@ class Run:
 
     def _agree(self) -> None:
         """Raises ValueError where one of several processes was given other settings."""
-        mine = zlib.crc32(json.dumps(self.settings.config, sort_keys=True).encode())
+        mine = zlib.crc32(json.dumps([self.settings.config, self.styles], sort_keys=True).encode())
         if len(set(multihost_utils.process_allgather(np.uint32(mine)).tolist())) > 1:
-            raise ValueError("the processes were given different settings: all need the same --config and changes")
+            raise ValueError(
+                "the processes were given different settings: all need the same --config, --styles and changes"
+            )
 
     def _claim(self) -> None:
         """Writes config and versions; refuses a folder that holds a run of another config."""

@@ -4,7 +4,8 @@ import jax
 
 from apr_jax.model.llama import LlamaConfig
 
-# Dense products a second, from NVIDIA's data sheets: bfloat16 on tensor cores; float32 off them, as `Llama` has it.
+# Dense products a second, from NVIDIA's data sheets: bfloat16 on tensor cores; float32 on CUDA cores, for `Llama`
+# does not use TF32.
 PEAK = {
     "H200": {"bfloat16": 989.5e12, "float32": 66.9e12},
     "H100": {"bfloat16": 989.5e12, "float32": 66.9e12},

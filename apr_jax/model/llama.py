@@ -81,8 +81,8 @@ PRESETS = {
 
 
 def _as_precise(method):
-    """Makes a model's method multiply float32 as float32. By default GPUs round it to TF32 and TPUs to bfloat16, and
-    rollouts and training, whose products have other shapes, then tell the same token's log-probability 1e-3 apart."""
+    """Makes a model's method, and its gradient, multiply float32 as float32. JAX by default rounds it to TF32 on GPUs
+    and to bfloat16 on TPUs, in products whose shapes, and so roundings, differ between rollouts and training."""
 
     @functools.wraps(method)
     def exact(self, *args, **kwargs):

@@ -31,7 +31,7 @@ from jax.sharding import PartitionSpec as P
 from apr_jax.model.cache import make_cache
 from apr_jax.model.llama import Llama
 from apr_jax.rollout.decode import Distribution, SlotInputs, make_copy, make_decode, make_prefill
-from apr_jax.rollout.shapes import ACCELERATOR_SHAPES, CPU_SHAPES, Shapes, doubles, fitting, width_of
+from apr_jax.rollout.shapes import ACCELERATOR_SHAPES, CPU_SHAPES, Shapes, fitting, width_of
 from apr_jax.rollout.slots import Sequence, Slots
 from apr_jax.threads.engine import Decoded, Sampling
 
@@ -55,8 +55,8 @@ class _Request:
 
 class JaxEngine:
     """An `Engine` on the devices of a mesh, each with slots and a copy of the weights. One stop set and one
-    `Sampling` at a time. `weights` may be replaced between decodes (`load`). `shapes` are the devices' own where none
-    are given."""
+    `Sampling` at a time. `weights` may be replaced between decodes (`load`). `shapes` are by default
+    CPU_SHAPES on a CPU, else ACCELERATOR_SHAPES."""
 
     def __init__(
         self,
@@ -79,13 +79,9 @@ class JaxEngine:
         self._devices, self._per_device, self._config = devices, slots // devices, model.config
         if shapes is None:
             shapes = CPU_SHAPES if mesh.devices.flat[0].platform == "cpu" else ACCELERATOR_SHAPES
-        self._sizes = doubles(shapes.group or self._per_device, self._per_device)
-        # Prefills and copies are short: they have fewer widths than decoding.
-        self._rows = shapes.rows
-        self._lengths, self._wides = (doubles(least, width_of(context)) for least in (shapes.length, shapes.width))
-        self._widths = self._wides
-        if shapes.fine:
-            self._widths = sorted({width_of(tokens) for tokens in range(1, context + 1)})
+        self._sizes, self._widths = shapes.sizes(self._per_device), shapes.widths(context)
+        self._lengths, self._copy_widths = shapes.lengths(context), shapes.copy_widths(context)
+        self._rows, self._rows_of = max(shapes.rows), shapes.rows_of
         self._by_slot = NamedSharding(mesh, P("data"))
         self._graphdef, weights = nnx.split(model)
         self._slots = Slots(slots, devices)
@@ -115,10 +111,10 @@ class JaxEngine:
         """Compiles ahead all that rollouts under `sampling` can need; returns how many shapes that were. Without it
         each is compiled when it first comes up. Either way JAX's persistent compilation cache keeps them."""
         shapes = 0
-        nowhere = np.full(self._devices * max(self._rows), self._per_device, np.int32)
-        for width in self._wides:
+        nowhere = np.full(self._devices * self._rows, self._per_device, np.int32)
+        for width in self._copy_widths:
             self._run_copy(width, nowhere, nowhere)
-            prefills = [(rows, T) for rows in self._rows for T in self._lengths if T <= width]
+            prefills = [(rows, T) for T in self._lengths if T <= width for rows in self._rows_of(T)]
             for rows, T in prefills:
                 B = self._devices * rows
                 self._run_prefill(width, nowhere[:B], np.zeros((B, T), np.int32), *np.zeros((2, B), np.int32))
@@ -245,24 +241,24 @@ class JaxEngine:
 
     def _copy(self, copies: list[tuple[int, int, int]]) -> None:
         """(source, target, tokens): what a slot holds goes to another of its device, in order."""
-        rows = max(self._rows)
-        for batch in self._by_device(copies, lambda entry: entry[0], rows):
-            places = np.full((2, self._devices * rows), self._per_device, np.int32)
+        for batch in self._by_device(copies, lambda entry: entry[0], self._rows):
+            places = np.full((2, self._devices * self._rows), self._per_device, np.int32)
             for at, (source, target, count) in batch:
                 places[:, at] = source % self._per_device, target % self._per_device
                 self.copied += count
-            self._run_copy(fitting(self._wides, max(count for _, (_, _, count) in batch)), *places)
+            self._run_copy(fitting(self._copy_widths, max(count for _, (_, _, count) in batch)), *places)
 
     def _prefill(self, fills: list[tuple[Sequence, int]]) -> None:
         """(sequence, first): caches its ids from `first` on, all but the last, in calls of a few rows per device and
         one padded length."""
         fills = sorted(fills, key=lambda fill: len(fill[0].ids) - fill[1])
         most = max(Counter(self._slots.device(sequence.slot) for sequence, _ in fills).values(), default=0)
-        rows = next((size for size in self._rows if size >= most), max(self._rows))
+        longest = max((len(sequence.ids) - 1 - first for sequence, first in fills), default=0)
+        rows = fitting(self._rows_of(fitting(self._lengths, longest)), most)
         for batch in self._by_device(fills, lambda fill: fill[0].slot, rows):
             longest = max(len(s.ids) - 1 - first for _, (s, first) in batch)
             T = fitting(self._lengths, longest)
-            width = fitting(self._wides, max(T, *(len(s.ids) for _, (s, _) in batch)))
+            width = fitting(self._copy_widths, max(T, *(len(s.ids) for _, (s, _) in batch)))
             places = np.full(self._devices * rows, self._per_device, np.int32)
             tokens = np.zeros((len(places), T), np.int32)
             firsts, counts = np.zeros((2, len(places)), np.int32)

@@ -1,5 +1,7 @@
 """The model: its sizes, and that caching, recomputing and bfloat16 do not change what it says."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +33,24 @@ def test_presets_have_their_number_of_parameters(name, millions):
         assert round(total / 1e6) == 293
         sizes = read_settings(paper.get_config()).model
         assert LlamaConfig(vocab_size=32_000, **sizes | {"context": 1024, "remat": "none", "scan": False}) == config
+
+
+@pytest.mark.parametrize("dtype, precision", [("float32", "HIGHEST"), ("bfloat16", "DEFAULT")])
+def test_float32_is_multiplied_as_float32_forward_and_backward(dtype, precision):
+    """Else GPUs take TF32, with which rollouts and training differ."""
+    graphdef, weights = nnx.split(make_model(0, dtype=dtype, attention="dense"))
+    positions = jnp.broadcast_to(jnp.arange(40), TOKENS.shape)
+
+    def loss(weights):
+        model = nnx.merge(graphdef, weights)
+        mask = jnp.broadcast_to(jnp.tri(40, dtype=bool), (3, 40, 40))
+        attend = lambda q, k, v, carry: (attend_masked(q, k, v, mask), carry)  # noqa: E731
+        return model.logits(model.hidden(TOKENS, positions, attend)[0]).sum()
+
+    text = str(jax.make_jaxpr(jax.grad(loss))(weights))
+    precisions = re.findall("precision=(.*)", text)
+    assert len(precisions) == text.count("dot_general") > 20
+    assert set(precisions) == {f"(Precision.{precision}, Precision.{precision})"}
 
 
 def test_training_flops_are_those_that_xla_counts():

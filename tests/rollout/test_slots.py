@@ -8,7 +8,7 @@ import pytest
 from apr_jax.rollout import slots
 from apr_jax.rollout.decode import make_copy, make_decode, make_prefill
 from apr_jax.rollout.engine import JaxEngine, _Plan
-from apr_jax.rollout.shapes import width_of
+from apr_jax.rollout.shapes import ACCELERATOR_SHAPES, CPU_SHAPES, width_of
 from apr_jax.rollout.slots import HEAD, Sequence, Slots
 from apr_jax.threads.engine import Sampling
 from apr_jax.train.step import data_mesh
@@ -236,13 +236,23 @@ def test_two_ways_of_sampling_at_once_are_refused(model, mesh):
     assert len(decoded.ids) == 4 and "one Sampling at a time" in str(error)
 
 
-def test_what_is_compiled_ahead_is_all_that_rollouts_need(mesh):
+@pytest.mark.parametrize(
+    "shapes, widths, feed_forward",
+    [
+        (CPU_SHAPES, (64, 128), 32),
+        (ACCELERATOR_SHAPES, (128,), 40),
+        (ACCELERATOR_SHAPES._replace(width=64), (64, 128), 48),
+    ],
+)
+def test_what_is_compiled_ahead_is_all_that_rollouts_need(mesh, shapes, widths, feed_forward):
     """A model of sizes of its own, whose functions nobody has compiled."""
-    engine = JaxEngine(make_model(1, width=16, feed_forward=32), mesh, slots=8, context=CONTEXT, steps=3)
-    model, on, widths = engine._graphdef, engine._mesh, (64, 128)
+    model = make_model(1, width=16, feed_forward=feed_forward)
+    engine = JaxEngine(model, mesh, slots=8, context=CONTEXT, steps=3, shapes=shapes)
+    model, on = engine._graphdef, engine._mesh
     made = [make_decode(model, on, width, 3, False) for width in widths]
     made += [make_prefill(model, on, width) for width in widths]
     copies = [make_copy(on, width) for width in widths]  # of any model
+    assert engine._widths == list(widths)
     shapes = engine.compile(Sampling(1.0))
     assert sum(function._cache_size() for function in made) == shapes - len(copies)
     made += copies
@@ -255,6 +265,15 @@ def test_what_is_compiled_ahead_is_all_that_rollouts_need(mesh):
 
     asyncio.run(run())
     assert [function._cache_size() for function in made] == before
+
+
+def test_a_cpu_has_the_shapes_of_one_and_long_prefills_have_few_rows(model, mesh):
+    engine = JaxEngine(model, mesh, slots=8, context=CONTEXT)
+    assert (engine._widths, engine._sizes) == ([64, 128], [4]) and engine._rows == 8
+    for shapes in (CPU_SHAPES, ACCELERATOR_SHAPES):
+        for length in shapes.lengths(4096):
+            least, *more = shapes.rows_of(length)
+            assert least == shapes.rows[0] and all(rows * length <= 8192 for rows in more)
 
 
 def test_widths_waste_a_fifth_at_most():
