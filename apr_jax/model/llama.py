@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 Array = jax.Array
@@ -142,7 +143,7 @@ class Llama(nnx.Module):
         # the gradients of products over more axes fall off the fast path (measured: half the step).
         M = B * T
         x_MxD = self._whole("embed_VxD", self.embed_VxD[...])[tokens_BxT.reshape(M)].astype(dtype)
-        rotation = _rotation(positions_BxT, config.head_size, config.rope_theta)
+        rotation = rotary_angles(positions_BxT, config.head_size, config.rope_theta)
 
         def project(h_MxD, w_DxNxH):
             return (h_MxD @ w_DxNxH.reshape(config.width, -1)).reshape(B, T, -1, config.head_size)
@@ -195,9 +196,12 @@ def rms_norm(x: Array, scale_D: Array, epsilon: float) -> Array:
     return (wide * scale_D.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
 
-def _rotation(positions_BxT: Array, head_size: int, theta: float) -> tuple[Array, Array]:
+def rotary_angles(positions_BxT: Array, head_size: int, theta: float) -> tuple[Array, Array]:
     """Cosine and sine of the rotary angles, each [B, T, 1, H/2], float32."""
-    frequencies = theta ** (-jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
+    # The bits of transformers and SGLang: one more place right in a frequency would be off from theirs by an angle that
+    # grows with the position (measured at 1,500: log-probabilities 1.6e-4 apart instead of 4e-5).
+    exponents = np.arange(0, head_size, 2, dtype=np.float32) / np.float32(head_size)
+    frequencies = np.float32(1) / np.float32(theta) ** exponents
     angles = positions_BxT[:, :, None, None].astype(jnp.float32) * frequencies.reshape(1, 1, 1, -1)
     return jnp.cos(angles), jnp.sin(angles)
 

@@ -11,7 +11,7 @@ from flax import nnx
 from apr_jax.model.attention import attend_masked
 from apr_jax.model.cache import cached_attention, make_cache, put, take
 from apr_jax.model.flops import product_parameters, training_flops
-from apr_jax.model.llama import PRESETS, REMAT, Llama, LlamaConfig, parameter_count
+from apr_jax.model.llama import PRESETS, REMAT, Llama, LlamaConfig, parameter_count, rotary_angles
 from experiments.configs import paper
 from experiments.settings import read_settings
 from tests.tiny import TOKENIZER, causal_logits, log_softmax, make_model, plain_logits
@@ -162,6 +162,23 @@ def test_bfloat16_says_about_the_same_in_float32_logits():
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(nnx.state(narrow, nnx.Param)))
     difference = np.abs(log_softmax(a) - log_softmax(b))
     assert 0 < difference.mean() < 0.02 and difference.max() < 0.15
+
+
+@pytest.mark.parametrize("head_size, theta", [(16, 1e4), (24, 1e4), (32, 1e4), (64, 1e4), (128, 5e5)])
+def test_rotary_angles_are_those_of_transformers_at_any_position(head_size, theta):
+    """Frequencies that differ in the last bit give cosines up to 2e-3 apart at position 32,000."""
+    import torch
+    from transformers.models.llama.modeling_llama import LlamaConfig as TheirConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = TheirConfig(
+        hidden_size=2 * head_size, num_attention_heads=2, rope_parameters={"rope_type": "default", "rope_theta": theta}
+    )
+    positions = np.arange(0, 32_768, 7)[None]
+    ours = rotary_angles(jnp.asarray(positions), head_size, theta)
+    theirs = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.from_numpy(positions))
+    for mine, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(mine[:, :, 0], other[..., : head_size // 2], atol=1e-6)
 
 
 def test_positions_count_only_by_their_differences():
