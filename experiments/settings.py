@@ -29,7 +29,7 @@ LEAST = {
     "seed": 0, "devices": 1, "fsdp": 1, "window": 32, "problems.train": 1, "problems.held_out": 1,
     "tokenizer.max_number": 9, "sosp.max_value": 0, "apr.max_value": 0,
     "model.width": 0, "model.layers": 0, "model.heads": 0, "model.kv_heads": 0, "model.feed_forward": 0,
-    "sft.steps": 0, "sft.batch_rows": 1, "sft.microbatches": 1, "sft.save_every": 1, "sft.log_every": 1,
+    "sft.steps": 0, "sft.tokens": 0, "sft.batch_rows": 1, "sft.microbatches": 1, "sft.save_every": 1, "sft.log_every": 1,
     "sft.validate_every": 0, "sft.most_skipped": 0,
     "grpo.steps": 0, "grpo.prompts": 1, "grpo.inner_steps": 1, "grpo.batch_rows": 1, "grpo.slots": 1,
     "grpo.clip_low": 0, "grpo.clip_high": 0, "grpo.kl": 0, "grpo.save_every": 1, "grpo.importance_cap": 0,
@@ -109,8 +109,9 @@ def default_config() -> ml_collections.ConfigDict:
     c.model.remat = "none"  # what the backward pass computes again: none, dots (all but products), full
     c.model.scan = False  # layers under a scan in training: one to compile, for deep models
 
-    c.sft = ml_collections.ConfigDict()  # the same for both styles: same steps, same rows
-    c.sft.steps = 1000
+    c.sft = ml_collections.ConfigDict()  # the same for both styles
+    c.sft.steps = 1000  # at most
+    c.sft.tokens = 0  # after which a style ends, if that is before `steps`; 0: no limit
     c.sft.batch_rows = 4  # multiple of devices times microbatches
     c.sft.microbatches = 1  # parts of a batch whose gradients are added up, to need the memory of one
     c.sft.row_length = 768  # tokens, at least the window

@@ -148,9 +148,9 @@ class Run:
             if (saved := newest_step(folder)) is None:
                 raise FileNotFoundError(f"no checkpoint at {folder}: run --stage=sft first")
             model, meta = load_model(saved)
-            if meta["step"] < self.settings.sft.steps:
+            if meta["step"] < meta["steps"]:
                 raise ValueError(
-                    f"sft_{style} stands at step {meta['step']} of {self.settings.sft.steps}: finish --stage=sft first"
+                    f"sft_{style} stands at step {meta['step']} of {meta['steps']}: finish --stage=sft first"
                 )
             run_grpo(
                 model, load_problems(self.workdir / "data" / "train.npy"), CountdownProtocol(style), self.tokenizer,

@@ -221,6 +221,14 @@ class PackedBatches:
         row = (step - self._first_step) * self.batch_rows
         return self._rows[row : row + self.batch_rows]
 
+    def steps_for(self, tokens: int) -> int:
+        """How many batches it takes, from the first on, to have so many tokens."""
+        step = 0
+        while tokens > 0:
+            tokens -= sum(self._lengths[i] for indices in self.rows(step) for i in indices)
+            step += 1
+        return step
+
     def pack(self, rows: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
         """Some rows, as arrays."""
         return pack_rows([[self._pieces[i] for i in indices] for indices in rows], self.row_length)

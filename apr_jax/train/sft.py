@@ -24,11 +24,12 @@ VALIDATION_BATCHES = 8  # at most
 class SftConfig:
     """The paper: 19,000 steps of 256 rows of 4,096 tokens, loss on all tokens."""
 
-    steps: int
+    steps: int  # at most
     batch_rows: int  # rows of one update, over all devices and microbatches
     row_length: int  # tokens
     optimizer: OptimizerConfig
     loss_tokens: str = "sampled"  # or "all", the paper's
+    tokens: int = 0  # after which it ends, if that is before `steps`; 0: no limit
     microbatches: int = 1  # parts of a batch whose gradients are added up, to need the memory of one
     seed: int = 0
     save_every: int = 200  # steps
@@ -109,11 +110,13 @@ def run_sft(
     folder: Path,
     meta: dict,
 ) -> Llama:
-    """Trains to the last step, from the newest checkpoint under `folder` where there is one.
+    """Trains to the last step (`steps`, or the one that ends `tokens`), from the newest checkpoint under `folder` where
+    there is one.
 
-    `meta` is saved beside the weights. A step is read when the next one is on its way, so that the device never waits
-    for the host. A step whose gradient is not finite is counted and changes nothing. Raises FloatingPointError after
-    too many of those, and `Terminated`, after a save, where the process got a SIGTERM.
+    `meta` is saved beside the weights, with the step and the last one (`steps`). A step is read when the next one is on
+    its way, so that the device never waits for the host. A step whose gradient is not finite is counted and changes
+    nothing. Raises FloatingPointError after too many of those, and `Terminated`, after a save, where the process got a
+    SIGTERM.
     """
     parts = mesh.size * config.microbatches
     if config.batch_rows % parts:
@@ -122,6 +125,8 @@ def run_sft(
             + (f" times {config.microbatches} microbatches" if config.microbatches > 1 else "")
         )
     batches = PackedBatches(pieces, config.row_length, config.batch_rows, config.seed)
+    if config.tokens and config.steps:  # the rates' schedule ends there, too
+        config = dataclasses.replace(config, steps=min(config.steps, batches.steps_for(config.tokens)))
     trainer = Trainer(
         model,
         lambda model, rows: supervised_loss(model, rows, config.loss_tokens),
@@ -142,7 +147,7 @@ def run_sft(
         start, state = checkpoints.restore(state)
     sizes = dataclasses.asdict(model.config)
     if not config.steps:
-        checkpoints.save(0, state, {"model": sizes, **meta, "step": 0})
+        checkpoints.save(0, state, {"model": sizes, **meta, "step": 0, "steps": 0})
         checkpoints.close()
         return model
     run = SftRun(model, config, mesh, batches, folder, start)
@@ -168,7 +173,7 @@ def run_sft(
                     if run.log is not None:
                         run.log.write(step, found)
                 if saves:
-                    checkpoints.save(step, state, {"model": sizes, **meta, "step": step})
+                    checkpoints.save(step, state, {"model": sizes, **meta, "step": step, "steps": config.steps})
                 if told:
                     break
             model = trainer.model(state)

@@ -12,7 +12,7 @@ def get_config():
     c.window = 256
     c.problems.count, c.problems.train, c.problems.held_out = 3, 200, 12
     c.model.width, c.model.layers, c.model.heads = 32, 2, 2
-    c.sft.steps, c.sft.batch_rows, c.sft.row_length = 40, 4, 256
+    c.sft.steps, c.sft.tokens, c.sft.batch_rows, c.sft.row_length = 40, 0, 4, 256
     c.sft.save_every, c.sft.log_every = 20, 10
     c.grpo.steps, c.grpo.prompts, c.grpo.group, c.grpo.save_every = 2, 2, 3, 1
     c.grpo.batch_rows, c.grpo.row_length, c.grpo.slots = 4, 384, 8
