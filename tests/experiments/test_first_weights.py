@@ -60,15 +60,16 @@ def test_no_step_of_sft_is_a_checkpoint_for_what_follows(begun, main):
     assert main(*command, "--stage=sft").code == 0  # nothing is left to do
 
 
-def test_sft_begins_there_and_goes_on_without_it(begun, main):
+def test_sft_begins_there_and_goes_on_without_it(begun, main, refused):
     folder, tokenizer, given = begun
     model = save_given(given, tokenizer)
-    command = (SMOKE, f"--workdir={folder}", f"--config.model.checkpoint={given}", "--config.sft.steps=2",
-               "--config.sft.save_every=1", *STILL, "--stage=sft")  # fmt: skip
-    assert main(*command).code == 0
-    shutil.rmtree(folder / "sft_apr" / "checkpoints" / "2")
+    command = (SMOKE, f"--workdir={folder}", f"--config.model.checkpoint={given}", "--config.sft.tokens=1030",
+               "--config.sft.save_every=1", *STILL)  # fmt: skip
+    assert main(*command, "--stage=sft").code == 0
+    shutil.rmtree(folder / "sft_apr" / "checkpoints" / "2")  # two batches of 1,024 tokens at most
     shutil.rmtree(given)
-    done = main(*command)
+    assert "sft_apr stands at step 1 of 2: finish --stage=sft first" in refused(*command, "--stage=grpo")
+    done = main(*command, "--stage=sft")
     assert done.code == 0, done.err
     found, meta = load_model(folder / "sft_apr" / "checkpoints")
     assert meta["step"] == 2 and found.config.rope_theta == 700.0

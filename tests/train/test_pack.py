@@ -217,6 +217,14 @@ def test_an_epoch_has_every_piece(count, batch_rows):
     assert count == 2 or len(orders) == 3, "every epoch has an order of its own"
 
 
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=40), st.integers(1, 5), st.integers(0, 500))
+def test_steps_for_tokens_are_the_first_that_have_them(lengths, batch_rows, tokens):
+    batches = PackedBatches(numbered(lengths), 20, batch_rows, seed=3)
+    steps = batches.steps_for(tokens)
+    had = np.cumsum([0] + [(batches[step]["exit"] > batches[step]["enter"]).sum() for step in range(steps)])
+    assert had[-1] >= tokens and (steps == 0 or had[-2] < tokens)
+
+
 def test_seeds_give_different_orders():
     pieces = numbered([10] * 24)
     first = [pieces_of(PackedBatches(pieces, 20, 4, seed)[0]) for seed in (0, 1)]

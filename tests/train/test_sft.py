@@ -1,6 +1,7 @@
 """What a run tells: losses by who wrote a token, arithmetic and its rate, skipped steps (the last in test_resume)."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from flax import nnx
 from apr_jax.model import flops
 from apr_jax.model.flops import training_flops
 from apr_jax.threads.store import CALL_FORCED, CALL_SAMPLED, FORCED, JOIN, SAMPLED
+from apr_jax.train.checkpoint import load_meta
 from apr_jax.train.loss import KINDS, loss_by_kind, row_logits, row_sums
 from apr_jax.train.pack import lay_out_tree, pack_rows
 from apr_jax.train.sft import validation_metrics
@@ -74,6 +76,21 @@ def test_a_run_tells_losses_by_kind_and_its_rate(tmp_path, monkeypatch):
         per_token = line["model_flops_per_second"] / line["tokens_per_second"]
         assert per_token > training_flops(MODEL.config, 1, 1)
     assert trained[0]["packing"] == trained[0]["tokens"] / 128 and 0 <= trained[0]["tokens_saved"] < 1
+
+
+def test_a_budget_of_tokens_ends_a_run_and_its_schedule(tmp_path):
+    """The same bits as a run of just so many steps, also when it goes on; the sooner of both limits counts."""
+    four = runs.sft(tmp_path / "four", steps=4)
+    lines = [json.loads(line) for line in (tmp_path / "four" / "metrics.jsonl").open()]
+    tokens = int(sum(line["tokens"] for line in lines if "loss" in line and line["step"] < 4)) + 1  # into the fourth
+    for name, limits in {"tokens": {"tokens": tokens}, "both": {"steps": 4, "tokens": 10**9}}.items():
+        found = runs.sft(tmp_path / name, **limits)
+        jax.tree.map(np.testing.assert_array_equal, nnx.state(found), nnx.state(four))
+        _, meta = load_meta(tmp_path / name / "checkpoints")
+        assert (meta["step"], meta["steps"]) == (4, 4)
+    shutil.rmtree(tmp_path / "tokens" / "checkpoints" / "4")
+    again = runs.sft(tmp_path / "tokens", tokens=tokens)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(again), nnx.state(four))
 
 
 def test_microbatches_change_nothing_but_the_order_of_addition(tmp_path):
