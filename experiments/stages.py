@@ -148,10 +148,9 @@ class Run:
             if (saved := newest_step(folder)) is None:
                 raise FileNotFoundError(f"no checkpoint at {folder}: run --stage=sft first")
             model, meta = load_model(saved)
-            if meta["step"] < meta["steps"]:
-                raise ValueError(
-                    f"sft_{style} stands at step {meta['step']} of {meta['steps']}: finish --stage=sft first"
-                )
+            steps = meta.get("steps", self.settings.sft.steps)  # it was not saved before there was sft.tokens
+            if meta["step"] < steps:
+                raise ValueError(f"sft_{style} stands at step {meta['step']} of {steps}: finish --stage=sft first")
             run_grpo(
                 model, load_problems(self.workdir / "data" / "train.npy"), CountdownProtocol(style), self.tokenizer,
                 self.settings.budget_of(style), self.settings.grpo, self.mesh, self.settings.grpo_slots,

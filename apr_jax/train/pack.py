@@ -221,10 +221,10 @@ class PackedBatches:
         row = (step - self._first_step) * self.batch_rows
         return self._rows[row : row + self.batch_rows]
 
-    def steps_for(self, tokens: int) -> int:
-        """How many batches it takes, from the first on, to have so many tokens."""
+    def steps_for(self, tokens: int, most: int) -> int:
+        """How many batches it takes, from the first on, to have so many tokens, or `most`."""
         step = 0
-        while tokens > 0:
+        while tokens > 0 and step < most:
             tokens -= sum(self._lengths[i] for indices in self.rows(step) for i in indices)
             step += 1
         return step

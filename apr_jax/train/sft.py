@@ -125,8 +125,8 @@ def run_sft(
             + (f" times {config.microbatches} microbatches" if config.microbatches > 1 else "")
         )
     batches = PackedBatches(pieces, config.row_length, config.batch_rows, config.seed)
-    if config.tokens and config.steps:  # the rates' schedule ends there, too
-        config = dataclasses.replace(config, steps=min(config.steps, batches.steps_for(config.tokens)))
+    if config.tokens:  # the rates' schedule ends there, too
+        config = dataclasses.replace(config, steps=batches.steps_for(config.tokens, most=config.steps))
     trainer = Trainer(
         model,
         lambda model, rows: supervised_loss(model, rows, config.loss_tokens),

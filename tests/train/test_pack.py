@@ -217,12 +217,15 @@ def test_an_epoch_has_every_piece(count, batch_rows):
     assert count == 2 or len(orders) == 3, "every epoch has an order of its own"
 
 
-@given(st.lists(st.integers(1, 20), min_size=1, max_size=40), st.integers(1, 5), st.integers(0, 500))
-def test_steps_for_tokens_are_the_first_that_have_them(lengths, batch_rows, tokens):
+@given(
+    st.lists(st.integers(1, 20), min_size=1, max_size=40), st.integers(1, 5), st.integers(0, 500), st.integers(0, 20)
+)
+def test_steps_for_tokens_are_the_first_that_have_them_but_not_more_than_most(lengths, batch_rows, tokens, most):
     batches = PackedBatches(numbered(lengths), 20, batch_rows, seed=3)
-    steps = batches.steps_for(tokens)
+    steps = batches.steps_for(tokens, most)
     had = np.cumsum([0] + [(batches[step]["exit"] > batches[step]["enter"]).sum() for step in range(steps)])
-    assert had[-1] >= tokens and (steps == 0 or had[-2] < tokens)
+    assert steps == most or (steps < most and had[-1] >= tokens)
+    assert steps == 0 or had[-2] < tokens
 
 
 def test_seeds_give_different_orders():
