@@ -37,7 +37,7 @@ export UV_CACHE_DIR ?= $(CURDIR)/$(VENV)/.uv-cache
 export MPLCONFIGDIR ?= $(CURDIR)/$(VENV)/.matplotlib
 endif
 # XLA gives a step's memory back to Linux after it: in large pages that costs a thirtieth of the page faults. A training
-# step on two cores is a tenth to two fifths faster (pairs in one run).
+# step on two cores is 7 to 39 % faster (six pairs of runs).
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 export UV_HTTP_TIMEOUT ?= 180
 export UV_NO_PROGRESS ?= 1

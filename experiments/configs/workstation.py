@@ -21,6 +21,7 @@ def get_config():
     c.sosp.beam, c.sosp.promising = (3, 3), 1.0
     # One key head, as on the laptop, copies less exactly: of what the model claimed 12 % was wrong instead of 4 %.
     c.model.kv_heads = 4
+    # Equal steps, as its results were made; on equal tokens (16,147,000) SoS+ takes 14,464 and gains 2.2 points.
     c.sft.steps, c.sft.tokens, c.sft.save_every = 12_000, 0, 500
     c.grpo.styles = ("apr", "sosp")
     c.grpo.steps, c.grpo.prompts, c.grpo.group, c.grpo.temperature = 24, 16, 8, 1.0
