@@ -17,6 +17,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
+from apr_jax.errors import UserError
 from experiments.settings import STAGES, STYLES, Settings, default_config, read_settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,19 +68,19 @@ def parse(argv: Sequence[str]) -> Command | None:
     try:
         rest = values([argv[0], *(arg for arg in argv[1:] if not _is_change(arg))])[1:]
     except flags.UnrecognizedFlagError as error:
-        raise ValueError(
+        raise UserError(
             f"no such flag: --{error.flagname}{_nearest(error.flagname, values, '--')}; flags are "
             f"--config, --stage, --styles, --workdir, --sweep, --coordinator, --processes, --process and --help, "
             f"settings are given as --config.a.b=value"
         ) from None
     except flags.Error as error:
-        raise ValueError(" ".join(str(error).split())) from None
+        raise UserError(" ".join(str(error).split())) from None
     if values.help:
         return None
     if rest:
-        raise ValueError(f"no such argument: {rest[0]!r}; settings are given as --config.a.b=value (--help explains)")
+        raise UserError(f"no such argument: {rest[0]!r}; settings are given as --config.a.b=value (--help explains)")
     if not values.config:
-        raise ValueError(f"--config=FILE is needed: {_presets()}, or a file of your own")
+        raise UserError(f"--config=FILE is needed: {_presets()}, or a file of your own")
     stages, styles = _some("stage", values.stage, STAGES), _some("styles", values.styles, STYLES)
     config = load_config(values.config)
     for change in changes:
@@ -104,35 +105,35 @@ def _some(flag: str, given: Sequence[str], names: tuple[str, ...]) -> tuple[str,
         return names
     allowed = f"--{flag} is all or some of {', '.join(names)}"
     if unknown := [name for name in given if name not in names]:
-        raise ValueError(f"{allowed}, was given {unknown[0]!r}{_nearest(unknown[0], names)}")
+        raise UserError(f"{allowed}, was given {unknown[0]!r}{_nearest(unknown[0], names)}")
     if not given:
-        raise ValueError(f"{allowed}, was given nothing")
+        raise UserError(f"{allowed}, was given nothing")
     return tuple(dict.fromkeys(given))
 
 
 def _check_processes(values: flags.FlagValues, stages: Sequence[str], settings: Settings) -> None:
     """Raises ValueError for what several processes cannot run together."""
     if values.processes < 1:
-        raise ValueError(f"--processes is at least 1, was given {values.processes}")
+        raise UserError(f"--processes is at least 1, was given {values.processes}")
     if values.coordinator and not re.fullmatch(r".+:\d+", values.coordinator):
-        raise ValueError(f"--coordinator is HOST:PORT, was given {values.coordinator!r}")
+        raise UserError(f"--coordinator is HOST:PORT, was given {values.coordinator!r}")
     if bool(values.coordinator) != (values.processes > 1):
-        raise ValueError(
+        raise UserError(
             f"--coordinator=HOST:PORT goes with --processes=2 or more, was given {values.coordinator!r} and "
             f"{values.processes}"
         )
     if not 0 <= values.process < values.processes:
-        raise ValueError(f"--process is from 0 to {values.processes - 1}, was given {values.process}")
+        raise UserError(f"--process is from 0 to {values.processes - 1}, was given {values.process}")
     if values.processes == 1:
         return
     if alone := [stage for stage in stages if stage not in SHARED_STAGES]:
-        raise ValueError(
+        raise UserError(
             f"several processes run --stage={','.join(SHARED_STAGES)}, was given {alone[0]!r}: run it with one process"
         )
     if values.sweep:
-        raise ValueError("--sweep starts runs of its own: not with --processes")
+        raise UserError("--sweep starts runs of its own: not with --processes")
     if settings.devices % values.processes:
-        raise ValueError(f"--processes divides devices ({settings.devices}), was given {values.processes}")
+        raise UserError(f"--processes divides devices ({settings.devices}), was given {values.processes}")
 
 
 def _is_change(arg: str) -> bool:
@@ -146,7 +147,7 @@ def load_config(name: str) -> ConfigDict:
     if not path.is_file():
         raise FileNotFoundError(f"no config file {file!r}: give {_presets()}, or a file of your own")
     if path.suffix != ".py":
-        raise ValueError(f"--config is a Python file, FILE.py, was given {file!r}")
+        raise UserError(f"--config is a Python file, FILE.py, was given {file!r}")
     spec = importlib.util.spec_from_file_location("config", path.resolve())
     module = importlib.util.module_from_spec(spec)
     try:
@@ -157,14 +158,14 @@ def load_config(name: str) -> ConfigDict:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == own]
         line = getattr(error, "lineno", None) or (lines or [1])[-1]
         text = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
-        raise ValueError(f"{file}, line {line}: {type(error).__name__}: {text}") from None
+        raise UserError(f"{file}, line {line}: {type(error).__name__}: {text}") from None
     if not isinstance(config, ConfigDict):
-        raise ValueError(f"{file} needs a function get_config() that returns a changed default_config()")
+        raise UserError(f"{file} needs a function get_config() that returns a changed default_config()")
     known = set(_names(default_config()))
     if extra := [name for name in _names(config) if name not in known]:
-        raise ValueError(f"{file}: {_no_setting(default_config(), extra[0])}")
+        raise UserError(f"{file}: {_no_setting(default_config(), extra[0])}")
     if missing := known - set(_names(config)):
-        raise ValueError(f"{file} leaves out {min(missing)}: start from default_config()")
+        raise UserError(f"{file} leaves out {min(missing)}: start from default_config()")
     return config
 
 
@@ -172,9 +173,9 @@ def change_setting(config: ConfigDict, change: str) -> None:
     """Sets ``A.B=VALUE``, read as the type that the setting has."""
     key, sign, given = change.partition("=")
     if not sign:
-        raise ValueError(f"--config.{key} needs a value: --config.{key}=VALUE")
+        raise UserError(f"--config.{key} needs a value: --config.{key}=VALUE")
     if key not in _names(config):
-        raise ValueError(_no_setting(config, key))
+        raise UserError(_no_setting(config, key))
     *sections, last = key.split(".")
     holder = config
     for name in sections:
@@ -184,7 +185,7 @@ def change_setting(config: ConfigDict, change: str) -> None:
         holder[last] = _read(given, old)
     except ValueError:
         kind = f"a list like {','.join(map(str, old))}" if isinstance(old, tuple) else _KINDS[type(old)]
-        raise ValueError(f"{key} is {kind}, was given {given!r}") from None
+        raise UserError(f"{key} is {kind}, was given {given!r}") from None
 
 
 _KINDS = {bool: "true or false", int: "an integer", float: "a number"}
@@ -241,8 +242,8 @@ def _presets() -> str:
 
 
 def reason(error: BaseException) -> str | None:
-    """One line for what a user can mend: an error of the operating system, or one that our own code raised.
-    None for anything else (a library's, another kind): it is a bug, and its traceback is needed."""
+    """One line for an error that a user can mend: a `UserError`, or one of the operating system. None for any other: it
+    is a bug, and its traceback is needed."""
     text = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if isinstance(error, OSError):
         if not error.strerror:
@@ -250,10 +251,4 @@ def reason(error: BaseException) -> str | None:
         where = f"{error.filename}: " if error.filename else ""
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         return f"{where}{error.strerror}{'; make room, the same command then goes on' if full else ''}"
-    if not isinstance(error, (ValueError, RuntimeError, FloatingPointError)):
-        return None
-    last = error.__traceback__
-    while last.tb_next:
-        last = last.tb_next
-    file = Path(last.tb_frame.f_code.co_filename)
-    return text if any(file.is_relative_to(ROOT / name) for name in ("apr_jax", "experiments")) else None
+    return text if isinstance(error, UserError) else None

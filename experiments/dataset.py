@@ -10,6 +10,7 @@ import numpy as np
 from apr_jax.countdown import Problem
 from apr_jax.countdown.dataset import SHARD_PROBLEMS, DatasetConfig, ProblemFile, make_dataset, read_manifest
 from apr_jax.countdown.recipe import Recipe
+from apr_jax.errors import UserError
 from apr_jax.text.hub import load_tokenizer
 from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.threads.store import TreeStore
@@ -49,7 +50,7 @@ def load_pieces(folder: Path, style: str, part: str, children: int = 0, seed: in
     except FileNotFoundError:
         raise FileNotFoundError(f"no traces at {folder / f'{style}_{part}'}: run --stage=data first") from None
     except ValueError as error:
-        raise ValueError(f"{error}: delete it and run --stage=data again") from None
+        raise UserError(f"{error}: delete it and run --stage=data again") from None
     if not children:
         return StoredPieces(store)
     rng = random.Random(f"{seed}/{style}/children")
@@ -70,7 +71,7 @@ def load_problems(path: Path) -> Sequence[Problem]:
     try:
         return ProblemFile(path)
     except (ValueError, EOFError):
-        raise ValueError(f"{path} is broken: delete it and run --stage=data again") from None
+        raise UserError(f"{path} is broken: delete it and run --stage=data again") from None
 
 
 def load_manifest(folder: Path) -> dict:

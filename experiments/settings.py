@@ -11,6 +11,7 @@ import ml_collections
 
 from apr_jax.countdown.problem import ProblemRange
 from apr_jax.countdown.solver import SolverConfig
+from apr_jax.errors import UserError
 from apr_jax.model.llama import PRESETS, LlamaConfig
 from apr_jax.threads.engine import Sampling
 from apr_jax.threads.run import Budget
@@ -216,14 +217,14 @@ def read_settings(config: ml_collections.ConfigDict) -> Settings:
 
     def at_least(name: str, value: int, least: int) -> int:
         if value < least:
-            raise ValueError(f"{name} is at least {least}, was given {value}")
+            raise UserError(f"{name} is at least {least}, was given {value}")
         return value
 
     def build(section: str, kind, *given, **values):
         try:
             return kind(*given, **values)
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{section}: {error}") from None
+            raise UserError(f"{section}: {error}") from None
 
     for name, least in LEAST.items():
         value = config
@@ -234,11 +235,11 @@ def read_settings(config: ml_collections.ConfigDict) -> Settings:
     for name in ("sft.batch_rows", "grpo.batch_rows", "grpo.slots", "evaluate.slots"):
         section, key = name.split(".")
         if (value := c[section][key]) % devices:
-            raise ValueError(f"{name} is a multiple of devices ({devices}), was given {value}")
+            raise UserError(f"{name} is a multiple of devices ({devices}), was given {value}")
     if devices % c["fsdp"]:
-        raise ValueError(f"fsdp divides devices ({devices}), was given {c['fsdp']}")
+        raise UserError(f"fsdp divides devices ({devices}), was given {c['fsdp']}")
     if c["sft"]["batch_rows"] % (devices * c["sft"]["microbatches"]):
-        raise ValueError(
+        raise UserError(
             f"sft.batch_rows is a multiple of devices times sft.microbatches ({devices} x {c['sft']['microbatches']}), "
             f"was given {c['sft']['batch_rows']}"
         )
@@ -247,35 +248,35 @@ def read_settings(config: ml_collections.ConfigDict) -> Settings:
     held_back = c["grpo"]["validation"] if c["grpo"]["validate_every"] else 0
     if c["grpo"]["prompts"] + held_back > c["problems"]["train"]:
         also = f" less the {held_back} of grpo.validation" if held_back else ""
-        raise ValueError(
+        raise UserError(
             f"grpo.prompts is at most problems.train ({c['problems']['train']}){also}, was given {c['grpo']['prompts']}"
         )
     if c["sosp"]["search"] not in ("sosp", "sos"):
-        raise ValueError(f"sosp.search is sosp or sos, was given {c['sosp']['search']!r}")
+        raise UserError(f"sosp.search is sosp or sos, was given {c['sosp']['search']!r}")
     if c["apr"]["depth"] > c["budget"]["depth"]:
-        raise ValueError(
+        raise UserError(
             f"apr.depth is at most budget.depth ({c['budget']['depth']}), what a model may open, was given "
             f"{c['apr']['depth']}"
         )
     for style, names in (("sosp", ("beam",)), ("apr", ("beam", "sub_beam"))):
         for name in names:
             if len(c[style][name]) != 2:
-                raise ValueError(f"{style}.{name} is two numbers, lowest and highest, was given {c[style][name]}")
+                raise UserError(f"{style}.{name} is two numbers, lowest and highest, was given {c[style][name]}")
     if unknown := set(c["grpo"]["styles"]) - set(STYLES):
-        raise ValueError(f"grpo.styles is a choice of {', '.join(STYLES)}, was given {', '.join(sorted(unknown))}")
+        raise UserError(f"grpo.styles is a choice of {', '.join(STYLES)}, was given {', '.join(sorted(unknown))}")
     if c["sft"]["loss_tokens"] not in ("sampled", "all"):
-        raise ValueError(f"sft.loss_tokens is sampled or all, was given {c['sft']['loss_tokens']!r}")
+        raise UserError(f"sft.loss_tokens is sampled or all, was given {c['sft']['loss_tokens']!r}")
     if c["export"]["dtype"] not in ("float32", "bfloat16"):
-        raise ValueError(f"export.dtype is float32 or bfloat16, was given {c['export']['dtype']!r}")
+        raise UserError(f"export.dtype is float32 or bfloat16, was given {c['export']['dtype']!r}")
 
     if c["seed"] >= 2**31:
-        raise ValueError(f"seed is less than {2**31}, was given {c['seed']}")
+        raise UserError(f"seed is less than {2**31}, was given {c['seed']}")
     for stage in ("sft", "grpo"):
         if (beta2 := c[stage]["optimizer"]["beta2"]) >= 1:
-            raise ValueError(f"{stage}.optimizer.beta2 is from 0 to less than 1, was given {beta2}")
+            raise UserError(f"{stage}.optimizer.beta2 is from 0 to less than 1, was given {beta2}")
     largest = max(2, c["problems"]["max_number"]) ** min(c["problems"]["count"], 6)
     if c["problems"]["max_target"] > largest:
-        raise ValueError(
+        raise UserError(
             f"problems.max_target is at most {largest}, no more can be made of {c['problems']['count']} numbers up to "
             f"{c['problems']['max_number']}, was given {c['problems']['max_target']}"
         )
@@ -302,14 +303,14 @@ def read_settings(config: ml_collections.ConfigDict) -> Settings:
 
     temperatures = [c["evaluate"]["temperature"], *c["evaluate"]["also_at"]]
     if len(set(temperatures)) < len(temperatures):
-        raise ValueError(
+        raise UserError(
             f"evaluate.also_at has other temperatures than evaluate.temperature ({temperatures[0]:g}), each once, was "
             f"given {c['evaluate']['also_at']}"
         )
 
     problems = {field.name: c["problems"][field.name] for field in dataclasses.fields(ProblemRange)}
     if not 0 <= c["problems"]["unseen_targets"] < 1:
-        raise ValueError(
+        raise UserError(
             f"problems.unseen_targets is from 0 to less than 1, was given {c['problems']['unseen_targets']}"
         )
     return Settings(
@@ -336,7 +337,7 @@ def _model_sizes(section: dict[str, Any]) -> dict[str, Any]:
     del section["checkpoint"]
     name = section.pop("preset")
     if name not in PRESETS:
-        raise ValueError(f"model.preset is one of {', '.join(PRESETS)}, was given {name!r}")
+        raise UserError(f"model.preset is one of {', '.join(PRESETS)}, was given {name!r}")
     preset = PRESETS[name]
     if section["width"] not in (0, preset["width"]):
         preset = {**preset, "feed_forward": None}

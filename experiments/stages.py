@@ -28,6 +28,7 @@ from jax.experimental import multihost_utils
 
 from apr_jax.countdown import CountdownProtocol
 from apr_jax.countdown.dataset import read_manifest, write_text
+from apr_jax.errors import UserError
 from apr_jax.evaluate.evaluate import evaluate
 from apr_jax.export.hf import check_export, check_trees, export_hf
 from apr_jax.model.llama import Llama, LlamaConfig, parameter_count
@@ -63,7 +64,7 @@ class Run:
     def __init__(self, settings: Settings, workdir: Path, styles: Sequence[str] = STYLES):
         self.settings, self.workdir, self.styles = settings, workdir, styles
         if settings.model["attention"] == "cudnn" and jax.default_backend() != "gpu":
-            raise ValueError(f"model.attention cudnn needs an NVIDIA GPU, JAX runs on {jax.default_backend()}")
+            raise UserError(f"model.attention cudnn needs an NVIDIA GPU, JAX runs on {jax.default_backend()}")
         # First: a refusal must not leave its config in the folder.
         self.mesh = data_mesh(settings.devices, settings.fsdp)
         for style in styles:
@@ -71,7 +72,7 @@ class Run:
                 try:
                     given, _ = load_meta(first)
                 except CheckpointError as error:
-                    raise ValueError(f"model.checkpoint: {error}") from None
+                    raise UserError(f"model.checkpoint: {error}") from None
                 self._check_sizes(first, given)
         if jax.process_count() > 1:
             self._agree()
@@ -86,7 +87,7 @@ class Run:
         """Raises ValueError where one of several processes was given other settings."""
         mine = zlib.crc32(json.dumps([self.settings.config, self.styles], sort_keys=True).encode())
         if len(set(multihost_utils.process_allgather(np.uint32(mine)).tolist())) > 1:
-            raise ValueError(
+            raise UserError(
                 "the processes were given different settings: all need the same --config, --styles and changes"
             )
 
@@ -98,11 +99,11 @@ class Run:
             try:
                 theirs = json.loads(path.read_text())
             except ValueError:
-                raise ValueError(f"{path} is broken: delete it, if the config is the one it was begun with") from None
+                raise UserError(f"{path} is broken: delete it, if the config is the one it was begun with") from None
             theirs = _completed(theirs, json.loads(json.dumps(default_config().to_dict())))
             begun = {name for name, folders in UNTIL.items() if any(any(self.workdir.glob(f)) for f in folders)}
             if differences := list(_differences(theirs, mine, free=UNTIL.keys() - begun)):
-                raise ValueError(
+                raise UserError(
                     f"{self.workdir} holds a run of another config ({'; '.join(differences[:3])}): "
                     "give another --workdir, or the config it was begun with"
                 )
@@ -150,7 +151,7 @@ class Run:
             model, meta = load_model(saved)
             steps = meta.get("steps", self.settings.sft.steps)  # it was not saved before there was sft.tokens
             if meta["step"] < steps:
-                raise ValueError(f"sft_{style} stands at step {meta['step']} of {steps}: finish --stage=sft first")
+                raise UserError(f"sft_{style} stands at step {meta['step']} of {steps}: finish --stage=sft first")
             run_grpo(
                 model, load_problems(self.workdir / "data" / "train.npy"), CountdownProtocol(style), self.tokenizer,
                 self.settings.budget_of(style), self.settings.grpo, self.mesh, self.settings.grpo_slots,
@@ -267,18 +268,18 @@ class Run:
             ("tie_embeddings", given.tie_embeddings, run.tie_embeddings),
         ):
             if theirs != ours:
-                raise ValueError(
+                raise UserError(
                     f"model.checkpoint {checkpoint} has {name} {theirs}, the run's model {ours}: set model.{name}"
                 )
         if self.settings.window > given.context:
-            raise ValueError(
+            raise UserError(
                 f"window is at most the context of model.checkpoint ({given.context}), was given {self.settings.window}"
             )
 
     def _check_vocabulary(self, checkpoint: str | Path, given: LlamaConfig) -> None:
         """Raises ValueError where the weights' words are others than the run's, as far as it is known."""
         if given.vocab_size != len(self.tokenizer):
-            raise ValueError(
+            raise UserError(
                 f"model.checkpoint {checkpoint} has a vocabulary of {given.vocab_size}, the run's tokenizer has "
                 f"{len(self.tokenizer)}: set tokenizer.name or tokenizer.max_number"
             )
@@ -289,7 +290,7 @@ class Run:
         theirs, ours = load_tokenizer(str(path)).backend.get_vocab(), self.tokenizer.backend.get_vocab()
         if others := sorted(theirs.items() - ours.items(), key=lambda item: item[1]):
             word, index = others[0]
-            raise ValueError(
+            raise UserError(
                 f"model.checkpoint {checkpoint} has other words than the run's tokenizer, such as {word!r} for the "
                 f"number {index}: set tokenizer.name to {path}"
             )

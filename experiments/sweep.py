@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+from apr_jax.errors import UserError
 from experiments.command import Command, parse
 
 
@@ -16,14 +17,14 @@ def expand(command: Command) -> list[tuple[str, list[str]]]:
     for sweep in command.sweeps:
         key, sign, values = sweep.partition("=")
         if not sign or not values:
-            raise ValueError(f"--sweep is KEY=VALUE,VALUE,..., was given {sweep!r}")
+            raise UserError(f"--sweep is KEY=VALUE,VALUE,..., was given {sweep!r}")
         if key in axes:
-            raise ValueError(f"--sweep has {key} twice: give all its values at once")
+            raise UserError(f"--sweep has {key} twice: give all its values at once")
         axes[key] = re.split(r",(?![^(]*\))", values)  # a list in parentheses is one value
         if twice := {value for value in axes[key] if axes[key].count(value) > 1}:
-            raise ValueError(f"--sweep={sweep} has the value {min(twice)} twice")
+            raise UserError(f"--sweep={sweep} has the value {min(twice)} twice")
         if "/" in values:
-            raise ValueError(f"--sweep={sweep}: a value names a folder, so it holds no '/'")
+            raise UserError(f"--sweep={sweep}: a value names a folder, so it holds no '/'")
     points = []
     for values in itertools.product(*axes.values()):
         changes = [f"{key}={value}" for key, value in zip(axes, values)]
@@ -46,4 +47,4 @@ def run_each(command: Command, points: Sequence[tuple[str, list[str]]]) -> None:
         if subprocess.run([sys.executable, "-m", "experiments.run", *line]).returncode:
             failed.append(name)
     if failed:
-        raise RuntimeError(f"{len(failed)} of {len(points)} runs failed: {'; '.join(failed)}")
+        raise UserError(f"{len(failed)} of {len(points)} runs failed: {'; '.join(failed)}")

@@ -17,6 +17,7 @@ import jax
 from absl import flags
 from matplotlib.axes import Axes
 
+from apr_jax.errors import UserError
 from apr_jax.evaluate.evaluate import evaluate, summarise
 from apr_jax.rollout.engine import JaxEngine
 from apr_jax.tags import SUM_WORDS, SumTask, TagProtocol, range_sums, solve_sum, tag_tokenizer
@@ -50,7 +51,7 @@ def _define(values: flags.FlagValues) -> None:
 
 def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     if arguments:
-        raise ValueError(f"only flags are taken, was given {arguments[0]!r}")
+        raise UserError(f"only flags are taken, was given {arguments[0]!r}")
     sft_steps, steps, out = (values[name].value for name in ("sft_steps", "steps", "out"))
     workdir = Path(values["workdir"].value) / f"{sft_steps}_{steps}"
     protocol, tokenizer = TagProtocol(SumTask()), tag_tokenizer(SUM_WORDS, 99)

@@ -8,11 +8,13 @@ from pathlib import Path
 
 from absl import flags
 
+from apr_jax.errors import UserError
+
 
 def run(doc: str, define: Callable[[flags.FlagValues], None], work: Callable[..., None], argv: Sequence[str]) -> int:
     """Parses `argv` (the program's name first), calls ``work(values, arguments)``, returns the exit code.
 
-    Each call has its own `FlagValues`, so that tools may share names and run within one process. ValueError
+    Each call has its own `FlagValues`, so that tools may share names and run within one process. UserError
     and OSError are a user's: one line on stderr and code 1. Anything else is ours and keeps its traceback.
     """
     values = flags.FlagValues()
@@ -29,7 +31,7 @@ def run(doc: str, define: Callable[[flags.FlagValues], None], work: Callable[...
         return fail(f"{_first_line(error)} (--help lists the flags)")
     except BrokenPipeError:  # the reader, a pager perhaps, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         return fail(_first_line(error))
     return 0
 

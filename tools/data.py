@@ -20,6 +20,7 @@ from pathlib import Path
 
 from absl import flags
 
+from apr_jax.errors import UserError
 from tools import command
 
 COMMANDS = ("make", "stats", "import", "export")
@@ -44,23 +45,23 @@ def _define(values: flags.FlagValues) -> None:
 def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     if not arguments or arguments[0] not in COMMANDS:
         given = repr(arguments[0]) if arguments else "nothing"
-        raise ValueError(f"the first word is one of {', '.join(COMMANDS)}, was given {given}")
+        raise UserError(f"the first word is one of {', '.join(COMMANDS)}, was given {given}")
     if arguments[0] in ("make", "import", "export") and not values["out"].value:
-        raise ValueError("--out is needed, see --help")
+        raise UserError("--out is needed, see --help")
     if arguments[0] == "import":
         _import([Path(name) for name in arguments[1:]], values)
     elif arguments[0] == "export":
         if len(arguments) != 2:
             given = len(arguments) - 1
-            raise ValueError(f"export takes one folder of trees, as data/paper/apr_train, {given} were given")
+            raise UserError(f"export takes one folder of trees, as data/paper/apr_train, {given} were given")
         _export(Path(arguments[1]), Path(values["out"].value))
     elif arguments[0] == "make":
         if len(arguments) > 1:
-            raise ValueError(f"no such argument: {arguments[1]!r}; settings are given as --set=A.B=VALUE")
+            raise UserError(f"no such argument: {arguments[1]!r}; settings are given as --set=A.B=VALUE")
         _make(values)
     else:
         if len(arguments) != 2:
-            raise ValueError(f"stats takes one folder, {len(arguments) - 1} were given")
+            raise UserError(f"stats takes one folder, {len(arguments) - 1} were given")
         _stats(Path(arguments[1]), values)
 
 
@@ -70,7 +71,7 @@ def _make(values: flags.FlagValues) -> None:
     from experiments.settings import read_settings
 
     if not values["config"].value:
-        raise ValueError("--config is needed, see --help")
+        raise UserError("--config is needed, see --help")
     shard = read_shard(values["shard"].value)
     config = load_config(values["config"].value)
     for change in values["set"].value:
@@ -98,7 +99,7 @@ def _import(files: Sequence[Path], values: flags.FlagValues) -> None:
     from apr_jax.countdown.imported import import_dataset
 
     if not files:
-        raise ValueError("import takes one file of traces or more, none was given")
+        raise UserError("import takes one file of traces or more, none was given")
     held_out = authors.read_problems(Path(values["held_out"].value)) if values["held_out"].value else ()
     traces = (trace for path in files for trace in authors.read_traces(path))
     tokenizer, window = values["tokenizer"].value or "", values["window"].value
@@ -123,7 +124,7 @@ def read_shard(text: str) -> tuple[int, int]:
     """(i, n) of "i/n". Raises ValueError."""
     match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
     if not match or not int(match[1]) < int(match[2]):
-        raise ValueError(f"--shard is i/n with i from 0 to n - 1, was given {text!r}")
+        raise UserError(f"--shard is i/n with i from 0 to n - 1, was given {text!r}")
     return int(match[1]), int(match[2])
 
 

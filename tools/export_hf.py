@@ -16,6 +16,8 @@ from pathlib import Path
 
 from absl import flags, logging
 
+from apr_jax.errors import UserError
+
 RANDOM_IDS = 64  # tokens of the sequences whose logits are compared
 LOGIT_TOLERANCE = 1e-3
 
@@ -64,7 +66,7 @@ def run(checkpoint: str, out: str, dtype: str, tokenizer: str | None, check: int
     difference = check_export(model, words, out, sequences)["max_logit_difference"]
     print(f"largest difference of a logit from transformers', {len(sequences)} sequences: {difference:.2e}")
     if not difference <= LOGIT_TOLERANCE:  # so that a NaN fails too
-        raise ValueError(f"{out} does not compute what the checkpoint does: logits differ by {difference:.2e}")
+        raise UserError(f"{out} does not compute what the checkpoint does: logits differ by {difference:.2e}")
     window = window or min((meta.get("config") or {}).get("window", 768), model.config.context)
     equal, total = check_trees(model, words, out, protocol, problems, Budget(min(window, model.config.context)))
     print(f"greedy trees equal token for token: {equal} of {total}")
@@ -89,10 +91,10 @@ def main(argv: list[str]) -> int:
             print(f"{__doc__}{values.get_help()}")
             return 0
         if rest:
-            raise ValueError(f"no such argument: {rest[0]!r}; options are given as --name=value, see --help")
+            raise UserError(f"no such argument: {rest[0]!r}; options are given as --name=value, see --help")
         for name in ("checkpoint", "out"):
             if not values[name].value:
-                raise ValueError(f"--{name} is needed, see --help")
+                raise UserError(f"--{name} is needed, see --help")
         run(**{name: values[name].value for name in ("checkpoint", "out", "dtype", "tokenizer", "check", "window")})
     except (flags.Error, ValueError, OSError, RuntimeError, KeyError) as error:
         text = str(error).strip().splitlines()

@@ -18,6 +18,7 @@ from absl import flags
 from flax import nnx
 from jax.sharding import Mesh
 
+from apr_jax.errors import UserError
 from apr_jax.evaluate.evaluate import evaluate, summarise
 from apr_jax.model.llama import Llama, LlamaConfig
 from apr_jax.rollout.engine import JaxEngine
@@ -45,7 +46,7 @@ def _define(values: flags.FlagValues) -> None:
 
 def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     if arguments:
-        raise ValueError(f"only flags are taken, was given {arguments[0]!r}")
+        raise UserError(f"only flags are taken, was given {arguments[0]!r}")
     inherit, steps = values["inherit"].value, values["steps"].value
     workdir = Path(values["workdir"].value) / f"{'inherit' if inherit else 'fresh'}_{steps}"
     protocol, tokenizer = TagProtocol(FactorTask(), inherit), tag_tokenizer(WORDS, LARGEST)

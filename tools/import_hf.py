@@ -16,6 +16,7 @@ from pathlib import Path
 
 from absl import flags, logging
 
+from apr_jax.errors import UserError
 from tools import command
 
 WANTED = ("*.safetensors", "*.json")  # of a model of the hub; a pickle is not even fetched
@@ -38,10 +39,10 @@ def _define(values: flags.FlagValues) -> None:
 
 def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     if arguments:
-        raise ValueError(f"no such argument: {arguments[0]!r}; flags are given as --name=value")
+        raise UserError(f"no such argument: {arguments[0]!r}; flags are given as --name=value")
     for name in ("model", "out"):
         if not values[name].value:
-            raise ValueError(f"--{name} is needed, see --help")
+            raise UserError(f"--{name} is needed, see --help")
     from apr_jax.export.folder import replaced  # here: --help and a refusal need not wait for JAX
     from apr_jax.export.imported import import_hf
     from apr_jax.model.llama import parameter_count
@@ -57,7 +58,7 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
         tokenizer = load_tokenizer(words)
         model = import_hf(folder)
         if len(tokenizer) > model.config.vocab_size:
-            raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}")
+            raise UserError(f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}")
         total, inner = parameter_count(model)
         meta = {
             "model": dataclasses.asdict(model.config), "style": values["style"].value, "stage": "imported", "step": 0,
@@ -66,7 +67,7 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
         try:
             save_model(part, model, meta)
         except CheckpointError as error:
-            raise ValueError(error) from None
+            raise UserError(error) from None
         if isinstance(tokenizer, HubTokenizer):
             tokenizer.backend.save_pretrained(part)
         else:

@@ -28,6 +28,7 @@ from absl import flags
 
 from apr_jax.countdown import CountdownProtocol
 from apr_jax.countdown.dataset import write_text
+from apr_jax.errors import UserError
 from apr_jax.evaluate.costs import Costs, calibrate
 from apr_jax.evaluate.latency import TRIES, Setting, measure, read_samples, warm_up
 from apr_jax.rollout.measure import Measurements, TimedEngine
@@ -46,7 +47,7 @@ PATIENCE = Patience(request=600.0, retry=5.0)  # short: a sample that had to wai
 
 def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     if arguments:
-        raise ValueError(f"only flags are taken, was given {arguments[0]!r}")
+        raise UserError(f"only flags are taken, was given {arguments[0]!r}")
     plan = make_plan(values)
     for engine in plan.engines if plan.exports else ():
         for export in plan.exports:
@@ -104,7 +105,7 @@ async def _pass(plan: Plan, export: Export, setting: Setting, budget: Budget, se
         await servers.ready()
         context = await context_of_servers(servers.urls)
         if context < budget.context:
-            raise ValueError(f"the servers hold {context} tokens, the window is {budget.context}")
+            raise UserError(f"the servers hold {context} tokens, the window is {budget.context}")
         engine, recover = (
             SglangEngine(
                 servers.urls, context=context, vocabulary=export.words, patience=PATIENCE,

@@ -17,6 +17,7 @@ from absl import flags
 from apr_jax.countdown import CountdownProtocol
 from apr_jax.countdown.dataset import ProblemFile, write_text
 from apr_jax.countdown.problem import Problem, ProblemRange
+from apr_jax.errors import UserError
 from apr_jax.rollout.placement import PLACEMENTS
 from apr_jax.text.hub import HubTokenizer, load_tokenizer
 from apr_jax.text.tokenizer import Tokenizer
@@ -116,7 +117,7 @@ class Plan:
         """Each with what stands first on the prompt. Raises ValueError for those that the model cannot have."""
         for window in self.windows or [export.context]:
             if window > export.context:
-                raise ValueError(f"--windows: {export.folder} holds {export.context} tokens, was given {window}")
+                raise UserError(f"--windows: {export.folder} holds {export.context} tokens, was given {window}")
             for least in self.least_children if export.model == "apr" else [0]:
                 budget = Budget(window, depth=self.depth if export.model == "apr" else 1, least_children=least)
                 for asked in self.asked[export.model] or [None]:
@@ -129,15 +130,15 @@ def make_plan(values: flags.FlagValues) -> Plan:
     if values["config"].value:
         _take_from_run(values)
     elif values["workdir"].value:
-        raise ValueError("--workdir is a run's and goes with --config=FILE, its preset")
+        raise UserError("--workdir is a run's and goes with --config=FILE, its preset")
     engines = _among("engine", values["engine"].value, ENGINES)
     exports = [read_export(model, values[model].value) for model in MODELS if values[model].value]
     given = values["servers"].value
     urls = [url for url in given.split(",") if url] if "://" in given else []
     if not urls and given and not (given.isdigit() and int(given)):
-        raise ValueError(f"--servers is a number from 1 or http://HOST:PORT,..., was given {given!r}")
+        raise UserError(f"--servers is a number from 1 or http://HOST:PORT,..., was given {given!r}")
     if urls and len(exports) > 1:
-        raise ValueError("running servers have one model: give --apr or --sosp, and the other in a second call")
+        raise UserError("running servers have one model: give --apr or --sosp, and the other in a second call")
     gpus = _gpus()
     one = values["placement"].value == "one"  # all threads go to the first
     servers = len(urls) or int(given or 0) or (1 if one else max(len(gpus), 1))
@@ -156,14 +157,14 @@ def make_plan(values: flags.FlagValues) -> Plan:
 
 def _among(name: str, given: Sequence[str], allowed: Sequence[str]) -> list[str]:
     if not given or set(given) - set(allowed):
-        raise ValueError(f"--{name} is of {', '.join(allowed)}, was given {','.join(given)!r}")
+        raise UserError(f"--{name} is of {', '.join(allowed)}, was given {','.join(given)!r}")
     return list(dict.fromkeys(given))
 
 
 def _numbers(name: str, values: flags.FlagValues, least: int) -> list[int]:
     given = values[name].value
     if not all(one.isdigit() and int(one) >= least for one in given):
-        raise ValueError(f"--{name} is numbers from {least}, was given {','.join(given)!r}")
+        raise UserError(f"--{name} is numbers from {least}, was given {','.join(given)!r}")
     return list(dict.fromkeys(map(int, given)))
 
 
@@ -185,7 +186,7 @@ def _problems(path: str | None, count: int) -> tuple[list[Problem], list[Problem
             raise FileNotFoundError(f"--problems: no file {path}")
         problems = list(ProblemFile(Path(path))[:count])
         if len(problems) < count:
-            raise ValueError(f"--count: {path} holds {len(problems)} problems, was given {count}")
+            raise UserError(f"--count: {path} holds {len(problems)} problems, was given {count}")
     else:
         ranges = ProblemRange(max_number=10, max_target=30)
         problems = [ranges.draw(rng) for _ in range(count)]
@@ -235,6 +236,6 @@ def _exported(checkpoint: Path, folder: Path) -> Path:
             text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"},
         )  # fmt: skip
         if made.returncode:
-            raise ValueError(made.stderr.strip().rpartition("error: ")[2] or f"{checkpoint} could not be exported")
+            raise UserError(made.stderr.strip().rpartition("error: ")[2] or f"{checkpoint} could not be exported")
         write_text(stamp, of)
     return folder

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from absl import flags, logging
 
+from apr_jax.errors import UserError
 from tools import command
 
 FILES = ("report.md", "summary.json", "config.json", "versions.json", "data/manifest.json", "export/check.json")
@@ -26,7 +27,7 @@ def _define(values: flags.FlagValues) -> None:
 
 def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     if len(arguments) != 2:
-        raise ValueError(f"two folders are needed, a run's and the one to write, {len(arguments)} were given")
+        raise UserError(f"two folders are needed, a run's and the one to write, {len(arguments)} were given")
     run, out = map(Path, arguments)
     if missing := [name for name in (*FILES, "figures") if not (run / name).exists()]:
         raise FileNotFoundError(f"{run} is no finished run: it has no {missing[0]}")
@@ -55,7 +56,7 @@ def _publish_model(checkpoint: Path, tokenizer: Path, out: Path) -> None:
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
         save_model(out / "checkpoints", model, meta)
     except CheckpointError as error:
-        raise ValueError(error) from None
+        raise UserError(error) from None
     shutil.copyfile(tokenizer, out / "tokenizer.json")
 
 

@@ -20,6 +20,7 @@ from absl import flags
 from apr_jax.countdown import CountdownProtocol, Problem, check_solution, trace
 from apr_jax.countdown.problem import solvable
 from apr_jax.countdown.solver import SOLVERS, SolverConfig
+from apr_jax.errors import UserError
 from tools import command
 from tools.draw import Drawing
 
@@ -42,7 +43,7 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     problem = read_problem(arguments, values["target"].value)
     numbers = " ".join(map(str, problem.numbers))
     if not solvable(problem):
-        raise ValueError(f"no solution exists: {numbers} cannot make {problem.target}")
+        raise UserError(f"no solution exists: {numbers} cannot make {problem.target}")
     style, beam = values["style"].value, values["beam"].value
     changes = {} if beam is None else {"beam": (beam, beam)}
     config = getattr(SolverConfig, f"paper_{style}")(**changes)
@@ -67,14 +68,14 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
 def read_problem(arguments: Sequence[str], target: int | None) -> Problem:
     """Raises ValueError, in one line that says what was given and what is allowed."""
     if not COUNTS[0] <= len(arguments) <= COUNTS[1]:
-        raise ValueError(f"{COUNTS[0]} to {COUNTS[1]} numbers are needed, {len(arguments)} were given")
+        raise UserError(f"{COUNTS[0]} to {COUNTS[1]} numbers are needed, {len(arguments)} were given")
     if target is None:
-        raise ValueError("--target=NUMBER is needed")
+        raise UserError("--target=NUMBER is needed")
     for given in arguments:
         if not re.fullmatch(r"[0-9]{1,9}", given) or not 1 <= int(given) <= MOST:
-            raise ValueError(f"numbers are integers from 1 to {MOST}, was given {given[:40]!r}")
+            raise UserError(f"numbers are integers from 1 to {MOST}, was given {given[:40]!r}")
     if not 2 <= target <= MOST:
-        raise ValueError(f"the target is an integer from 2 to {MOST}, was given {target}")
+        raise UserError(f"the target is an integer from 2 to {MOST}, was given {target}")
     return Problem(tuple(map(int, arguments)), target)
 
 

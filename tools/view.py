@@ -15,6 +15,7 @@ from pathlib import Path
 from absl import flags
 
 from apr_jax.countdown import CountdownProtocol
+from apr_jax.errors import UserError
 from apr_jax.evaluate.evaluate import Record
 from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.threads import ThreadTree
@@ -31,13 +32,13 @@ def _define(values: flags.FlagValues) -> None:
 
 def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     if len(arguments) != 1:
-        raise ValueError(f"one file of records is needed, {len(arguments)} were given")
+        raise UserError(f"one file of records is needed, {len(arguments)} were given")
     path = Path(arguments[0])
     record = find_record(path, values["index"].value)
     title, verdict = describe(record), "right" if record.correct else "wrong"
     tree = record.thread_tree
     if tree is None:
-        raise ValueError(f"{title}: no tree, the run of it failed with {', '.join(record.failures)}")
+        raise UserError(f"{title}: no tree, the run of it failed with {', '.join(record.failures)}")
     decode = None if _is_text(tree) else find_tokenizer(path, values["tokenizer"].value).decode
     drawing = Drawing(tree, decode, CountdownProtocol().result)
     if values["html"].value:
@@ -56,11 +57,11 @@ def find_record(path: Path, index: int) -> Record:
         try:
             record = Record.read(line)
         except ValueError as error:
-            raise ValueError(f"{path}, line {count + 1} is no record: {error}") from None
+            raise UserError(f"{path}, line {count + 1} is no record: {error}") from None
         count += 1
         if record.index == index:
             return record
-    raise ValueError(f"{path} has no problem {index}, it holds {count} problems")
+    raise UserError(f"{path} has no problem {index}, it holds {count} problems")
 
 
 def _lines(path: Path) -> Iterator[str]:

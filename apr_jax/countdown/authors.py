@@ -18,6 +18,7 @@ from typing import Any, TextIO
 from apr_jax.countdown import trace
 from apr_jax.countdown.problem import Problem, successors
 from apr_jax.countdown.verify import check_solution
+from apr_jax.errors import UserError
 from apr_jax.threads import Block, Spawn, Thread, ThreadTree
 
 _CHUNK = 1 << 20  # characters read at once
@@ -46,28 +47,28 @@ def tree_from_trace(trace_dict: dict[str, Any]) -> ThreadTree:
 
 def _thread(trace_dict: Any, depth: int) -> tuple[trace.Prompt, Thread]:
     if depth > _DEEPEST:
-        raise ValueError(f"its children are more than {_DEEPEST} levels deep")
+        raise UserError(f"its children are more than {_DEEPEST} levels deep")
     texts, calls = _texts(trace_dict)
     if (prompt := trace.read_prompt(texts[0])) is None:
-        raise ValueError(f"a thread begins with the state it searches from, this one with {texts[0][:60]!r}")
+        raise UserError(f"a thread begins with the state it searches from, this one with {texts[0][:60]!r}")
     at = len(prompt.text)
     blocks: list[Block | Spawn] = [Block(prompt.text, sampled=False)]
     for index, (text, after, children) in enumerate(zip(texts, texts[1:], calls)):
         call_at = text.rfind(trace.SPAWN_OPEN)
         if call_at < at or not text.endswith(trace.SPAWN_CLOSE):
-            raise ValueError(f"call {index} of a thread does not end in a spawn: {text[-60:]!r}")
+            raise UserError(f"call {index} of a thread does not end in a spawn: {text[-60:]!r}")
         join_end = after.find(trace.JOIN_CLOSE, call_at) + len(trace.JOIN_CLOSE)
         if after[:call_at] != text[:call_at] or not after.startswith(trace.JOIN_OPEN, call_at):
-            raise ValueError(f"call {index + 1} of a thread does not go on from call {index} with a join")
+            raise UserError(f"call {index + 1} of a thread does not go on from call {index} with a join")
         if join_end < call_at + len(trace.JOIN_OPEN):
-            raise ValueError(f"the join of call {index + 1} of a thread has no end")
+            raise UserError(f"the join of call {index + 1} of a thread has no end")
         if call_at > at:
             blocks.append(Block(text[at:call_at], sampled=True))
         call, join = Block(text[call_at:], sampled=True), Block(after[call_at:join_end], sampled=False)
         blocks.append(Spawn((call,), _children(children, call.content, index, depth), join))
         at = join_end
     if texts[-1].endswith(trace.SPAWN_CLOSE):
-        raise ValueError("the last call of a thread ends in a spawn, its children are not there")
+        raise UserError("the last call of a thread ends in a spawn, its children are not there")
     return prompt, Thread((*blocks, Block(texts[-1][at:], sampled=True)))
 
 
@@ -76,15 +77,15 @@ def _children(children: Sequence[Any], call: str, index: int, depth: int) -> tup
     lines = call[len(trace.SPAWN_OPEN) : -len(trace.SPAWN_CLOSE)].removesuffix("\n").split("\n")
     named = [line and line[1] for line in map(trace.read_spawn_line, lines)]
     if len(children) != len(named):
-        raise ValueError(f"call {index} of a thread names {len(named)} children, {len(children)} are there")
+        raise UserError(f"call {index} of a thread names {len(named)} children, {len(children)} are there")
     threads = []
     for number, (child, node) in enumerate(zip(children, named)):
         try:
             prompt, thread = _thread(child, depth + 1)
             if node is None or prompt.node != node:
-                raise ValueError(f"it is of {prompt.text.splitlines()[0]!r}, its parent called {lines[number][:80]!r}")
+                raise UserError(f"it is of {prompt.text.splitlines()[0]!r}, its parent called {lines[number][:80]!r}")
         except ValueError as error:
-            raise ValueError(f"child {number} of call {index}: {error}") from None
+            raise UserError(f"child {number} of call {index}: {error}") from None
         threads.append(thread)
     return tuple(threads)
 
@@ -93,13 +94,13 @@ def _texts(trace_dict: Any) -> tuple[list[str], list[list]]:
     try:
         texts, calls = trace_dict["main_calls"], trace_dict["sub_calls"]
     except (KeyError, TypeError, IndexError):
-        raise ValueError("a trace has main_calls and sub_calls") from None
+        raise UserError("a trace has main_calls and sub_calls") from None
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-        raise ValueError("main_calls is a list of one text or more")
+        raise UserError("main_calls is a list of one text or more")
     if not isinstance(calls, list) or not all(isinstance(children, list) for children in calls):
-        raise ValueError("sub_calls is a list with a list of children for each spawn")
+        raise UserError("sub_calls is a list with a list of children for each spawn")
     if len(calls) != len(texts) - 1:
-        raise ValueError(f"{len(texts)} main_calls go with {len(texts) - 1} sub_calls, there are {len(calls)}")
+        raise UserError(f"{len(texts)} main_calls go with {len(texts) - 1} sub_calls, there are {len(calls)}")
     return texts, calls
 
 
@@ -135,10 +136,10 @@ def read_traces(path: Path) -> Iterator[tuple[Problem, ThreadTree]]:
         problem = _problem(row)
         apr = "trace_dict" in row
         if not apr and not isinstance(row.get("search_path"), str):
-            raise ValueError("it has neither trace_dict nor search_path")
+            raise UserError("it has neither trace_dict nor search_path")
         tree = tree_from_trace(row["trace_dict"] if apr else {"main_calls": [row["search_path"]], "sub_calls": []})
         if (tree.info["numbers"], tree.info["target"]) != (list(problem.numbers), problem.target):
-            raise ValueError(f"its trace is of another problem: {tree.info['numbers']} to {tree.info['target']}")
+            raise UserError(f"its trace is of another problem: {tree.info['numbers']} to {tree.info['target']}")
         kind, _, size = str(row.get("search_type", "")).partition("_")
         style = "apr" if apr else "sos" if kind == "sos" else "sosp"
         beams = {ours: row[theirs] for ours, theirs in _BEAMS.items() if theirs in row}
@@ -155,11 +156,11 @@ def read_prompts(path: Path) -> Iterator[tuple[Problem, str]]:
     def entry(row: Any) -> tuple[Problem, str]:
         prompt = row.get("prefix") if isinstance(row, dict) else row
         if not isinstance(prompt, str):
-            raise ValueError("a prompt is a text, or an object with a prefix")
+            raise UserError("a prompt is a text, or an object with a prefix")
         start = prompt.find("Current State: ")
         state = trace.read_state(prompt[start:]) if start >= 0 else None
         if state is None or state.operations:
-            raise ValueError(f"no root state in {prompt[:80]!r}")
+            raise UserError(f"no root state in {prompt[:80]!r}")
         return Problem(state.numbers, state.target), prompt
 
     yield from _read(path, entry)
@@ -170,9 +171,9 @@ _BEAMS = {"beam": "beam_size", "sub_beam": "sub_call_beam_size"}
 
 def _problem(row: Any) -> Problem:
     if not isinstance(row, dict) or "nums" not in row or "target" not in row:
-        raise ValueError("a problem has nums and target")
+        raise UserError("a problem has nums and target")
     if not isinstance(row["nums"], list):
-        raise ValueError(f"nums is a list of numbers, was {row['nums']!r}")
+        raise UserError(f"nums is a list of numbers, was {row['nums']!r}")
     return Problem(tuple(row["nums"]), row["target"])
 
 
@@ -182,27 +183,27 @@ def _read(path: Path, entry: Callable[[Any], Any]) -> Iterator[Any]:
             try:
                 yield entry(row)
             except ValueError as error:
-                raise ValueError(f"{path}, entry {number}: {error}") from None
+                raise UserError(f"{path}, entry {number}: {error}") from None
 
 
 def _entries(file: TextIO, path: Path) -> Iterator[Any]:
     """The entries of one JSON array, each parsed when the text up to its end has been read."""
     text, number = _Chunks(file, path), 0
     if text.next() not in ("[", ""):
-        raise ValueError(f"{path} is no JSON array: it begins with {text.read[:20]!r}")
+        raise UserError(f"{path} is no JSON array: it begins with {text.read[:20]!r}")
     text.at += 1
     while (character := text.next()) != "]":
         if not character:
-            raise ValueError(f"{path} ends after {number} entries without the end of its array")
+            raise UserError(f"{path} ends after {number} entries without the end of its array")
         if number:
             if character != ",":
-                raise ValueError(f"{path}, after entry {number - 1}: a comma is missing before {character!r}")
+                raise UserError(f"{path}, after entry {number - 1}: a comma is missing before {character!r}")
             text.at += 1
         yield text.value(f"{path}, entry {number}")
         number += 1
     text.at += 1
     if character := text.next():
-        raise ValueError(f"{path}: {character!r} follows its array")
+        raise UserError(f"{path}: {character!r} follows its array")
 
 
 class _Chunks:
@@ -219,7 +220,7 @@ class _Chunks:
         try:
             chunk = self.file.read(max(_CHUNK, len(waiting)))
         except UnicodeDecodeError:
-            raise ValueError(f"{self.path} is no JSON text") from None
+            raise UserError(f"{self.path} is no JSON text") from None
         self.read, self.at, self.ended = waiting + chunk, 0, not chunk
 
     def next(self) -> str:
@@ -244,7 +245,7 @@ class _Chunks:
                     error.msg.startswith("Unterminated string") or error.pos >= len(self.read) - _CUT
                 )
                 if self.ended or not unfinished:
-                    raise ValueError(f"{where}: it is cut short or no JSON") from None
+                    raise UserError(f"{where}: it is cut short or no JSON") from None
             self.more()
 
 

@@ -31,6 +31,7 @@ from apr_jax.countdown.problem import Problem, ProblemRange
 from apr_jax.countdown.recipe import COUNTED, DROPPED, Recipe, count_tree
 from apr_jax.countdown.search import SolverConfig
 from apr_jax.countdown.vocabulary import countdown_tokenizer
+from apr_jax.errors import UserError
 from apr_jax.text.hub import load_tokenizer
 from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.threads import ThreadTree
@@ -61,7 +62,7 @@ class DatasetConfig:
 
     def __post_init__(self):
         if not 0 <= self.unseen_targets < 1:
-            raise ValueError(f"unseen_targets is from 0 to less than 1, was given {self.unseen_targets}")
+            raise UserError(f"unseen_targets is from 0 to less than 1, was given {self.unseen_targets}")
 
     def described(self) -> dict[str, Any]:
         """As JSON gives it back."""
@@ -86,7 +87,7 @@ class ProblemFile(Sequence[Problem]):
     def __init__(self, path: Path):
         self._rows = np.load(path, mmap_mode="r")
         if self._rows.ndim != 2 or self._rows.shape[1] < 2:
-            raise ValueError(f"{path} holds no problems")
+            raise UserError(f"{path} holds no problems")
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -152,7 +153,7 @@ def read_manifest(folder: Path) -> dict | None:
     try:
         return json.loads(path.read_text())
     except ValueError:
-        raise ValueError(f"{path} is broken: delete it, and it is made again from what lies beside it") from None
+        raise UserError(f"{path} is broken: delete it, and it is made again from what lies beside it") from None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -170,7 +171,7 @@ def _check_same(theirs: dict, mine: dict, folder: Path) -> None:
     recipes = [{**one, "solver": defaults | one["solver"]} for one in theirs.get("recipes", ())]
     theirs = {**theirs, "recipes": recipes}
     if different := [name for name in mine if mine[name] != theirs.get(name)]:
-        raise ValueError(
+        raise UserError(
             f"{folder} holds a data set of another config (another {', '.join(different)}): give another folder"
         )
 
@@ -200,7 +201,7 @@ def _make_problems(config: DatasetConfig, folder: Path, run, progress) -> None:
             tried += len(problems)
             if tried > MOST_REFUSED * (have + CANDIDATES):
                 part.unlink()
-                raise ValueError(
+                raise UserError(
                     f"{count} {name.replace('_', '-')} problems were asked for, this range gives about {have}: "
                     "widen problems, ask for fewer, or allow repeats"
                 )
@@ -237,7 +238,7 @@ def _finish(config: DatasetConfig, folder: Path, jobs: Sequence["_Job"]) -> dict
     for name, count in counts.items():
         if name.endswith("_train") and not count["trees"]:
             recipe = next(recipe for recipe in config.recipes if name.startswith(recipe.style))
-            raise ValueError(
+            raise UserError(
                 f"none of {config.train} {recipe.style} trees fits a window of {recipe.window} tokens"
                 + (" and is right" if recipe.correct_only else "")
             )

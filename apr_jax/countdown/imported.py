@@ -13,6 +13,7 @@ from apr_jax.countdown.dataset import SHARD_PROBLEMS, VALIDATION, write_text
 from apr_jax.countdown.problem import Problem
 from apr_jax.countdown.recipe import COUNTED, DROPPED, count_tree, gave_up
 from apr_jax.countdown.vocabulary import countdown_tokenizer
+from apr_jax.errors import UserError
 from apr_jax.text.hub import load_tokenizer
 from apr_jax.threads import ThreadTree, encode_tree
 from apr_jax.threads.metrics import longest_context
@@ -36,7 +37,7 @@ def import_dataset(
     ValueError where it is there already, or no tree to train on is left.
     """
     if folder.exists():
-        raise ValueError(f"{folder} is there already: give another folder")
+        raise UserError(f"{folder} is there already: give another folder")
     whole, folder = folder, folder.with_name(f"{folder.name}.part")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -81,7 +82,7 @@ def import_dataset(
         write(name)
     if not any(count["trees"] for name, count in counts.items() if name.endswith("_train")):
         told = "; ".join(f"{name}: {dict(count)}" for name, count in counts.items()) or "there are none"
-        raise ValueError(f"no tree to train on is left ({told})")
+        raise UserError(f"no tree to train on is left ({told})")
     for name, rows in problems.items():
         with open(folder / f"{name}.npy", "wb") as file:
             np.save(file, np.array(rows, np.int32))

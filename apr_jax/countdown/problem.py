@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from apr_jax.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
@@ -22,10 +24,10 @@ class Problem:
     def __post_init__(self):
         object.__setattr__(self, "numbers", tuple(self.numbers))
         if not self.numbers:
-            raise ValueError("a Countdown problem needs at least one number, was given none")
+            raise UserError("a Countdown problem needs at least one number, was given none")
         for value in (*self.numbers, self.target):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"Countdown numbers and targets are integers of at least 1, was given {value!r}")
+                raise UserError(f"Countdown numbers and targets are integers of at least 1, was given {value!r}")
 
     @property
     def key(self) -> tuple[tuple[int, ...], int]:
@@ -143,11 +145,11 @@ class ProblemRange:
 
     def __post_init__(self):
         if not 2 <= self.count <= 6:
-            raise ValueError(f"numbers per problem are 2 to 6, was given {self.count}")
+            raise UserError(f"numbers per problem are 2 to 6, was given {self.count}")
         if self.max_number < 1:
-            raise ValueError(f"the largest number is at least 1, was given {self.max_number}")
+            raise UserError(f"the largest number is at least 1, was given {self.max_number}")
         if not 2 <= self.min_target <= self.max_target:
-            raise ValueError(f"targets need 2 <= lowest <= highest, was given {self.min_target} to {self.max_target}")
+            raise UserError(f"targets need 2 <= lowest <= highest, was given {self.min_target} to {self.max_target}")
 
     def draw(self, rng: random.Random) -> Problem:
         """A target at random, then numbers at random until they reach it. Raises ValueError where none do."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from apr_jax.countdown import trace
 from apr_jax.countdown.problem import Problem
 from apr_jax.countdown.verify import check_path, check_solution, operations
+from apr_jax.errors import UserError
 from apr_jax.threads.protocol import MalformedSpawn, SpawnRequest
 
 SPAWN_ERRORS = (
@@ -48,7 +49,7 @@ class CountdownProtocol:
 
     def __post_init__(self):
         if self.style not in _CONDITIONS:
-            raise ValueError(f"style is one of {sorted(_CONDITIONS)}, was given {self.style!r}")
+            raise UserError(f"style is one of {sorted(_CONDITIONS)}, was given {self.style!r}")
 
     def condition(self, budget: int | None) -> str:
         """What goes first on a root prompt to ask for a budget, as ``"Sub Call Budget: 6 "``; "" for None.
@@ -56,7 +57,7 @@ class CountdownProtocol:
         if budget is None:
             return ""
         if budget < 0:
-            raise ValueError(f"a budget is 0 or more, was given {budget}")
+            raise UserError(f"a budget is 0 or more, was given {budget}")
         return f"{_CONDITIONS[self.style]}{budget} "
 
     def root_prompt(self, problem: Problem, budget: int | None = None) -> str:

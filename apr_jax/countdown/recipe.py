@@ -8,6 +8,7 @@ from apr_jax.countdown import trace
 from apr_jax.countdown.problem import Problem
 from apr_jax.countdown.protocol import CountdownProtocol
 from apr_jax.countdown.solver import SOLVERS, SolverConfig
+from apr_jax.errors import UserError
 from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.threads import Thread, ThreadTree, encode_tree
 from apr_jax.threads.metrics import longest_context, sequential_tokens, total_tokens
@@ -40,7 +41,7 @@ class Recipe:
     def __post_init__(self):
         CountdownProtocol(self.style)  # raises for an unknown one
         if self.search and self.search not in SOLVERS:
-            raise ValueError(f"search is one of {', '.join(sorted(SOLVERS))}, was given {self.search!r}")
+            raise UserError(f"search is one of {', '.join(sorted(SOLVERS))}, was given {self.search!r}")
 
     def make(self, problem: Problem, index: int, tokenizer: Tokenizer) -> tuple[ThreadTree, str | None]:
         """The tree of problem number `index`, a pure function of (recipe, problem, index), and why it is dropped.

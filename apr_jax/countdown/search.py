@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from apr_jax.countdown import trace
 from apr_jax.countdown.problem import combine
+from apr_jax.errors import UserError
 
 # The authors' generator draws "promising" as true with these probabilities; the paper's text says APR_PAPER_PROMISING.
 APR_PROMISING, SOSP_PROMISING = 0.9, 0.5
@@ -56,24 +57,24 @@ class SolverConfig:
 
     def __post_init__(self):
         if self.heuristic not in HEURISTICS:
-            raise ValueError(f"heuristic is one of {sorted(HEURISTICS)}, was given {self.heuristic!r}")
+            raise UserError(f"heuristic is one of {sorted(HEURISTICS)}, was given {self.heuristic!r}")
         for name in ("beam", "sub_beam"):
             value = getattr(self, name)
             if value is not None and not 1 <= value[0] <= value[1]:
-                raise ValueError(f"{name} needs 1 <= lowest <= highest, was given {value}")
+                raise UserError(f"{name} needs 1 <= lowest <= highest, was given {value}")
         if weights := self.beam_weights:
             breadths = self.beam[1] - self.beam[0] + 1
             if len(weights) != breadths or min(weights) < 0 or not sum(weights):
-                raise ValueError(
+                raise UserError(
                     f"beam_weights are none or {breadths}, one of 0 or more for each beam of {self.beam}, was given "
                     f"{weights}"
                 )
         if not 0 <= self.promising <= 1:
-            raise ValueError(f"promising is a probability from 0 to 1, was given {self.promising}")
+            raise UserError(f"promising is a probability from 0 to 1, was given {self.promising}")
         if self.depth < 0:
-            raise ValueError(f"depth is 0 or more levels of children, was given {self.depth}")
+            raise UserError(f"depth is 0 or more levels of children, was given {self.depth}")
         if not self.strategies or not {*self.strategies} <= {"dfs", "bfs"}:
-            raise ValueError(f"strategies are dfs, bfs or both, was given {self.strategies}")
+            raise UserError(f"strategies are dfs, bfs or both, was given {self.strategies}")
 
     @classmethod
     def paper_sos(cls, **changes) -> "SolverConfig":

@@ -1,6 +1,7 @@
 """The Countdown tokenizer: which phrases of the trace language are one token."""
 
 from apr_jax.countdown import trace
+from apr_jax.errors import UserError
 from apr_jax.text.tokenizer import Tokenizer
 
 # None of these may reach past the end of a prompt, which stops at the "]" of an operations list, before
@@ -26,6 +27,6 @@ NUMBER = r"[0-9]+"
 def countdown_tokenizer(max_number: int) -> Tokenizer:
     """One token for every number up to `max_number`; a larger one is spelled in digits."""
     if max_number < 9:
-        raise ValueError(f"numbers up to 9 are characters, so max_number is at least 9, was given {max_number}")
+        raise UserError(f"numbers up to 9 are characters, so max_number is at least 9, was given {max_number}")
     words = ["]\n", *(f",{step}" for step in range(10)), *(str(number) for number in range(10, max_number + 1))]
     return Tokenizer.build(PHRASES, (LINE_END_AFTER_NUMBERS, NODE_STEP, NUMBER), words)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from apr_jax.errors import UserError
 from apr_jax.threads.metrics import (
     children,
     depth,
@@ -73,7 +74,7 @@ class Record:
         try:
             return cls(**json.loads(line))
         except TypeError as error:
-            raise ValueError(f"no record: {error}") from None
+            raise UserError(f"no record: {error}") from None
 
 
 def read_records(path: str | Path) -> list[Record]:
@@ -83,7 +84,7 @@ def read_records(path: str | Path) -> list[Record]:
         try:
             records.append(Record.read(line))
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from None
+            raise UserError(f"{path}, line {number}: {error}") from None
     return records
 
 

@@ -25,6 +25,7 @@ from flax import nnx
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from apr_jax.errors import UserError
 from apr_jax.export.folder import replaced
 from apr_jax.model.attention import attend_masked
 from apr_jax.model.llama import Llama, parameter_count
@@ -50,7 +51,7 @@ FILES = (
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
-class ExportError(RuntimeError):
+class ExportError(UserError):
     """An export that cannot be made or cannot be written; one line, and what was there before stays."""
 
 
@@ -308,7 +309,7 @@ def greedy_agreement(model: Llama, folder: Path | str, prompts: Sequence[Sequenc
 
     longest = max(map(len, prompts), default=0) + new_tokens
     if longest > model.config.context:
-        raise ValueError(f"a prompt and {new_tokens} tokens are {longest}, the model holds {model.config.context}")
+        raise UserError(f"a prompt and {new_tokens} tokens are {longest}, the model holds {model.config.context}")
     theirs = load_transformers(folder)
     engine = _engine(_as_exported(model, folder), slots=min(len(prompts), 8) or 1, context=model.config.context)
     stop = frozenset({theirs.config.eos_token_id})

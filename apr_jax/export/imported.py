@@ -22,6 +22,7 @@ import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
 
+from apr_jax.errors import UserError
 from apr_jax.export.hf import INDEX, SPARE_POSITIONS, WEIGHTS, hf_name, undo
 from apr_jax.model.llama import Llama, LlamaConfig
 from apr_jax.train.optimizer import path_name
@@ -34,7 +35,7 @@ DERIVED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "quantization_config": None}
 
 
-class HfFolderError(ValueError):
+class HfFolderError(UserError):
     """A folder that holds no Llama of ours; one line that names the file and the key or tensor."""
 
 

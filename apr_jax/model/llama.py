@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from apr_jax.errors import UserError
+
 Array = jax.Array
 # (q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, layer's carry or None) -> (out_BxTxNxH, what the layer leaves behind)
 Attend = Callable[[Array, Array, Array, object], tuple[Array, object]]
@@ -50,15 +52,15 @@ class LlamaConfig:
     def __post_init__(self):
         for name, allowed in (("attention", ATTENTIONS), ("remat", tuple(REMAT))):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is one of {', '.join(allowed)}, was given {getattr(self, name)!r}")
+                raise UserError(f"{name} is one of {', '.join(allowed)}, was given {getattr(self, name)!r}")
         if self.width % self.heads or (self.width // self.heads) % 2:
-            raise ValueError(f"width {self.width} over {self.heads} heads must give an even head size")
+            raise UserError(f"width {self.width} over {self.heads} heads must give an even head size")
         if self.heads % self.kv:
-            raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
+            raise UserError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
         if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype is float32 or bfloat16, was given {self.dtype!r}")
+            raise UserError(f"dtype is float32 or bfloat16, was given {self.dtype!r}")
         if self.attention == "cudnn" and self.dtype != "bfloat16":
-            raise ValueError(f"attention cudnn needs dtype bfloat16, was given {self.dtype!r}")
+            raise UserError(f"attention cudnn needs dtype bfloat16, was given {self.dtype!r}")
 
     @property
     def head_size(self) -> int:

@@ -28,6 +28,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from apr_jax.errors import UserError
 from apr_jax.model.cache import make_cache
 from apr_jax.model.llama import Llama
 from apr_jax.rollout.decode import Distribution, SlotInputs, make_copy, make_decode, make_prefill
@@ -71,9 +72,9 @@ class JaxEngine:
     ):
         devices = mesh.devices.size
         if slots < 1 or slots % devices:
-            raise ValueError(f"slots must be a multiple of the {devices} devices, was given {slots}")
+            raise UserError(f"slots must be a multiple of the {devices} devices, was given {slots}")
         if context > model.config.context:
-            raise ValueError(f"the model holds {model.config.context} tokens, an engine of {context} was asked for")
+            raise UserError(f"the model holds {model.config.context} tokens, an engine of {context} was asked for")
         self.context, self.seed, self.steps = context, seed, steps
         self._mesh = mesh = Mesh(mesh.devices.reshape(-1), ("data",))
         self._devices, self._per_device, self._config = devices, slots // devices, model.config

@@ -19,6 +19,7 @@ from collections.abc import Sequence as Ids
 
 import httpx
 
+from apr_jax.errors import UserError
 from apr_jax.rollout.measure import Lineage, Measurement, Measurements, Origin
 from apr_jax.rollout.placement import AllToOne, Placement
 from apr_jax.threads.engine import Decoded, Sampling
@@ -47,7 +48,7 @@ class Patience:
     def __post_init__(self):
         for name in ("request", "retry"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name} of a patience is above 0 s, was given {getattr(self, name)}")
+                raise UserError(f"{name} of a patience is above 0 s, was given {getattr(self, name)}")
 
 
 class _Sequence:
@@ -91,12 +92,12 @@ class SglangEngine:
     ):  # fmt: skip
         self.servers = [_checked(url) for url in servers]
         if not self.servers:
-            raise ValueError("an SGLang engine needs one server at least, was given none")
+            raise UserError("an SGLang engine needs one server at least, was given none")
         if logprobs not in LOGPROBS:
-            raise ValueError(f"logprobs is one of {', '.join(LOGPROBS)}, was given {logprobs!r}")
+            raise UserError(f"logprobs is one of {', '.join(LOGPROBS)}, was given {logprobs!r}")
         for name, value in (("context", context), ("vocabulary", vocabulary), ("at_once", at_once)):
             if value < 1:
-                raise ValueError(f"{name} is 1 or more, was given {value}")
+                raise UserError(f"{name} is 1 or more, was given {value}")
         self.context, self.vocabulary, self.at_once = context, vocabulary, at_once
         self.placement = AllToOne() if placement is None else placement
         self.patience, self.measurements, self.logprobs = patience, measurements, logprobs
@@ -164,7 +165,7 @@ class SglangEngine:
     def _check_ids(self, ids) -> None:
         for one in ids:
             if not 0 <= one < self.vocabulary:
-                raise ValueError(f"ids are 0 to {self.vocabulary - 1}, was given {one}: it would end the server")
+                raise UserError(f"ids are 0 to {self.vocabulary - 1}, was given {one}: it would end the server")
 
     async def _generate(
         self, sequence: _Sequence, written: list[int], stop: frozenset[int], limit: int, sampling: Sampling
@@ -389,7 +390,7 @@ def _checked(url: str) -> str:
             return url.rstrip("/")
     except httpx.InvalidURL:
         pass
-    raise ValueError(f"a server is given as http://HOST:PORT, was given {url!r}")
+    raise UserError(f"a server is given as http://HOST:PORT, was given {url!r}")
 
 
 def _reason(error: httpx.RequestError) -> str:

@@ -7,6 +7,7 @@ of a prompt never depend on what follows it, whatever the tokenizer would merge 
 from collections.abc import Sequence
 from pathlib import Path
 
+from apr_jax.errors import UserError
 from apr_jax.text.tokenizer import Tokenizer
 
 FILE = "tokenizer.json"
@@ -19,7 +20,7 @@ class HubTokenizer:
         self.backend = backend
         self.bos, self.eos = backend.bos_token_id, backend.eos_token_id
         if self.bos is None or self.eos is None:
-            raise ValueError(f"the tokenizer {backend.name_or_path} has no token for the beginning or end of a text")
+            raise UserError(f"the tokenizer {backend.name_or_path} has no token for the beginning or end of a text")
         self.pad = self.eos if backend.pad_token_id is None else backend.pad_token_id
 
     def __len__(self) -> int:
@@ -35,7 +36,7 @@ class HubTokenizer:
         """The id of a text that must be one token; raises ValueError where it is not."""
         ids = self.encode(text)
         if len(ids) != 1:
-            raise ValueError(f"{text!r} is {len(ids)} tokens of {self.backend.name_or_path}, rollouts need one: add it")
+            raise UserError(f"{text!r} is {len(ids)} tokens of {self.backend.name_or_path}, rollouts need one: add it")
         return ids[0]
 
 
@@ -57,7 +58,7 @@ def load_tokenizer(name: str) -> Tokenizer | HubTokenizer:
     try:
         backend = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # the libraries raise bare Exception for many kinds of broken files
-        raise ValueError(f"no tokenizer {name!r}: {str(error).strip().splitlines()[0]}") from None
+        raise UserError(f"no tokenizer {name!r}: {str(error).strip().splitlines()[0]}") from None
     return HubTokenizer(backend)
 
 

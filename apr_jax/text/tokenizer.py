@@ -14,6 +14,8 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from apr_jax.errors import UserError
+
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<s>", "</s>", "<unk>"
 SPECIAL = (PAD, BOS, EOS, UNKNOWN)
 CHARACTERS = tuple(chr(code) for code in range(32, 127)) + ("\n",)
@@ -30,12 +32,12 @@ class Tokenizer:
         try:
             self._cut = re.compile(stored["pre_tokenizer"]["pattern"]["Regex"]).findall
         except (KeyError, TypeError):
-            raise ValueError("the tokenizer does not split text by one regular expression") from None
+            raise UserError("the tokenizer does not split text by one regular expression") from None
 
     def _special(self, name: str) -> int:
         found = self.backend.token_to_id(name)
         if found is None:
-            raise ValueError(f"the tokenizer has no {name} token")
+            raise UserError(f"the tokenizer has no {name} token")
         return found
 
     @classmethod
@@ -63,7 +65,7 @@ class Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception for every kind of broken file
-            raise ValueError(f"{path} is no tokenizer.json: {error}") from None
+            raise UserError(f"{path} is no tokenizer.json: {error}") from None
         backend.encode_special_tokens = True
         return cls(backend)
 
@@ -94,5 +96,5 @@ class Tokenizer:
         """The id of a text that must be one token; raises ValueError where it is not."""
         ids = self.encode(text)
         if len(ids) != 1 or ids[0] == self.unknown:
-            raise ValueError(f"{text!r} is {len(ids)} tokens here, must be one")
+            raise UserError(f"{text!r} is {len(ids)} tokens here, must be one")
         return ids[0]

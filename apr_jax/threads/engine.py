@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Sequence as Ids
 from typing import Protocol
 
+from apr_jax.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -16,11 +18,11 @@ class Sampling:
 
     def __post_init__(self):
         if self.temperature < 0:
-            raise ValueError(f"temperature is 0 or more, was given {self.temperature}")
+            raise UserError(f"temperature is 0 or more, was given {self.temperature}")
         if self.top_k < 0:
-            raise ValueError(f"top_k is 0 (all) or more, was given {self.top_k}")
+            raise UserError(f"top_k is 0 (all) or more, was given {self.top_k}")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is above 0 and at most 1, was given {self.top_p}")
+            raise UserError(f"top_p is above 0 and at most 1, was given {self.top_p}")
 
     @property
     def truncated(self) -> bool:

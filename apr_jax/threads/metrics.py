@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+from apr_jax.errors import UserError
 from apr_jax.threads.tree import Block, Spawn, Thread, ThreadTree
 
 
@@ -163,4 +164,4 @@ def tree_from_json(obj: dict[str, Any]) -> ThreadTree:
     try:
         return ThreadTree(thread(obj["root"]), dict(obj["info"]))
     except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"this is no thread tree as JSON: {type(error).__name__} {error}") from None
+        raise UserError(f"this is no thread tree as JSON: {type(error).__name__} {error}") from None

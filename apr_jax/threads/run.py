@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple
 
+from apr_jax.errors import UserError
 from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.threads.engine import Decoded, Engine, Sampling
 from apr_jax.threads.protocol import MalformedSpawn, SpawnRequest, TaskProtocol
@@ -41,13 +42,13 @@ class Budget:
         for name, least in (("context", 1), ("threads", 1), ("depth", 0), ("tokens", 1), ("least_children", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
-                raise ValueError(f"{name} of a budget is at least {least}, was given {value}")
+                raise UserError(f"{name} of a budget is at least {least}, was given {value}")
         if self.least_children >= self.threads:
-            raise ValueError(f"{self.least_children} children at least need more than {self.threads} threads")
+            raise UserError(f"{self.least_children} children at least need more than {self.threads} threads")
         if self.least_children and not self.depth:
-            raise ValueError(f"{self.least_children} children at least need a depth of 1 or more")
+            raise UserError(f"{self.least_children} children at least need a depth of 1 or more")
         if self.malformed not in MALFORMED:
-            raise ValueError(f"malformed is one of {', '.join(MALFORMED)}, was given {self.malformed!r}")
+            raise UserError(f"malformed is one of {', '.join(MALFORMED)}, was given {self.malformed!r}")
 
 
 class _Allowance(NamedTuple):
@@ -73,7 +74,7 @@ class TreeRunner:
         self, engine: Engine, protocol: TaskProtocol, tokenizer: Tokenizer, budget: Budget, sampling: Sampling
     ):
         if budget.context > engine.context:
-            raise ValueError(f"a window of {budget.context} tokens was asked of an engine that holds {engine.context}")
+            raise UserError(f"a window of {budget.context} tokens was asked of an engine that holds {engine.context}")
         self.engine, self.protocol, self.tokenizer = engine, protocol, tokenizer
         self.budget, self.sampling = budget, sampling
         self.spawn_open = tokenizer.token(protocol.spawn_open)

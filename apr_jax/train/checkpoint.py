@@ -12,10 +12,11 @@ import jax
 import orbax.checkpoint as ocp
 from flax import nnx
 
+from apr_jax.errors import UserError
 from apr_jax.model.llama import Llama, LlamaConfig
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError):
     """A checkpoint that is missing, broken or of another shape; the message names the folder."""
 
 

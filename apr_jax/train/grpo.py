@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
+from apr_jax.errors import UserError
 from apr_jax.model.llama import Llama
 from apr_jax.rollout.engine import JaxEngine
 from apr_jax.text.tokenizer import Tokenizer
@@ -51,7 +52,7 @@ class GrpoTrainer:
         slots: int,
     ):
         if config.batch_rows % mesh.devices.size:
-            raise ValueError(f"batch_rows ({config.batch_rows}) must be a multiple of the {mesh.devices.size} devices")
+            raise UserError(f"batch_rows ({config.batch_rows}) must be a multiple of the {mesh.devices.size} devices")
         self.config = config
         self.engine = JaxEngine(model, mesh, slots=slots, context=budget.context, seed=config.seed)
         self._runner = lambda sampling: TreeRunner(self.engine, protocol, tokenizer, budget, sampling)

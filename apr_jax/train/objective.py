@@ -34,6 +34,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from apr_jax.errors import UserError
 from apr_jax.model.llama import Llama
 from apr_jax.threads import Thread, ThreadTree
 from apr_jax.train.loss import row_logits, token_logprobs, trained_tokens
@@ -75,13 +76,13 @@ class GrpoConfig:
     def __post_init__(self):
         for name, choices in (("aggregate", AGGREGATES), ("kl_estimator", KL_ESTIMATORS)):
             if (value := getattr(self, name)) not in choices:
-                raise ValueError(f"{name} is one of {', '.join(choices)}, was given {value!r}")
+                raise UserError(f"{name} is one of {', '.join(choices)}, was given {value!r}")
         if self.group < 2:
-            raise ValueError(f"a group needs at least 2 rollouts to compare, was given {self.group}")
+            raise UserError(f"a group needs at least 2 rollouts to compare, was given {self.group}")
         if self.temperature <= 0:
-            raise ValueError(f"rollouts need a temperature above 0, was given {self.temperature}")
+            raise UserError(f"rollouts need a temperature above 0, was given {self.temperature}")
         if self.validate_every and self.validation < 1:
-            raise ValueError(f"validation needs at least 1 problem, was given {self.validation}")
+            raise UserError(f"validation needs at least 1 problem, was given {self.validation}")
 
 
 def advantages(rewards: Sequence[float], normalise: bool) -> np.ndarray:

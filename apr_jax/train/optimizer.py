@@ -11,6 +11,8 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers
 
+from apr_jax.errors import UserError
+
 
 class Rule(NamedTuple):
     """How the parameters that `pattern` matches from their beginning are trained.
@@ -53,11 +55,11 @@ class OptimizerConfig:
         try:
             re.compile(self.frozen)
         except re.error as error:
-            raise ValueError(f"frozen is a regular expression, was given {self.frozen!r}: {error}") from None
+            raise UserError(f"frozen is a regular expression, was given {self.frozen!r}: {error}") from None
         if self.name not in ("adamw", "muon"):
-            raise ValueError(f"optimizer name is adamw or muon, was given {self.name!r}")
+            raise UserError(f"optimizer name is adamw or muon, was given {self.name!r}")
         if self.schedule not in ("cosine", "linear", "constant"):
-            raise ValueError(f"schedule is cosine, linear or constant, was given {self.schedule!r}")
+            raise UserError(f"schedule is cosine, linear or constant, was given {self.schedule!r}")
 
 
 def path_name(path) -> str:
@@ -126,7 +128,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         found = jax.tree_util.tree_map_with_path(label, params)
         if len(kinds := set(jax.tree.leaves(found))) == 1:
             what = "finds no parameter to freeze" if "trained" in kinds else "leaves no parameter to train"
-            raise ValueError(f"optimizer.frozen ({config.frozen!r}) {what}")
+            raise UserError(f"optimizer.frozen ({config.frozen!r}) {what}")
         return found
 
     return optax.partition({"trained": chain, "frozen": optax.set_to_zero()}, labels)

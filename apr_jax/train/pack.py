@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from apr_jax.errors import UserError
 from apr_jax.threads import Thread, ThreadTree
 from apr_jax.threads.store import BRANCH, CALL_FORCED, CALL_SAMPLED, END, SAMPLED_ROLES, TreeStore, block_rows
 
@@ -205,7 +206,7 @@ class PackedBatches:
         self.too_long = len(pieces) - len(self._fitting)  # dropped, to be reported
         self.tokens = int(lengths[lengths <= row_length].sum())  # of one epoch
         if not self._fitting:
-            raise ValueError(f"no thread fits a row of {row_length} tokens")
+            raise UserError(f"no thread fits a row of {row_length} tokens")
         self._epoch, self._first_step, self._rows = -1, 0, []
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:

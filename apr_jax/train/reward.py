@@ -10,6 +10,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 
+from apr_jax.errors import UserError
 from apr_jax.threads import TaskProtocol, ThreadTree
 from apr_jax.threads.metrics import (
     children,
@@ -37,7 +38,7 @@ class Prices:
     def __post_init__(self):
         for name, value in vars(self).items():
             if not 0 <= value < float("inf"):
-                raise ValueError(f"a price is a number from 0 on, was given {value} for {name}")
+                raise UserError(f"a price is a number from 0 on, was given {value} for {name}")
 
 
 def reward_terms(tree: ThreadTree, prices: Prices) -> dict[str, float]:

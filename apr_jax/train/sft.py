@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 
+from apr_jax.errors import UserError
 from apr_jax.model.flops import peak_flops, training_flops
 from apr_jax.model.llama import Llama
 from apr_jax.train.checkpoint import Checkpoints, load_model
@@ -120,7 +121,7 @@ def run_sft(
     """
     parts = mesh.size * config.microbatches
     if config.batch_rows % parts:
-        raise ValueError(
+        raise UserError(
             f"batch_rows ({config.batch_rows}) must be a multiple of the {mesh.size} devices"
             + (f" times {config.microbatches} microbatches" if config.microbatches > 1 else "")
         )

@@ -23,6 +23,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from apr_jax.errors import UserError
 from apr_jax.model.llama import Llama
 from apr_jax.train.optimizer import path_name
 
@@ -51,13 +52,13 @@ def data_mesh(devices: int, fsdp: int = 1) -> Mesh:
     """A mesh of `devices`, `fsdp` of which share one copy of the weights. Raises ValueError where there are fewer
     devices, `fsdp` does not divide them, or a process among several would have none."""
     if jax.process_count() > 1 and devices != jax.device_count():
-        raise ValueError(
+        raise UserError(
             f"several processes train on all of their devices: devices is {jax.device_count()}, was given {devices}"
         )
     if not 1 <= devices <= jax.device_count():
-        raise ValueError(f"{devices} devices were asked for, {jax.device_count()} are there")
+        raise UserError(f"{devices} devices were asked for, {jax.device_count()} are there")
     if not 1 <= fsdp <= devices or devices % fsdp:
-        raise ValueError(f"fsdp divides devices ({devices}), was given {fsdp}")
+        raise UserError(f"fsdp divides devices ({devices}), was given {fsdp}")
     shape, chosen = (devices // fsdp, fsdp), jax.devices()[:devices]
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2, devices=chosen)
 
