@@ -89,13 +89,22 @@ class Thread:
         return "".join(block.content for block in self.context)
 
     @property
+    def request_tokens(self) -> tuple[int, ...]:
+        """Tokens that the model wrote in this thread, by request to a stateless server: one up to and with each call, one
+        after the last join. What stands before is each one's prompt."""
+        counts = [0]
+        for item in self.blocks:
+            if isinstance(item, Spawn):
+                counts[-1] += sum(len(block) for block in item.call if block.sampled)
+                counts.append(0)
+            else:
+                counts[-1] += len(item) * item.sampled
+        return tuple(counts)
+
+    @property
     def sampled_tokens(self) -> int:
         """Tokens that the model wrote in this thread, calls included, children not."""
-
-        def own(item: Block | Spawn) -> int:
-            return sum(map(own, item.call)) if isinstance(item, Spawn) else len(item) * item.sampled
-
-        return sum(map(own, self.blocks))
+        return sum(self.request_tokens)
 
     def walk(self) -> Iterator["Thread"]:
         """This thread, then its descendants, depth first."""

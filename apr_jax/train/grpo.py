@@ -25,10 +25,10 @@ from apr_jax.threads.protocol import TaskProtocol
 from apr_jax.threads.run import Budget, TreeRunner, run_all
 from apr_jax.train.checkpoint import Checkpoints
 from apr_jax.train.metrics import MetricsLog, Progress
-from apr_jax.train.objective import GrpoConfig, advantages, grpo_loss, policy_logprobs, tree_pieces
+from apr_jax.train.objective import GrpoConfig, advantages, grpo_loss, loss_divisor, policy_logprobs, tree_pieces
 from apr_jax.train.optimizer import make_optimizer
 from apr_jax.train.pack import Piece, first_fit, pack_rows
-from apr_jax.train.reward import Groups, child_value, rewards, rollout_metrics
+from apr_jax.train.reward import Groups, child_value, differ, rewards, rollout_metrics
 from apr_jax.train.step import Trainer
 from apr_jax.train.termination import Notice, Terminated
 
@@ -79,7 +79,7 @@ class GrpoTrainer:
         first = min(config.prompts, len(problems))
         groups, replaced = self._groups(step, problems, range(first)), []
         for _ in range(config.fresh_rounds):
-            blank = [i for i, group in enumerate(groups) if len(set(rewards(group, config.prices))) == 1]
+            blank = [i for i, group in enumerate(groups) if not differ(rewards(group, config.prices))]
             fresh = range(first, min(first + len(blank), len(problems)))
             for i, group in zip(blank, self._groups(step, problems, fresh)):
                 replaced.append(groups[i])
@@ -119,7 +119,12 @@ class GrpoTrainer:
         """The inner steps on one batch of groups: (state, metrics). A batch without a signal is no update.
         `between(n)` is called after the n-th inner step."""
         config, clock = self.config, _Clock()
-        batches, metrics = self._batches(groups)
+        trees = [
+            (tree, float(advantage))
+            for group in groups
+            for tree, advantage in zip(group, advantages(rewards(group, config.prices), config.normalise))
+        ]
+        batches, metrics = self._batches(trees)
         clock.lap("pack")
         if not batches:
             return state, metrics | clock.laps
@@ -129,9 +134,7 @@ class GrpoTrainer:
             if config.importance_cap:
                 batch["old"] = np.asarray(self._score(state.weights, batch))
         clock.lap("score")
-        threads = [thread for group in groups for tree in group for thread in tree.threads()]
-        sampled = sum(thread.sampled_tokens for thread in threads)
-        divisor = {"token": sampled, "paper": len(threads)}.get(config.aggregate, sum(map(len, groups)))
+        divisor = loss_divisor(trees, config)
         for inner in range(config.inner_steps):
             state, sums = self.trainer.step(state, batches, divisor)
             if inner == 0:
@@ -148,16 +151,14 @@ class GrpoTrainer:
         clock.lap("update")
         return state, metrics | clock.laps
 
-    def _batches(self, groups: Groups) -> tuple[list[dict[str, np.ndarray]], dict[str, float]]:
-        """Packed rows of all that has a gradient, all of one shape, and how many threads they hold. Rows of a batch
-        cost about the same, so that no device waits for another."""
+    def _batches(self, trees: Sequence[tuple[ThreadTree, float]]) -> tuple[list[dict[str, np.ndarray]], dict]:
+        """Packed rows of all that has a gradient, all of one shape, and how many threads they hold. `trees` have their
+        advantages. Rows of a batch cost about the same, so that no device waits for another."""
         config = self.config
         pieces: list[Piece] = []
-        for group in groups:
-            gains = advantages(rewards(group, config.prices), config.normalise)
-            if gains.any() or config.child_credit or config.kl:
-                for tree, gain in zip(group, gains):
-                    pieces += tree_pieces(tree, gain, config, self._window)
+        for tree, advantage in trees:
+            if advantage or config.child_credit or config.kl:
+                pieces += tree_pieces(tree, advantage, config, self._window)
         if not config.kl:
             pieces = [piece for piece in pieces if piece.advantage.any()]
         # A piece holds calls, and children that inherit, beside its thread's window: cut by no one, so counted.

@@ -19,9 +19,10 @@ What it is not: no critic, no importance weights but these.
 `aggregate` weighs tokens:
 
     tree      every tree 1, spread over its sampled tokens; the default
-    sequence  every tree 1, every thread of it the same share, spread over its tokens
-    paper     as the authors' code: as "sequence", but divided by the step's threads instead of its trees, and the
-              k3 term of every thread counts in full: it is not divided by its tree's threads
+    sequence  every tree 1, every thread of it that wrote something the same share, spread over its tokens
+    paper     as the authors' code: a thread is one sequence per request to the server, up to and with each call and
+              after the last join; a sequence's mean is divided by its tree's sequences and by those of the step, the
+              k3 term by those of the step alone. Without a `kl` trees whose advantage is 0 do not count in the step's
     token     every token of the step the same, those of groups without a signal counted, too
     constant  every token the same, divided by trees and the window (Dr. GRPO: with `normalise` off, longer answers
               are no longer favoured)
@@ -40,7 +41,7 @@ from apr_jax.threads import Thread, ThreadTree
 from apr_jax.train.loss import row_logits, token_logprobs, trained_tokens
 from apr_jax.train.optimizer import OptimizerConfig
 from apr_jax.train.pack import Piece, lay_out
-from apr_jax.train.reward import Prices
+from apr_jax.train.reward import Prices, differ
 
 AGGREGATES = ("tree", "sequence", "paper", "token", "constant")
 KL_ESTIMATORS = ("k1", "k3")
@@ -86,8 +87,9 @@ class GrpoConfig:
 
 
 def advantages(rewards: Sequence[float], normalise: bool) -> np.ndarray:
-    """Group-relative advantages [G] of one group; all 0 where its rewards are equal."""
-    if min(rewards) == max(rewards):
+    """Group-relative advantages [G] of one group; all 0 where its rewards are equal
+    but for rounding, which a deviation would blow up to a signal."""
+    if not differ(rewards):
         return np.zeros(len(rewards))
     centred = np.asarray(rewards, np.float64) - np.mean(rewards)
     return centred / centred.std() if normalise else centred
@@ -117,15 +119,20 @@ def tree_pieces(tree: ThreadTree, advantage: float, config: GrpoConfig, window: 
     """The pieces of a sampled tree, laid out with the weight and the advantage of each thread's tokens."""
     threads = list(tree.threads())
     total = max(sum(thread.sampled_tokens for thread in threads), 1)
-    per_thread = lambda thread: 1 / max(thread.sampled_tokens, 1)  # noqa: E731
+    writing = max(sum(thread.sampled_tokens > 0 for thread in threads), 1)
+    of_tree = max(_requests(tree), 1)
+
+    def per_request(thread: Thread, request: int) -> float:
+        return 1 / max(thread.request_tokens[request], 1)
+
     share = {
-        "tree": lambda thread: 1 / total,
-        "sequence": lambda thread: per_thread(thread) / len(threads),
-        "paper": lambda thread: per_thread(thread) / len(threads),
-        "token": lambda thread: 1.0,
-        "constant": lambda thread: 1 / window,
+        "tree": lambda thread, request: 1 / total,
+        "sequence": lambda thread, request: 1 / max(thread.sampled_tokens, 1) / writing,
+        "paper": lambda thread, request: per_request(thread, request) / of_tree,
+        "token": lambda thread, request: 1.0,
+        "constant": lambda thread, request: 1 / window,
     }[config.aggregate]
-    kl_share = per_thread if config.aggregate == "paper" else share
+    kl_share = per_request if config.aggregate == "paper" else share
     own = [0.0] * len(threads)
     if config.child_credit:
         own = child_advantages(tree, config.normalise)
@@ -135,6 +142,21 @@ def tree_pieces(tree: ThreadTree, advantage: float, config: GrpoConfig, window: 
         for thread in threads
         if not thread.inherits
     ]  # fmt: skip
+
+
+def loss_divisor(trees: Sequence[tuple[ThreadTree, float]], config: GrpoConfig) -> int:
+    """By which a step's sum of losses is divided: its trees, sampled tokens or requests, as `aggregate` says. `trees`
+    are all of the step, each with its advantage."""
+    if config.aggregate == "token":
+        return sum(thread.sampled_tokens for tree, _ in trees for thread in tree.threads())
+    if config.aggregate == "paper":
+        return sum(_requests(tree) for tree, advantage in trees if advantage or config.kl)
+    return len(trees)
+
+
+def _requests(tree: ThreadTree) -> int:
+    """How many requests wrote a tree: those that gave no token (a thread at its limit) were never made."""
+    return sum(tokens > 0 for thread in tree.threads() for tokens in thread.request_tokens)
 
 
 def policy_logprobs(model: Llama, rows: dict, temperature: float) -> jax.Array:
@@ -162,6 +184,7 @@ def grpo_loss(model: Llama, rows: dict, config: GrpoConfig) -> tuple[jax.Array, 
         advantage = advantage - config.kl * ahead(rows["logprobs"], rows["reference"])
     ratio = jnp.exp(ahead(logprobs_BxT, old))
     clipped = jnp.clip(ratio, 1 - config.clip_low, 1 + config.clip_high)
+    binds = clipped * advantage < ratio * advantage  # only there the clip takes the gradient away
     gain = importance * jnp.minimum(ratio * advantage, clipped * advantage)
     loss = -jnp.sum(trained * rows["share"] * gain)
     kl = jnp.zeros_like(ratio)
@@ -177,8 +200,8 @@ def grpo_loss(model: Llama, rows: dict, config: GrpoConfig) -> tuple[jax.Array, 
         "trained": jnp.sum(trained),
         "difference": jnp.sum(difference),
         "max_difference": jnp.max(difference),
-        "clipped_low": jnp.sum(trained * (ratio < 1 - config.clip_low)),
-        "clipped_high": jnp.sum(trained * (ratio > 1 + config.clip_high)),
+        "clipped_low": jnp.sum(trained * (binds & (ratio < 1))),
+        "clipped_high": jnp.sum(trained * (binds & (ratio > 1))),
         "importance": jnp.sum(trained * importance),
         "kl": jnp.sum(trained * kl),
         "entropy": -jnp.sum(trained * jnp.sum(jnp.exp(plain) * plain, axis=-1)),

@@ -37,13 +37,14 @@ RULES = (
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """The paper's SFT: adamw, peak 5e-5, warm-up 1 step, cosine to a tenth, decay 0.01, clip 1."""
+    """The paper's SFT: adamw, one step of warm-up from a tenth to the peak of 5e-5, cosine to a hundredth, decay 0.01,
+    clip 1."""
 
     name: str = "adamw"  # adamw, or muon: Muon on the matrices, AdamW on the rest
     peak_rate: float = 5e-5
     muon_rate: float = 0.02  # peak rate of the matrices under muon; the update has unit spectral norm
-    start_rate: float = 0.1  # fraction of the peak at step 0
-    end_rate: float = 0.1  # fraction of the peak at the last step
+    start_rate: float = 0.1  # fraction of the peak at the first step, where there is a warm-up
+    end_rate: float = 0.01  # fraction of the peak at the last step
     warmup_steps: int = 1
     schedule: str = "cosine"  # cosine, linear, constant
     weight_decay: float = 0.01
@@ -87,14 +88,20 @@ def muon_dimensions(params):
     return jax.tree_util.tree_map_with_path(axes, params)
 
 
+def _muon_or_adam(params):
+    return jax.tree_util.tree_map_with_path(lambda path, _: "adam" if rule_of(path).muon is None else "muon", params)
+
+
 def decayed(params):
     """True where weight decay applies."""
     return jax.tree_util.tree_map_with_path(lambda path, _: rule_of(path).decay, params)
 
 
 def rate_schedule(config: OptimizerConfig, peak: float, steps: int) -> optax.Schedule:
+    """The learning rate of step 0 to `steps` - 1: `warmup_steps` below the peak, the peak, and on the last step
+    `end_rate` of it (where that comes after the peak)."""
     warm = optax.linear_schedule(config.start_rate * peak, peak, config.warmup_steps)
-    left = max(steps - config.warmup_steps, 1)
+    left = max(steps - 1 - config.warmup_steps, 1)
     if config.schedule == "constant":
         rest = optax.constant_schedule(peak)
     elif config.schedule == "linear":
@@ -106,19 +113,20 @@ def rate_schedule(config: OptimizerConfig, peak: float, steps: int) -> optax.Sch
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """The optimiser of a run of `steps` steps."""
-    rate = rate_schedule(config, config.peak_rate, steps)
+    adam = optax.adamw(
+        rate_schedule(config, config.peak_rate, steps), b2=config.beta2, weight_decay=config.weight_decay, mask=decayed
+    )
     if config.name == "adamw":
-        inner = optax.adamw(rate, b2=config.beta2, weight_decay=config.weight_decay, mask=decayed)
+        inner = adam
     else:
-        inner = optax.contrib.muon(
+        # The rest gets an AdamW of our own: that of `optax.contrib.muon` has Nesterov's momentum and decays gains.
+        muon = optax.contrib.muon(
             rate_schedule(config, config.muon_rate, steps),
-            adam_learning_rate=rate,
-            adam_b2=config.beta2,
             weight_decay=config.weight_decay,
-            adam_weight_decay=config.weight_decay,
             weight_decay_mask=decayed,
             muon_weight_dimension_numbers=muon_dimensions,
         )
+        inner = optax.partition({"muon": muon, "adam": adam}, _muon_or_adam)
     chain = optax.chain(optax.clip_by_global_norm(config.clip), inner) if config.clip else inner
     if not config.frozen:
         return chain

@@ -19,13 +19,13 @@ special case.
 
 import dataclasses
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
 from apr_jax.errors import UserError
-from apr_jax.threads import Thread, ThreadTree
-from apr_jax.threads.store import BRANCH, CALL_FORCED, CALL_SAMPLED, END, SAMPLED_ROLES, TreeStore, block_rows
+from apr_jax.threads import Block, Thread, ThreadTree
+from apr_jax.threads.store import BRANCH, CALL_FORCED, CALL_SAMPLED, END, JOIN, SAMPLED_ROLES, TreeStore, block_rows
 
 ROW_FIELDS = (
     "tokens", "positions", "predecessors", "enter", "exit", "role", "logprobs", "share", "kl_share", "advantage",
@@ -57,23 +57,45 @@ class Piece:
         return np.isin(self.role, SAMPLED_ROLES)
 
 
-PerThread = Callable[[Thread], float]
+# (thread, number of a request of it, as in `Thread.request_tokens`) -> a value of the tokens that it wrote
+PerRequest = Callable[[Thread, int], float]
 
 
 def lay_out(
-    thread: Thread, share: PerThread = lambda thread: 1.0, advantage: PerThread = lambda thread: 0.0,
-    kl_share: PerThread | None = None,
-) -> Piece:  # fmt: skip
-    """The piece of one thread of ids and the children that inherit from it. Of each, `share` weighs the tokens,
-    `kl_share` (default: the same) their divergence, and `advantage` says how well it did."""
+    thread: Thread,
+    share: PerRequest = lambda thread, request: 1.0,
+    advantage: Callable[[Thread], float] = lambda thread: 0.0,
+    kl_share: PerRequest | None = None,
+) -> Piece:
+    """The piece of one thread of ids and the children that inherit from it. Of each request of theirs, `share` weighs
+    the tokens and `kl_share` (default: the same) their divergence; of each thread, `advantage` says how well it did."""
     rows = list(block_rows(thread))
     tokens = [token for _, block, _, _ in rows for token in block.content]
     logprobs = [p for _, block, _, _ in rows for p in (block.logprobs or [0.0] * len(block))]
     blocks = np.array([(role, len(block), children) for _, block, role, children in rows], np.int32)
     piece = lay_out_blocks(np.asarray(tokens, np.int32), blocks, np.asarray(logprobs, np.float32))
-    for values, of in ((piece.share, share), (piece.kl_share, kl_share or share), (piece.advantage, advantage)):
-        values[:] = np.repeat(np.asarray([of(whose) for whose, *_ in rows], np.float32), blocks[:, 1])
+    writers = list(_writers(rows))
+    columns = (
+        (piece.share, [share(whose, request) for whose, request in writers]),
+        (piece.kl_share, [(kl_share or share)(whose, request) for whose, request in writers]),
+        (piece.advantage, [advantage(whose) for whose, _ in writers]),
+    )
+    for values, of_blocks in columns:
+        values[:] = np.repeat(np.asarray(of_blocks, np.float32), blocks[:, 1])
     return piece
+
+
+def _writers(rows: Iterable[tuple[Thread, Block, int, int]]) -> Iterator[tuple[Thread, int]]:
+    """Of each of `block_rows` its thread and the number of the request that the block belongs to."""
+    requests = [0]  # of the thread, and above it of those whose child it is
+    for whose, _, role, _ in rows:
+        if role == BRANCH:
+            requests.append(0)
+        yield whose, requests[-1]
+        if role == END:
+            requests.pop()
+        elif role == JOIN:
+            requests[-1] += 1
 
 
 def lay_out_blocks(tokens: np.ndarray, blocks: np.ndarray, logprobs: np.ndarray | None = None) -> Piece:

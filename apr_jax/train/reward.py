@@ -73,6 +73,11 @@ def rewards(group: Sequence[ThreadTree], prices: Prices) -> list[float]:
     return [sum(reward_terms(tree, prices).values()) for tree in group]
 
 
+def differ(values: Sequence[float]) -> bool:
+    """Whether the rewards of a group differ by more than rounding: equal sums of other prices may end in other bits."""
+    return max(values) - min(values) > 1e-9 * max(1.0, *map(abs, values))
+
+
 def rollout_metrics(groups: Groups, prices: Prices) -> dict[str, float]:
     """What a step's trees were like, as means over trees: reward and its terms, size, shape, and what went wrong. A
     collapse to serial shows in `spawned` and `children`, one to noise in the failures."""
@@ -94,7 +99,7 @@ def rollout_metrics(groups: Groups, prices: Prices) -> dict[str, float]:
         "rollout/correct": mean(lambda tree: tree.info["correct"]),
         "rollout/claimed": mean(lambda tree: tree.info["claimed"]),
         "rollout/wrong": mean(_wrong),
-        "rollout/groups_with_signal": sum(min(one) < max(one) for one in given) / len(groups),
+        "rollout/groups_with_signal": sum(map(differ, given)) / len(groups),
         "rollout/spawned": mean(lambda tree: bool(tree.root.spawns)),
         "rollout/children": mean(children),
         "rollout/duplicate_children": mean(duplicate_children),

@@ -35,5 +35,6 @@ def get_config():
     c.grpo.aggregate, c.grpo.kl = "paper", 0.001  # for SoS+ the paper has a kl of 0.01: a run of its own
     o = c.grpo.optimizer
     o.name, o.peak_rate, o.schedule, o.weight_decay, o.clip = "adamw", 1e-5, "constant", 0.01, 1.0
+    o.warmup_steps = 0
     c.evaluate.slots = 1024
     return c

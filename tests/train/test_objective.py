@@ -1,6 +1,7 @@
 """The objective is the equation of its module: advantages, token weights, ratios, clips and divergence, in NumPy."""
 
 import dataclasses
+import itertools
 import random
 
 import jax
@@ -9,15 +10,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from apr_jax.threads import Block, Spawn, Thread, ThreadTree
+from apr_jax.threads import Block, Spawn, Thread, ThreadTree, map_blocks
 from apr_jax.train.objective import (
     advantages,
     child_advantages,
     grpo_loss,
+    loss_divisor,
     policy_logprobs,
     tree_pieces,
 )
 from apr_jax.train.pack import lay_out_tree, pack_rows
+from apr_jax.train.reward import differ
 from tests.tiny import causal_logits, log_softmax, make_model, plain_logits, random_thread
 from tests.train.objectives import hand_made_tree, make_config
 
@@ -43,6 +46,16 @@ def test_advantages_are_rewards_against_their_group():
         for equal in ([0, 0, 0], [1.0, 1.0], [0.1] * 7):
             assert not advantages(equal, normalise).any()
         assert abs(advantages(np.random.default_rng(0).random(9), normalise).sum()) < 1e-9
+
+
+def test_rewards_that_differ_by_rounding_alone_are_equal():
+    """61 tokens and 1 child cost as much as 21 tokens and 5 children, though not to the last bit."""
+    values = [1 - 0.001 * 61 - 0.01 * 1, 1 - 0.001 * 21 - 0.01 * 5]
+    assert values[0] != values[1] and not differ(values)
+    assert not advantages(values, True).any() and not advantages(values, False).any()
+    near = [0.5, 0.5 + 1e-6]
+    assert differ(near)
+    np.testing.assert_allclose(advantages(near, True), [-1, 1], rtol=1e-6)
 
 
 def token_terms(config, piece, advantage, p, b, o, q, t):
@@ -126,13 +139,14 @@ def test_loss_and_gradient_are_the_equations_in_numpy(changes):
             for t in range(len(piece)):
                 if piece.sampled[t] and piece.predecessors[t] >= 0:
                     loss, slope[t], ratio, weight, k3 = token_terms(config, piece, advantage, p, b, o, q, t)
+                    gain = advantage - config.kl * (b[t] - q[t]) * (config.kl_estimator == "k1")
                     right["loss"] += loss
                     right["weight"] += piece.share[t]
                     right["trained"] += 1
                     right["difference"] += abs(p[t] - b[t])
                     most = max(most, abs(p[t] - b[t]))
-                    right["clipped_low"] += ratio < 0.8
-                    right["clipped_high"] += ratio > 1.3
+                    right["clipped_low"] += ratio < 0.8 and gain < 0
+                    right["clipped_high"] += ratio > 1.3 and gain > 0
                     right["importance"] += weight
                     right["kl"] += k3 if config.kl else 0
                     right["entropy"] += entropy[t]
@@ -154,6 +168,17 @@ def test_loss_and_gradient_are_the_equations_in_numpy(changes):
     by_paths = gradient_by_paths(model, pieces, slopes, 0.7)
     for ours, alone in zip(jax.tree.leaves(gradient), jax.tree.leaves(by_paths), strict=True):
         np.testing.assert_allclose(ours, alone, rtol=1e-3, atol=1e-4 * float(jnp.abs(alone).max()))
+
+
+@pytest.mark.parametrize("advantage, low, high", [(1.0, 0, 1), (-1.0, 1, 0)])
+def test_a_clip_counts_where_it_binds(advantage, low, high):
+    """Of a token whose ratio is past the lower bound and one past the upper, one alone is held back by the clip."""
+    model, config = make_model(2), make_config()
+    (piece,) = tree_pieces(ThreadTree(Thread((Block((5,), False), Block((7, 8), True)))), advantage, config, window=64)
+    rows = pack_rows([[piece]], 3)
+    rows["logprobs"] = np.asarray(policy_logprobs(model, rows, 1.0)) - np.float32([[0, -1, 1]])  # ratios of 1/e and e
+    _, sums = grpo_loss(model, rows, config)
+    assert (float(sums["clipped_low"]), float(sums["clipped_high"])) == (low, high)
 
 
 def test_the_first_ratio_is_one_wherever_the_old_policy_is_the_trainers_own():
@@ -200,8 +225,8 @@ def test_the_gradient_of_k1_is_that_of_the_divergence():
     "aggregate, root, child, kl_root",
     [
         ("tree", 1 / 9, 1 / 9, 1 / 9),
-        ("sequence", 1 / 15, 1 / 12, 1 / 15),
-        ("paper", 1 / 15, 1 / 12, 1 / 5),
+        ("sequence", 1 / 10, 1 / 8, 1 / 10),
+        ("paper", 1 / 10, 1 / 8, 1 / 5),
         ("token", 1.0, 1.0, 1.0),
         ("constant", 1 / 64, 1 / 64, 1 / 64),
     ],
@@ -216,6 +241,81 @@ def test_every_way_to_aggregate_gives_its_share(aggregate, root, child, kl_root)
     assert [piece.tokens.tolist() for piece in pieces] == [
         piece.tokens.tolist() for piece in lay_out_tree(hand_made_tree())
     ]
+
+
+def paper_sequences(tree):
+    """The authors' sequences of a tree, as lists of its written ids: what each request to their server gave. A spawn
+    ends a request, a join begins one; children's come behind their parent's."""
+    found = []
+
+    def walk(thread):
+        written = []
+        for item in thread.blocks:
+            parts = item.call if isinstance(item, Spawn) else (item,)
+            written += [token for block in parts if block.sampled for token in block.content]
+            if isinstance(item, Spawn):
+                found.append(written)
+                written = []
+        found.append(written)
+        for child in thread.children:
+            walk(child)
+
+    walk(tree.root)
+    return [sequence for sequence in found if sequence]
+
+
+def numbered(thread, numbers):
+    """The same thread with every id a new number."""
+    return map_blocks(
+        thread, lambda block: dataclasses.replace(block, content=tuple(next(numbers) for _ in block.content))
+    )
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.3])
+def test_the_paper_s_weights_are_those_of_its_requests(kl):
+    """50 random trees, some nested, some with children that inherit, a third of them without an advantage, against a
+    plain count: a sequence's mean, by the sequences of its tree, by all sequences of the step; without a kl those of
+    advantage 0 are dropped first."""
+    rng, numbers = random.Random(7), itertools.count(1)
+    config = make_config(aggregate="paper", kl=kl)
+    trees = [
+        (ThreadTree(numbered(random_thread(rng, inherit=0.3), numbers)), rng.choice([0.0, 1.5, -0.5]))
+        for _ in range(50)
+    ]
+    kept = [(paper_sequences(tree), advantage) for tree, advantage in trees if advantage or kl]
+    total = sum(len(sequences) for sequences, _ in kept)
+    right = {
+        token: (advantage / len(sequence) / len(sequences) / total, 1 / len(sequence) / total)
+        for sequences, advantage in kept
+        for sequence in sequences
+        for token in sequence
+    }
+    divisor, found = loss_divisor(trees, config), {}
+    for tree, advantage in trees:
+        for piece in tree_pieces(tree, advantage, config, window=64):
+            for t in np.flatnonzero(piece.sampled):
+                found[int(piece.tokens[t])] = piece.share[t] * piece.advantage[t] / divisor, piece.kl_share[t] / divisor
+    assert total > 100 and right.keys() <= found.keys()
+    assert not any(found[token][0] for token in found.keys() - right.keys())
+    for token, weights in right.items():
+        assert found[token] == pytest.approx(weights, rel=1e-5)
+
+
+def test_the_paper_s_weights_of_a_tree_that_was_counted_by_hand():
+    """A root that writes 6 and a call of 2, a child of 4, 2 after the join; beside it a tree of one thread of 6."""
+
+    def written(n):
+        return Block((7,) * n, True)
+
+    prompt, join = Block((5,), False), Block((14,), False)
+    root = Thread((prompt, written(6), Spawn((written(2),), (Thread((prompt, written(4))),), join), written(2)))
+    trees = [(ThreadTree(root), 1.0), (ThreadTree(Thread((prompt, written(6)))), -1.0)]
+    config = make_config(aggregate="paper")
+    pieces = [piece for tree, gain in trees for piece in tree_pieces(tree, gain, config, window=64)]
+    of_root, of_child, of_other = (piece.share[piece.sampled] / loss_divisor(trees, config) for piece in pieces)
+    np.testing.assert_allclose(of_root, [1 / 96] * 8 + [1 / 24] * 2, rtol=1e-6)
+    np.testing.assert_allclose(of_child, 1 / 48, rtol=1e-6)
+    np.testing.assert_allclose(of_other, 1 / 24, rtol=1e-6)
 
 
 def nested_tree():

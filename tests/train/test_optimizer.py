@@ -6,7 +6,16 @@ import optax
 import pytest
 from flax import nnx
 
-from apr_jax.train.optimizer import RULES, OptimizerConfig, decayed, make_optimizer, muon_dimensions, path_name
+from apr_jax.train.optimizer import (
+    RULES,
+    OptimizerConfig,
+    decayed,
+    make_optimizer,
+    muon_dimensions,
+    path_name,
+    rate_schedule,
+    rule_of,
+)
 from tests.tiny import make_model
 
 WEIGHTS = nnx.to_pure_dict(nnx.state(make_model(0)))
@@ -62,3 +71,91 @@ def test_the_clip_sees_only_what_is_trained():
 def test_freezing_all_or_nothing_is_refused(frozen, says):
     with pytest.raises(ValueError, match=f"optimizer.frozen .'{frozen}'. {says}"):
         make_optimizer(OptimizerConfig(frozen=frozen), 10).init(WEIGHTS)
+
+
+# ---------------------------------------------------------------------- updates, per class of parameter
+
+BETA, ADAM = 0.95, (0.9, 0.99)
+DECAY, RATE, MUON_RATE = 0.3, 3e-3, 0.02
+
+
+def adamw(weight, gradients, decays):
+    """An AdamW in float64: the parameter after the last of the gradients."""
+    first = second = np.zeros(weight.shape)
+    for step, gradient in enumerate(gradients, 1):
+        first = ADAM[0] * first + (1 - ADAM[0]) * gradient
+        second = ADAM[1] * second + (1 - ADAM[1]) * gradient**2
+        change = first / (1 - ADAM[0] ** step) / (np.sqrt(second / (1 - ADAM[1] ** step)) + 1e-8)
+        weight = weight - RATE * (change + decays * DECAY * weight)
+    return weight
+
+
+def muon(weight, gradients, shape):
+    """Muon in float64 on the matrices [layers, in, out] that a stacked parameter is."""
+    weight, buffer = weight.reshape(shape), np.zeros(shape)
+    for step, gradient in enumerate(gradients, 1):
+        gradient = gradient.reshape(shape)
+        buffer = BETA * buffer + (1 - BETA) * gradient
+        ahead = BETA * buffer / (1 - BETA ** (step + 1)) + (1 - BETA) * gradient / (1 - BETA**step)  # Nesterov's
+        x = ahead / (np.linalg.norm(ahead, axis=(1, 2), keepdims=True) + 1e-8)
+        turned = shape[1] > shape[2]
+        x = x.swapaxes(1, 2) if turned else x
+        for _ in range(5):
+            a = x @ x.swapaxes(1, 2)
+            x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+        x = x.swapaxes(1, 2) if turned else x
+        weight = weight - MUON_RATE * (max(1, shape[2] / shape[1]) ** 0.5 * x + DECAY * weight)
+    return weight
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_each_class_of_parameter_is_updated_as_its_rule_says(name):
+    """Three updates against Muon and AdamW by hand: matrices, tables and head, gains. Gains never decay."""
+    config = OptimizerConfig(name, RATE, MUON_RATE, 1.0, schedule="constant", weight_decay=DECAY, clip=0.0, beta2=0.99)
+    optimizer, draw = make_optimizer(config, 10), np.random.default_rng(0)
+    gradients = [jax.tree.map(lambda x: draw.normal(size=x.shape).astype(np.float32), WEIGHTS) for _ in range(3)]
+    state, new, step = optimizer.init(WEIGHTS), WEIGHTS, jax.jit(optimizer.update)
+    for gradient in gradients:
+        change, state = step(gradient, state, new)
+        new = optax.apply_updates(new, change)
+    seen = set()
+    for (path, weight), found, *given in zip(
+        jax.tree.leaves_with_path(WEIGHTS), *map(jax.tree.leaves, (new, *gradients)), strict=True
+    ):
+        rule, weight = rule_of(path), np.asarray(weight, np.float64)
+        given = [np.asarray(one, np.float64) for one in given]
+        if name == "muon" and rule.muon:
+            rows = int(np.prod([weight.shape[axis] for axis in rule.muon[0]]))
+            right, kind = muon(weight, given, (weight.shape[0], rows, weight[0].size // rows)), "matrix"
+        else:
+            right, kind = adamw(weight, given, rule.decay), "decayed" if rule.decay else "gain"
+        np.testing.assert_allclose(found, right.reshape(found.shape), atol=1e-6, err_msg=path_name(path))
+        seen.add(kind)
+    assert seen == {"decayed", "gain"} | ({"matrix"} if name == "muon" else set())
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_without_a_gradient_weights_decay_and_gains_stay(name):
+    config = OptimizerConfig(name, 0.01, 0.01, schedule="constant", weight_decay=0.5, warmup_steps=0)
+    optimizer = make_optimizer(config, 10)
+    change, _ = optimizer.update(jax.tree.map(np.zeros_like, GRADIENT), optimizer.init(WEIGHTS), WEIGHTS)
+    for path, value in jax.tree.leaves_with_path(optax.apply_updates(WEIGHTS, change)):
+        before = {path_name(p): w for p, w in jax.tree.leaves_with_path(WEIGHTS)}[path_name(path)]
+        kept = 1.0 if "norm_" in path_name(path) else 1 - 0.01 * 0.5
+        np.testing.assert_allclose(value, kept * np.asarray(before), rtol=1e-6, err_msg=path_name(path))
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+@pytest.mark.parametrize("warmup, steps", [(0, 2), (1, 12), (20, 100), (0, 2000)])
+def test_rates_begin_peak_and_end_where_the_config_says(schedule, warmup, steps):
+    config = OptimizerConfig(start_rate=0.2, end_rate=0.05, warmup_steps=warmup, schedule=schedule)
+    rates = [float(rate_schedule(config, 2.0, steps)(step)) for step in range(steps)]
+    assert rates[0] == pytest.approx(0.4 if warmup else 2.0)
+    assert max(rates) == rates[warmup] == 2.0
+    assert rates[-1] == pytest.approx(0.1) and min(rates[warmup:-1]) > 0.1
+
+
+def test_the_default_is_the_paper_s_schedule():
+    """From 5e-6 to 5e-5 in one step, then to 5e-7."""
+    rate = rate_schedule(OptimizerConfig(), OptimizerConfig().peak_rate, 19_000)
+    assert [float(rate(step)) for step in (0, 1, 18_999)] == pytest.approx([5e-6, 5e-5, 5e-7])

@@ -118,7 +118,7 @@ def test_the_children_that_inherit_are_branches_of_what_came_before_the_call():
 @given(st.integers(0, 10**6), st.sampled_from([0.0, 0.5]))
 def test_a_piece_holds_every_token_once_with_its_place_on_its_path(seed, inherit):
     thread = random_thread(random.Random(seed), logprobs=True, inherit=inherit)
-    piece = lay_out(thread, lambda _: 0.5, advantage=lambda _: -2.0)
+    piece = lay_out(thread, lambda *_: 0.5, advantage=lambda _: -2.0)
     found = []
     for path in paths(thread):
         found += [(*entry[:3], at, path[at - 1][0] if at else None) for at, entry in enumerate(path) if entry[3]]
@@ -135,7 +135,7 @@ def test_a_piece_holds_every_token_once_with_its_place_on_its_path(seed, inherit
 @given(st.integers(0, 10**6))
 def test_packing_keeps_every_piece_whole_and_apart(seed):
     rng = random.Random(seed)
-    pieces = [lay_out(thread, lambda _, i=i: i + 1.0) for i, thread in enumerate(random_thread(rng).walk())]
+    pieces = [lay_out(thread, lambda *_, i=i: i + 1.0) for i, thread in enumerate(random_thread(rng).walk())]
     length = max(map(len, pieces)) + rng.randrange(20)
     chosen = first_fit([len(piece) for piece in pieces], length)
     packed = pack_rows([[pieces[i] for i in row] for row in chosen], length, len(chosen) + 1)
