@@ -10,9 +10,9 @@ Always true:
   decodes, decoding ends, and nothing deadlocks with any number of slots.
 * A fork takes over its parent's slot when the parent is freed: truncation, no copy. Else it shares like anybody else
   (`apr_jax.rollout.slots`): what a slot of its device holds is copied, not computed again.
-* Draws depend on (seed, name, position) alone, not on slots, order or company. So do tokens in float32; in bfloat16 the
-  last bit of a logit depends on how its context was computed (prefilled, decoded, in which width), and a draw near a
-  border with it.
+* Draws depend on (seed, name, position) alone, not on slots, order or batch composition. Logits do in their last bits:
+  a product rounds by its shape, and a context may be prefilled or decoded. In float32 a log-probability moves by up to
+  1e-5, and a token only where its draw lies that near to a border between two; in bfloat16 that happens.
 """
 
 import asyncio

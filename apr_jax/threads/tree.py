@@ -90,8 +90,8 @@ class Thread:
 
     @property
     def request_tokens(self) -> tuple[int, ...]:
-        """Tokens that the model wrote in this thread, by request to a stateless server: one up to and with each call, one
-        after the last join. What stands before is each one's prompt."""
+        """Tokens that the model wrote in this thread, by request to a stateless server: one request up to and with each
+        call, one after the last join. A request's prompt is all that stands before it."""
         counts = [0]
         for item in self.blocks:
             if isinstance(item, Spawn):
