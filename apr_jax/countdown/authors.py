@@ -20,6 +20,7 @@ from apr_jax.countdown.problem import Problem, successors
 from apr_jax.countdown.verify import check_solution
 from apr_jax.errors import UserError
 from apr_jax.threads import Block, Spawn, Thread, ThreadTree
+from apr_jax.threads.store import part_of
 
 _CHUNK = 1 << 20  # characters read at once
 _CUT = 16  # what the end of a chunk can spoil without a string left open (a literal, an escape) is no longer
@@ -317,7 +318,7 @@ def _token_counts(texts: dict[str, Any], encode: Callable[[str], list[int]]) -> 
 def _write(path: Path, rows: Iterable[Any]) -> None:
     """One array, an entry a line; whole or not at all."""
     path = Path(path)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = part_of(path)
     try:
         with open(part, "w", encoding="utf-8") as file:
             for number, row in enumerate(rows):

@@ -68,6 +68,41 @@ def test_shares_make_the_same_bytes(made, tmp_path):
     assert files(tmp_path) == files(made)
 
 
+@pytest.mark.parametrize("moment", ["config.json", "tokenizer.json", "held_out.npy", "train.npy", "manifest.json"])
+def test_shares_with_equal_process_ids_do_not_touch_each_others_files(made, tmp_path, monkeypatch, moment):
+    """As containers on several machines have them. When the first share is about to put a file in its place, the
+    second one makes all that it can, and finishes where it can."""
+    replace, other = os.replace, []
+
+    def second_share_first(source, target):
+        if Path(target).name == moment and not other:
+            other.append(True)
+            make_dataset(CONFIG, tmp_path, shard=(1, 2))
+        replace(source, target)
+
+    make_dataset(CONFIG, tmp_path, shard=(1, 2)) if moment == "manifest.json" else None
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    monkeypatch.setattr(os, "replace", second_share_first)
+    make_dataset(CONFIG, tmp_path, shard=(0, 2))
+    assert other and make_dataset(CONFIG, tmp_path, shard=(1, 2)) is not None
+    assert files(tmp_path) == files(made)
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_finishing_removes_what_killed_processes_left_but_no_file_that_is_written(made, tmp_path):
+    fresh = [tmp_path / "train.npy.5e1f.part", tmp_path / "apr_train" / "00001.5e1f.part"]
+    left = [tmp_path / "train.npy.99.part", tmp_path / "apr_train" / "00002.99.part"]
+    for file, folder in (fresh, left):
+        folder.mkdir(parents=True)
+        file.write_text("")
+        (folder / "shard.json").write_text("")
+    for path in left:
+        os.utime(path, (time.time() - 2 * module.LEFT_AFTER,) * 2)
+    make_dataset(CONFIG, tmp_path)
+    assert [path.exists() for path in (*fresh, *left)] == [True, True, False, False]
+    assert files(tmp_path).items() >= files(made).items()
+
+
 SCRIPT = """
 import sys
 from pathlib import Path
