@@ -282,6 +282,13 @@ def test_stream_of_search_is_a_search_of_the_one_thread_style():
     recipe = Recipe("sosp", SolverConfig.paper_sos(strategies=("bfs",)), window=9999, search="sos")
     tree, why = recipe.make(Problem((3, 5, 7, 9), 24), 0, WORDS)
     assert why is None and tree.info["strategy"] == "bfs" and not tree.root.children
+    assert tree.info["found"] == ([0] if tree.info["solved"] else [])
+    for strategy in ("dfs", "bfs"):  # no solution: both end without the line of the other solvers
+        solver = SolverConfig.paper_sos(strategies=(strategy,))
+        failed, why = dataclasses.replace(recipe, solver=solver).make(Problem((6, 2), 5), 0, WORDS)
+        assert why is None and failed.info["found"] == [] and not failed.info["solved"]
+        text = "".join(WORDS.decode(block.content) for block in failed.root.blocks)
+        assert text.endswith({"dfs": "unequal: No Solution\n", "bfs": "No solution found."}[strategy])
     for wrong, says in (("sso", "search is one of apr, sos, sosp, was given 'sso'"), ("apr2", "search is one of")):
         with pytest.raises(ValueError, match=says):
             dataclasses.replace(recipe, search=wrong)

@@ -1,10 +1,14 @@
 """tools.data: a data set made, told of, exported in the authors' format and imported again."""
 
 import json
+import random
 
 import pytest
 
+from apr_jax.countdown import ProblemRange, authors
 from apr_jax.countdown.dataset import read_manifest
+from apr_jax.countdown.search import SolverConfig
+from apr_jax.countdown.solver import SOLVERS
 from apr_jax.threads import decode_tree
 from apr_jax.threads.store import TreeStore
 from apr_jax.train.pack import StoredPieces
@@ -132,6 +136,22 @@ def test_a_style_with_too_few_traces_is_refused(files, tmp_path, capsys):
     assert call("import", files / "apr.json", few, f"--held_out={val}", f"--out={tmp_path}/data") == 1
     assert "no sosp tree to train on is left" in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"few.json", "val.json"}
+
+
+def test_traces_of_stream_of_search_are_the_one_thread_styles(tmp_path, capsys):
+    """A run reads them as it reads SoS+'s."""
+    source, made = ProblemRange(count=3, max_number=10, max_target=20), []
+    for seed in range(80):
+        problem = source.draw(random.Random(seed))
+        made.append((problem, SOLVERS["sos"](problem, SolverConfig.paper_sos(beam=(1, 2)), random.Random(seed))))
+    authors.write_traces(tmp_path / "sos.json", made)
+    val = write(tmp_path / "val.json", [GOOD])
+    assert call("import", tmp_path / "sos.json", f"--held_out={val}", f"--out={tmp_path}/data") == 0
+    counts = read_manifest(tmp_path / "data")["sosp_validation"]
+    assert counts["trees"] >= 64 and 0 < counts["solved"] < counts["trees"]
+    words = load_run_tokenizer(tmp_path / "data", "")
+    (tree, *_) = TreeStore(tmp_path / "data" / "sosp_validation")
+    assert decode_tree(tree, words.decode).root.text == made[0][1].root.text
 
 
 def trace_of(numbers, target):
