@@ -51,6 +51,8 @@ def _check_imported(settings: Settings, folder: Path, manifest: dict) -> None:
     """Raises UserError for an imported data set that the run's later stages could not use."""
     if not manifest["held_out_problems"]:
         raise UserError(f"{folder} has no held-out problems to evaluate on: import it again with --held_out=FILE")
+    if count := _shared(*(np.load(folder / f"{name}.npy") for name in ("train", "held_out"))):
+        raise UserError(f"{count} held-out problems of {folder} are among its training problems: import it again")
     if bool(theirs := manifest["config"]["tokenizer"]) != bool(settings.tokenizer):
         raise UserError(
             f"{folder} was imported in the tokens of {theirs or 'our own tokenizer'}: set tokenizer.name to {theirs!r}"
@@ -60,6 +62,12 @@ def _check_imported(settings: Settings, folder: Path, manifest: dict) -> None:
             f"{folder} was imported in the tokens of {theirs or 'our own tokenizer'}, which has "
             f"{manifest['vocabulary']}, tokenizer.name {settings.tokenizer!r} has {words}: set tokenizer.name"
         )
+
+
+def _shared(*files: np.ndarray) -> int:
+    """How many problems two arrays [problems, numbers + 1], the target last, have in common, numbers in any order."""
+    one, two = ({(*sorted(numbers), target) for *numbers, target in rows.tolist()} for rows in files)
+    return len(one & two)
 
 
 def load_pieces(folder: Path, style: str, part: str, children: int = 0, seed: int = 0) -> StoredPieces:

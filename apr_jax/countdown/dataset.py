@@ -46,6 +46,7 @@ MOST_REFUSED = 50  # candidates in a row of that many times the rest wanted, bef
 VALIDATION = 64  # trees of a style that measure the validation loss
 LEFT_AFTER = 24 * 3600  # seconds without a change after which a part file is a killed process'; one takes minutes
 FORMAT = 1
+SOS_FORMAT = 2  # where a recipe searches as Stream of Search does: format 1 had its traces in another form
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,8 @@ class DatasetConfig:
 
     def described(self) -> dict[str, Any]:
         """As JSON gives it back."""
-        return json.loads(json.dumps({"format": FORMAT, **dataclasses.asdict(self)}))
+        form = SOS_FORMAT if any(recipe.search == "sos" for recipe in self.recipes) else FORMAT
+        return json.loads(json.dumps({"format": form, **dataclasses.asdict(self)}))
 
     def make_tokenizer(self) -> Tokenizer:
         return load_tokenizer(self.tokenizer) if self.tokenizer else countdown_tokenizer(self.max_number)
@@ -268,15 +270,14 @@ def _finish(config: DatasetConfig, folder: Path, jobs: Sequence["_Job"]) -> dict
         "sha256": content.hexdigest(),
     }
     write_text(folder / "manifest.json", json.dumps(manifest, indent=1))
-    _remove_left(folder)
+    remove_left(Path(at) / name for at, *names in os.walk(folder) for name in sum(names, []) if name.endswith(".part"))
     return manifest
 
 
-def _remove_left(folder: Path) -> None:
-    """Removes the part files of processes that were killed. A share that still runs has some, too: they are not as
-    old."""
-    found = [Path(at) / name for at, *names in os.walk(folder) for name in sum(names, []) if name.endswith(".part")]
-    for left in found:
+def remove_left(parts: Iterable[Path]) -> None:
+    """Removes those part files and folders that killed processes left. A process that still runs has some, too: they
+    are not as old."""
+    for left in list(parts):
         with contextlib.suppress(FileNotFoundError):  # another share removes it
             if time.time() - left.stat().st_mtime < LEFT_AFTER:
                 continue

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from apr_jax.countdown.dataset import SHARD_PROBLEMS, VALIDATION, write_text
+from apr_jax.countdown.dataset import SHARD_PROBLEMS, VALIDATION, remove_left, write_text
 from apr_jax.countdown.problem import Problem, solvable
 from apr_jax.countdown.recipe import COUNTED, DROPPED, count_tree, gave_up
 from apr_jax.countdown.vocabulary import countdown_tokenizer
@@ -47,6 +47,9 @@ def import_dataset(
     if folder.exists():
         raise UserError(f"{folder} is there already: give another folder")
     part = part_of(folder)
+    if folder.parent.is_dir():
+        named = (path for path in folder.parent.iterdir() if path.name.startswith(f"{folder.name}."))
+        remove_left(path for path in named if path.suffix == ".part")
     try:
         manifest = _import(traces, held_out, part, window, max_number, tokenizer)
         part.replace(folder)

@@ -153,6 +153,14 @@ def test_a_data_set_older_than_a_solver_setting_is_taken(made, tmp_path):
         make_dataset(CONFIG, copy)
 
 
+def test_a_data_set_of_stream_of_search_in_its_earlier_form_is_not_gone_on_with(tmp_path):
+    sos = Recipe("sosp", SolverConfig.paper_sos(), window=9999, search="sos")
+    config = dataclasses.replace(CONFIG, train=8, recipes=(sos,))
+    tmp_path.joinpath("config.json").write_text(json.dumps(config.described() | {"format": module.FORMAT}))
+    with pytest.raises(ValueError, match="another format"):
+        make_dataset(config, tmp_path)
+
+
 # ---------------------------------------------------------------------- problems
 
 

@@ -53,7 +53,7 @@ def test_threads_longer_than_a_row_are_counted_and_told(import_data, whole_run, 
     """A data set of a wider window than the run's: in what SFT prints and logs, and in the report."""
     run = import_data("apr")
     short = [f"--config.{name}=96" for name in ("window", "sft.row_length", "grpo.row_length")]
-    command = (SMOKE, f"--workdir={run}", "--styles=apr", *short, "--config.sft.steps=1")
+    command = (SMOKE, f"--workdir={run}", "--styles=apr", *short, "--config.sft.steps=1", "--config.apr.children=0")
     lengths = TreeStore(run / "data" / "apr_train").thread_tokens
     left_out = int((lengths > 96).sum())
     assert 0 < left_out < len(lengths)
@@ -81,6 +81,15 @@ def test_data_without_held_out_problems_end_a_run_at_its_start(import_data, refu
     assert "no held-out problems to evaluate on: import it again" in refused(SMOKE, f"--workdir={run}", "--stage=data")
     line = refused(SMOKE, f"--workdir={run}", "--stage=evaluate")
     assert "held_out.npy is broken: import the data set again" in line and "delete" not in line
+
+
+def test_data_with_held_out_problems_in_training_end_a_run_at_its_start(import_data, refused):
+    """As an import made them before: GRPO drew from all of train.npy."""
+    run = import_data("apr", "sosp")
+    train, held_out = (np.load(run / "data" / f"{name}.npy") for name in ("train", "held_out"))
+    turned = np.concatenate([held_out[:3, -2::-1], held_out[:3, -1:]], axis=1)  # numbers in another order
+    np.save(run / "data" / "train.npy", np.concatenate([train, turned]))
+    assert "3 held-out problems of" in refused(SMOKE, f"--workdir={run}", "--stage=data")
 
 
 def test_data_in_the_tokens_of_another_tokenizer_end_a_run_at_its_start(import_data, refused):
