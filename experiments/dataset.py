@@ -14,6 +14,7 @@ from apr_jax.errors import UserError
 from apr_jax.text.hub import load_tokenizer
 from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.threads.store import TreeStore
+from apr_jax.train.grpo import hold_back
 from apr_jax.train.metrics import Progress
 from apr_jax.train.pack import StoredPieces
 from experiments.settings import STYLES, Settings
@@ -36,7 +37,37 @@ def make_data(settings: Settings, folder: Path, processes: int = 0, shard: tuple
     there is work for more than one."""
     if not processes:
         processes = 1 if settings.train <= SHARD_PROBLEMS else os.cpu_count() or 1
-    return make_dataset(dataset_config(settings), folder, processes=processes, shard=shard, progress=Progress)
+    manifest = make_dataset(dataset_config(settings), folder, processes=processes, shard=shard, progress=Progress)
+    if manifest is None:
+        return None
+    if manifest["config"].get("imported"):
+        _check_imported(settings, folder, manifest)
+    if settings.grpo.steps and settings.grpo.validate_every:
+        hold_back(load_problems(folder / "train.npy"), settings.grpo)  # now, not when SFT has ended
+    return manifest
+
+
+def _check_imported(settings: Settings, folder: Path, manifest: dict) -> None:
+    """Raises UserError for an imported data set that the run's later stages could not use."""
+    if not manifest["held_out_problems"]:
+        raise UserError(f"{folder} has no held-out problems to evaluate on: import it again with --held_out=FILE")
+    if count := _shared(*(np.load(folder / f"{name}.npy") for name in ("train", "held_out"))):
+        raise UserError(f"{count} held-out problems of {folder} are among its training problems: import it again")
+    if bool(theirs := manifest["config"]["tokenizer"]) != bool(settings.tokenizer):
+        raise UserError(
+            f"{folder} was imported in the tokens of {theirs or 'our own tokenizer'}: set tokenizer.name to {theirs!r}"
+        )
+    if (words := len(load_run_tokenizer(folder, settings.tokenizer))) != manifest["vocabulary"]:
+        raise UserError(
+            f"{folder} was imported in the tokens of {theirs or 'our own tokenizer'}, which has "
+            f"{manifest['vocabulary']}, tokenizer.name {settings.tokenizer!r} has {words}: set tokenizer.name"
+        )
+
+
+def _shared(*files: np.ndarray) -> int:
+    """How many problems two arrays [problems, numbers + 1], the target last, have in common, numbers in any order."""
+    one, two = ({(*sorted(numbers), target) for *numbers, target in rows.tolist()} for rows in files)
+    return len(one & two)
 
 
 def load_pieces(folder: Path, style: str, part: str, children: int = 0, seed: int = 0) -> StoredPieces:
@@ -48,9 +79,14 @@ def load_pieces(folder: Path, style: str, part: str, children: int = 0, seed: in
     try:
         store = TreeStore(folder / f"{style}_{part}")
     except FileNotFoundError:
+        if (manifest := read_manifest(folder)) is not None and f"{style}_{part}" not in manifest:
+            there = [name for name in STYLES if f"{name}_train" in manifest]
+            raise UserError(
+                f"the data set at {folder} has no {style} traces: give --styles={','.join(there)}, or import them, too"
+            ) from None
         raise FileNotFoundError(f"no traces at {folder / f'{style}_{part}'}: run --stage=data first") from None
     except ValueError as error:
-        raise UserError(f"{error}: delete it and run --stage=data again") from None
+        raise UserError(f"{error}: {_mend(folder)}") from None
     if not children:
         return StoredPieces(store)
     rng = random.Random(f"{seed}/{style}/children")
@@ -71,7 +107,14 @@ def load_problems(path: Path) -> Sequence[Problem]:
     try:
         return ProblemFile(path)
     except (ValueError, EOFError):
-        raise UserError(f"{path} is broken: delete it and run --stage=data again") from None
+        raise UserError(f"{path} is broken: {_mend(path.parent)}") from None
+
+
+def _mend(folder: Path) -> str:
+    """What to do where a file of a data set is broken."""
+    if (manifest := read_manifest(folder)) is not None and manifest["config"].get("imported"):
+        return "import the data set again"
+    return f"delete it and {folder / 'manifest.json'}, and run --stage=data again"
 
 
 def load_manifest(folder: Path) -> dict:

@@ -55,7 +55,9 @@ def write_report(workdir: Path, also_at: Sequence[float] = ()) -> str:
         )]  # fmt: skip
     manifest = load_manifest(workdir / "data")
     for style in ("sosp", "apr"):
-        counts = manifest[f"{style}_train"]
+        counts = manifest.get(f"{style}_train", {})
+        if not counts.get("trees"):
+            continue  # a data set that was imported may have one alone
         n = counts["problems"]
         lines.append(
             f"The {style} solver on {n} training problems: "
@@ -64,6 +66,10 @@ def write_report(workdir: Path, also_at: Sequence[float] = ()) -> str:
             f"({counts['too_long']} too long, {counts['wrong']} wrong), "
             f"{counts['tokens'] / counts['trees']:.0f} tokens a tree."
         )
+        if left_out := max(
+            (row.get("threads_too_long", 0) for row in metrics.get(TITLES[f"sft_{style}"], ())), default=0
+        ):
+            lines.append(f"SFT left out {left_out} {style} threads that are longer than a row.")
     folder = workdir / "figures"
     folder.mkdir(exist_ok=True)
     figures.accuracy_bars(records, folder / "accuracy.png")

@@ -11,8 +11,10 @@ A run folder holds:
     report.md summary.json figures/
 """
 
+import contextlib
 import dataclasses
 import json
+import os
 import platform
 import time
 import zlib
@@ -47,6 +49,8 @@ from experiments.settings import STYLES, Settings, default_config
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers", "transformers", "torch")
 
 
+POLL_SECONDS = 1.0  # between two looks at what another process has made
+
 # How the same run is computed, logged and saved: a run may go on with other values of these.
 EXECUTION = {
     "devices", "fsdp", "model.attention", "model.remat", "model.scan", "sft.microbatches", "sft.save_every",
@@ -75,7 +79,7 @@ class Run:
                     raise UserError(f"model.checkpoint: {error}") from None
                 self._check_sizes(first, given)
         if jax.process_count() > 1:
-            self._agree()
+            self._attempt = self._agree()
         if jax.process_index() == 0:
             self._claim()
 
@@ -83,13 +87,17 @@ class Run:
         for stage in stages:
             getattr(self, stage)()
 
-    def _agree(self) -> None:
-        """Raises ValueError where one of several processes was given other settings."""
+    def _agree(self) -> int:
+        """A number that the processes of this start share, and no other start. Raises UserError where one of them was
+        given other settings."""
         mine = zlib.crc32(json.dumps([self.settings.config, self.styles], sort_keys=True).encode())
-        if len(set(multihost_utils.process_allgather(np.uint32(mine)).tolist())) > 1:
+        drawn = int.from_bytes(os.urandom(4), "little")
+        settings, numbers = multihost_utils.process_allgather(np.array([mine, drawn], np.uint32)).T.tolist()
+        if len(set(settings)) > 1:
             raise UserError(
                 "the processes were given different settings: all need the same --config, --styles and changes"
             )
+        return numbers[0]
 
     def _claim(self) -> None:
         """Writes config and versions; refuses a folder that holds a run of another config."""
@@ -123,10 +131,30 @@ class Run:
     # ------------------------------------------------------------------ stages
 
     def data(self) -> None:
-        if jax.process_index() == 0:
-            make_data(self.settings, self.workdir / "data")
-        while read_manifest(self.workdir / "data") is None:  # another process makes it, and can take its time
-            time.sleep(1)
+        """The first process makes the data, which can take its time; the others wait for the manifest, and end with
+        the first one's error where it leaves one."""
+        folder = self.workdir / "data"
+        if jax.process_count() > 1:
+            failure = self.workdir / f"data_failed.{self._attempt}"
+            if jax.process_index() == 0:
+                self._make_first(folder, failure)
+            while read_manifest(folder) is None:
+                if failure.exists():
+                    raise UserError(f"process 0 ended in the data stage: {failure.read_text()}")
+                time.sleep(POLL_SECONDS)
+        make_data(self.settings, folder)  # where it is made: only looks whether this run can use it
+
+    def _make_first(self, folder: Path, failure: Path) -> None:
+        """Makes the data. Of an error one line stands in `failure` until the other processes have read it."""
+        try:
+            make_data(self.settings, folder)
+        except BaseException as error:
+            line = (str(error).strip().splitlines() or [""])[0]
+            with contextlib.suppress(OSError):
+                write_text(failure, line if isinstance(error, UserError) else f"{type(error).__name__}: {line}")
+                time.sleep(5 * POLL_SECONDS)
+                failure.unlink()
+            raise
 
     def sft(self) -> None:
         for style in self.styles:

@@ -35,7 +35,7 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("plot", None, "stats: a PNG to draw.", flag_values=values)
     tokenizer = "stats: count in its tokens, too; import: in place of ours (a Hugging Face folder or name)."
     flags.DEFINE_string("tokenizer", None, tokenizer, flag_values=values)
-    flags.DEFINE_string("held_out", None, "import: problems that nothing may train on.", flag_values=values)
+    flags.DEFINE_string("held_out", None, "import: a file of problems that nothing may train on.", flag_values=values)
     flags.DEFINE_integer("window", 4096, "import: most tokens of a thread.", lower_bound=1, flag_values=values)
     flags.DEFINE_integer(
         "sample", 2000, "stats: trees of each kind looked at (evenly spread).", lower_bound=1, flag_values=values
@@ -90,7 +90,9 @@ def _print_counts(manifest: dict) -> None:
         if isinstance(counts, dict) and "trees" in counts:
             print(
                 f"{name}: {counts['trees']} trees of {counts['problems']} problems "
-                f"({counts['wrong']} wrong and {counts['too_long']} too long were dropped), {counts['tokens']} tokens"
+                f"({counts['wrong']} wrong and {counts['too_long']} too long were dropped"
+                + (f", {counts['held_out']} of held-out problems" if "held_out" in counts else "")
+                + f"), {counts['tokens']} tokens"
             )
 
 
@@ -100,7 +102,11 @@ def _import(files: Sequence[Path], values: flags.FlagValues) -> None:
 
     if not files:
         raise UserError("import takes one file of traces or more, none was given")
-    held_out = authors.read_problems(Path(values["held_out"].value)) if values["held_out"].value else ()
+    for path in filter(None, (*files, values["held_out"].value)):  # before hours of reading those before it
+        Path(path).open("rb").close()
+    if not values["held_out"].value:
+        raise UserError("--held_out=FILE is needed, problems that nothing may train on: evaluation is on them")
+    held_out = authors.read_problems(Path(values["held_out"].value))
     traces = (trace for path in files for trace in authors.read_traces(path))
     tokenizer, window = values["tokenizer"].value or "", values["window"].value
     _print_counts(import_dataset(traces, held_out, Path(values["out"].value), window=window, tokenizer=tokenizer))

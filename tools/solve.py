@@ -57,7 +57,7 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     text = tree.root.text
     verdict = check_solution(problem, text)
     if verdict:
-        steps = filter(None, map(trace.read_exploring, trace.read_path(text).split("\n")))
+        steps = filter(None, map(trace.read_exploring, trace.read_result(text).split("\n")))
         print("right: " + ", ".join("{}{}{}={}".format(*operation) for operation, _ in steps))
     elif tree.info["solved"]:
         print(f"wrong: {verdict.reason}")

@@ -69,6 +69,8 @@ def table(found: list[Described]) -> str:
         if kind.other_tokens is not None:
             rows["tokens of the other tokenizer"] = kind.other_tokens
         for title, values in rows.items():
+            if not len(values):  # all were dropped
+                continue
             numbers = (values.mean(), np.median(values), np.quantile(values, 0.95), values.max())
             lines.append(f"  {title:<34} " + " ".join(f"{number:>9.1f}" for number in numbers))
     return "\n".join(lines)

@@ -1,7 +1,7 @@
 """The authors' JSON files, read into our trees and problems and written from them, character for character.
 
-Three kinds, each one JSON array: problems; traces for supervision (APR with a `trace_dict`, SoS+ with its
-`search_path`); prompts for GRPO. They are read in a stream, an entry at a time, however large the file is.
+Three kinds, each one JSON array: problems; traces for supervision (APR with a `trace_dict`, SoS+ and Stream of Search
+with their `search_path`); prompts for GRPO. They are read in a stream, an entry at a time, however large the file is.
 
 A `trace_dict` has `main_calls`, a thread's text at each of its spawns and at its end, and `sub_calls`, for each spawn
 the children's own dictionaries.
@@ -17,9 +17,10 @@ from typing import Any, TextIO
 
 from apr_jax.countdown import trace
 from apr_jax.countdown.problem import Problem, successors
-from apr_jax.countdown.verify import check_solution
+from apr_jax.countdown.verify import check_path
 from apr_jax.errors import UserError
 from apr_jax.threads import Block, Spawn, Thread, ThreadTree
+from apr_jax.threads.store import part_of
 
 _CHUNK = 1 << 20  # characters read at once
 _CUT = 16  # what the end of a chunk can spoil without a string left open (a literal, an escape) is no longer
@@ -41,7 +42,7 @@ def tree_from_trace(trace_dict: dict[str, Any]) -> ThreadTree:
     """
     prompt, root = _thread(trace_dict, 0)
     problem = Problem(prompt.state.numbers, prompt.state.target)
-    solved = bool(check_solution(problem, trace.read_path(root.text)))
+    solved = bool(check_path(problem.numbers, problem.target, trace.read_result(root.text)))
     return ThreadTree(root, {"numbers": list(problem.numbers), "target": problem.target, "solved": solved})
 
 
@@ -129,8 +130,8 @@ def read_problems(path: Path) -> Iterator[Problem]:
 
 
 def read_traces(path: Path) -> Iterator[tuple[Problem, ThreadTree]]:
-    """Problems and their trees of text, APR's or SoS+'s; info as the solver's, as far as the file tells. Raises as
-    `read_problems`."""
+    """Problems and their trees of text, APR's, SoS+'s or Stream of Search's; info as the solver's, as far as the file
+    tells. Raises as `read_problems`."""
 
     def entry(row: dict) -> tuple[Problem, ThreadTree]:
         problem = _problem(row)
@@ -141,11 +142,12 @@ def read_traces(path: Path) -> Iterator[tuple[Problem, ThreadTree]]:
         if (tree.info["numbers"], tree.info["target"]) != (list(problem.numbers), problem.target):
             raise UserError(f"its trace is of another problem: {tree.info['numbers']} to {tree.info['target']}")
         kind, _, size = str(row.get("search_type", "")).partition("_")
-        style = "apr" if apr else "sos" if kind == "sos" else "sosp"
+        style = "apr" if apr else "sos" if kind in ("sos", *_STRATEGIES) else "sosp"
+        known = {"style": style} | ({"strategy": kind} if style == "sos" and kind in _STRATEGIES else {})
         beams = {ours: row[theirs] for ours, theirs in _BEAMS.items() if theirs in row}
         if not apr and re.fullmatch("[0-9]{1,9}", size):  # only its name tells
             beams = dict.fromkeys(_BEAMS, int(size))
-        return problem, ThreadTree(tree.root, {**tree.info, "style": style, **beams})
+        return problem, ThreadTree(tree.root, {**tree.info, **known, **beams})
 
     yield from _read(path, entry)
 
@@ -166,6 +168,7 @@ def read_prompts(path: Path) -> Iterator[tuple[Problem, str]]:
     yield from _read(path, entry)
 
 
+_STRATEGIES = ("dfs", "bfs")  # search_type in the files of Stream of Search: "dfs", "bfs_3"
 _BEAMS = {"beam": "beam_size", "sub_beam": "sub_call_beam_size"}
 
 
@@ -264,7 +267,8 @@ def write_traces(
         texts, style, beam = trace_from_tree(tree), tree.info["style"], tree.info.get("beam", "")
         end = texts["main_calls"][-1]
         values = {**_problem_row(problem), "search_path": end, "rating": _rating(problem, end)}
-        values |= {"search_type": f"{style}_{beam}"}
+        strategy = tree.info.get("strategy", style)
+        values |= {"search_type": strategy if strategy == "dfs" else f"{strategy}_{beam}"}
         counts = {} if encode is None else _token_counts(texts, encode)
         if style != "apr":
             return values | {key: counts[key] for key in counts if key == "token_count"}
@@ -317,7 +321,7 @@ def _token_counts(texts: dict[str, Any], encode: Callable[[str], list[int]]) -> 
 def _write(path: Path, rows: Iterable[Any]) -> None:
     """One array, an entry a line; whole or not at all."""
     path = Path(path)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = part_of(path)
     try:
         with open(part, "w", encoding="utf-8") as file:
             for number, row in enumerate(rows):

@@ -10,6 +10,7 @@ problem i from (seed, style, i), and work is cut into shards of fixed ranges of 
     STYLE_train/ STYLE_validation/   stores of trees (apr_jax.threads.store)
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -17,7 +18,9 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -35,13 +38,15 @@ from apr_jax.errors import UserError
 from apr_jax.text.hub import load_tokenizer
 from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.threads import ThreadTree
-from apr_jax.threads.store import read_counts, write_shard
+from apr_jax.threads.store import part_of, read_counts, write_shard
 
 SHARD_PROBLEMS = 2000  # problems of one shard: some seconds of work, and a few MB
 CANDIDATES = 500  # problems drawn by one task
 MOST_REFUSED = 50  # candidates in a row of that many times the rest wanted, before the range counts as used up
 VALIDATION = 64  # trees of a style that measure the validation loss
+LEFT_AFTER = 24 * 3600  # seconds without a change after which a part file is a killed process'; one takes minutes
 FORMAT = 1
+SOS_FORMAT = 2  # where a recipe searches as Stream of Search does: format 1 had its traces in another form
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +71,8 @@ class DatasetConfig:
 
     def described(self) -> dict[str, Any]:
         """As JSON gives it back."""
-        return json.loads(json.dumps({"format": FORMAT, **dataclasses.asdict(self)}))
+        form = SOS_FORMAT if any(recipe.search == "sos" for recipe in self.recipes) else FORMAT
+        return json.loads(json.dumps({"format": form, **dataclasses.asdict(self)}))
 
     def make_tokenizer(self) -> Tokenizer:
         return load_tokenizer(self.tokenizer) if self.tokenizer else countdown_tokenizer(self.max_number)
@@ -124,9 +130,8 @@ def make_dataset(
     else:
         write_text(begun, json.dumps(config.described(), indent=1))
     if not config.tokenizer and not (folder / "tokenizer.json").exists():
-        part = folder / f"tokenizer.{os.getpid()}.part"
-        config.make_tokenizer().save(part)
-        os.replace(part, folder / "tokenizer.json")
+        with _whole(folder / "tokenizer.json") as part:
+            config.make_tokenizer().save(part)
     with _workers(processes, config) as run:
         _make_problems(config, folder, run, progress)
         jobs = [
@@ -159,9 +164,19 @@ def read_manifest(folder: Path) -> dict | None:
 def write_text(path: Path, text: str) -> None:
     """Whole or not at all: a kill or a full disk leaves what was there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(text)
-    os.replace(part, path)
+    with _whole(path) as part:
+        part.write_text(text)
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """``with _whole(path) as part``: what is written to `part` becomes `path`, or after an error nothing stays."""
+    part = part_of(path)
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _check_same(theirs: dict, mine: dict, folder: Path) -> None:
@@ -184,12 +199,15 @@ def _make_problems(config: DatasetConfig, folder: Path, run, progress) -> None:
         return
     seen_targets, unseen_targets = config.targets()
 
-    def collect(name: str, count: int, targets: Sequence[int], keep: Callable[[Problem], bool]) -> set:
-        rows = np.lib.format.open_memmap(
-            part := folder / f"{name}.{os.getpid()}.part", "w+", np.int32, (count, config.problems.count + 1)
-        )
+    def collect(name: str, count: int, targets: Sequence[int], keep: Callable[[Problem], bool]) -> None:
+        with _whole(paths[name]) as part:
+            rows = np.lib.format.open_memmap(part, "w+", np.int32, (count, config.problems.count + 1))
+            fill(rows, name, set(targets), keep)
+            rows.flush()
+
+    def fill(rows: np.ndarray, name: str, allowed: set[int], keep: Callable[[Problem], bool]) -> None:
+        count = len(rows)
         bar, have, tried = progress(f"data problems {name}", count, "problems"), 0, 0
-        allowed = set(targets)
         for problems in run(_draw, ((name, start) for start in itertools.count(0, CANDIDATES)), ordered=True):
             for problem in problems:
                 if have < count and problem.target in allowed and keep(problem):
@@ -197,16 +215,13 @@ def _make_problems(config: DatasetConfig, folder: Path, run, progress) -> None:
                     have += 1
             bar.update(have)
             if have == count:
-                break
+                return
             tried += len(problems)
             if tried > MOST_REFUSED * (have + CANDIDATES):
-                part.unlink()
                 raise UserError(
                     f"{count} {name.replace('_', '-')} problems were asked for, this range gives about {have}: "
                     "widen problems, ask for fewer, or allow repeats"
                 )
-        rows.flush()
-        os.replace(part, paths[name])
 
     held: set = set()
     seen: set = set()
@@ -255,10 +270,21 @@ def _finish(config: DatasetConfig, folder: Path, jobs: Sequence["_Job"]) -> dict
         "sha256": content.hexdigest(),
     }
     write_text(folder / "manifest.json", json.dumps(manifest, indent=1))
-    for left in folder.glob("**/*.part"):  # of processes that were killed
-        if left.is_file():
-            left.unlink()
+    remove_left(Path(at) / name for at, *names in os.walk(folder) for name in sum(names, []) if name.endswith(".part"))
     return manifest
+
+
+def remove_left(parts: Iterable[Path]) -> None:
+    """Removes those part files and folders that killed processes left. A process that still runs has some, too: they
+    are not as old."""
+    for left in list(parts):
+        with contextlib.suppress(FileNotFoundError):  # another share removes it
+            if time.time() - left.stat().st_mtime < LEFT_AFTER:
+                continue
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink()
 
 
 # ---------------------------------------------------------------------- what workers do

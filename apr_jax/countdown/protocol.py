@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from apr_jax.countdown import trace
 from apr_jax.countdown.problem import Problem
-from apr_jax.countdown.verify import check_path, check_solution, operations
+from apr_jax.countdown.verify import check_path, operations
 from apr_jax.errors import UserError
 from apr_jax.threads.protocol import MalformedSpawn, SpawnRequest
 
@@ -118,13 +118,14 @@ class CountdownProtocol:
         return text if position < 0 else text[:position] + trace.JOIN_OPEN + trace.JOIN_CLOSE
 
     def result(self, text: str) -> str | None:
-        """The path a finished thread returns: what follows its last but one "Goal Reached", None where it
-        has fewer than two. Whether it is right is for `correct` to say."""
-        return trace.read_path(text)
+        """The path a finished thread returns: what follows its last but one "Goal Reached". A text that begins with a
+        state and ends with its only one is a trace of Stream of Search: the operations that led there. Else None.
+        Whether it is right is for `correct` to say."""
+        return trace.read_result(text)
 
     def correct(self, problem: Problem, text: str) -> bool:
         """Whether a finished root thread returned a path, and the path solves its problem."""
-        return bool(check_solution(problem, self.result(text)))
+        return bool(check_path(problem.numbers, problem.target, self.result(text)))
 
     def child_correct(self, text: str) -> bool:
         """Whether a child returned a path that leads from its prompt's numbers to the target."""

@@ -64,7 +64,7 @@ class Recipe:
 
 def gave_up(thread: Thread) -> bool:
     """Whether a solver's thread of text ended without the target."""
-    return thread.context[-1].content.endswith(trace.NO_SOLUTION)
+    return trace.GOAL_REACHED not in thread.context[-1].content
 
 
 def _longest_piece(tree: ThreadTree) -> int:

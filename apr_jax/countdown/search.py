@@ -104,6 +104,12 @@ class Node:
     def root(cls, numbers: tuple[int, ...], target: int) -> "Node":
         return cls("0", numbers, None, "", "", trace.state(target, numbers, ()) + "\n")
 
+    def below(self, step: int, numbers: tuple[int, ...], operation: str, target: int) -> tuple["Node", str]:
+        """The child that an operation leads to, and the two lines (`trace.explored`) that generate it."""
+        name, done = f"{self.name},{step}", f"{self.done}, '{operation}'" if self.done else f"'{operation}'"
+        written, state = trace.explored(name, target, numbers, operation, done)
+        return Node(name, numbers, self, operation, done, state), written
+
 
 class Goal(NamedTuple):
     """Where the target was reached: `operation` at `node` leaves `numbers`, the target alone."""
@@ -167,25 +173,40 @@ class Search:
     def promising(self) -> bool:
         return self.rng.random() < self.config.promising
 
-    def expand(self, node: Node, beam: int | None, lines: list[str], limit: float = _FAR):
-        """Writes a node's expansion. Returns its children, best first, as (rank, node), and the `Goal` or None.
+    def successors(self, numbers: tuple[int, ...], limit: float = _FAR) -> list[tuple[float, tuple[int, ...], str]]:
+        """(rank, numbers, operation) of every state one operation away that the settings do not leave out and that is
+        ranked at most `limit`, in the order of `problem.successors`."""
+        if len(numbers) == 2:
+            found = [((), result) for result in combine(*numbers)]
+            ranks = [self._distance(value) for _, (value, _) in found]
+        else:
+            ranks, found = self._ranked(numbers)
+        places = [place for place, ranked in enumerate(ranks) if ranked <= limit and found[place][1][0] <= self._cap]
+        states = [(*rest, value) for rest, (value, _) in found]
+        if self._distinct:
+            places = _first_of_each(places, (tuple(sorted(states[place])) for place in places))
+        return [(ranks[place], states[place], found[place][1][1]) for place in places]
 
-        Of all successors those ranked at most `limit` are kept, of these the `beam` best (None: all).
-        """
+    def _distance(self, number: int) -> int:
+        return self._near[number] if number < self.target else number - self.target
+
+    def expand(self, node: Node, beam: int, lines: list[str]):
+        """Writes a node's expansion to its `beam` best successors. Returns its children, best first, as (rank, node),
+        and the `Goal` or None."""
         if len(node.numbers) == 2:
-            return [], self._finish(node, beam, lines, limit)
+            return [], self._finish(node, beam, lines)
         target, cap = self.target, self._cap
         ranks, successors = self._ranked(node.numbers)
         places = range(len(ranks))
-        if cap < _FAR or limit < _FAR:
-            places = [place for place in places if ranks[place] <= limit and successors[place][1][0] <= cap]
+        if cap < _FAR:
+            places = [place for place in places if successors[place][1][0] <= cap]
         if self._distinct:
             states = (tuple(sorted((*rest, value))) for rest, (value, _) in map(successors.__getitem__, places))
             places = _first_of_each(places, states)
         lines.append(node.state)
         before = f"{node.done}, " if node.done else ""
         children = []
-        for step, place in enumerate(self._keep(places, ranks, beam, node.parent is None)):
+        for step, place in enumerate(self.keep(places, ranks, beam, node.parent is None)):
             rest, (value, operation) = successors[place]
             numbers, below, done = (*rest, value), f"{node.name},{step}", f"{before}'{operation}'"
             written, state = trace.explored(below, target, numbers, operation, done)
@@ -194,17 +215,17 @@ class Search:
         children.sort(key=_RANK)
         return children, None
 
-    def _finish(self, node: Node, beam: int | None, lines: list[str], limit: float) -> Goal | None:
+    def _finish(self, node: Node, beam: int, lines: list[str]) -> Goal | None:
         """Writes the expansion of a state of two numbers, four of five in a search: each result ends there."""
         target, near, cap = self.target, self._near, self._cap
         results = combine(*node.numbers)
         ranks = [near[value] if value < target else value - target for value, _ in results]
         places = range(len(ranks))
-        if cap < _FAR or limit < _FAR:
-            places = [place for place in places if ranks[place] <= limit and results[place][0] <= cap]
+        if cap < _FAR:
+            places = [place for place in places if results[place][0] <= cap]
         if self._distinct:
             places = _first_of_each(places, (results[place][0] for place in places))
-        kept = [results[place] for place in self._keep(places, ranks, beam)]
+        kept = [results[place] for place in self.keep(places, ranks, beam)]
         for step, (value, operation) in enumerate(kept):
             if value == target:
                 lines.append(node.state + trace.dead_ends(kept[:step], target))
@@ -213,7 +234,7 @@ class Search:
         lines.append(node.state + trace.dead_ends(kept, target))
         return None
 
-    def _keep(self, places: Sequence[int], ranks: Sequence[float], beam: int | None, root: bool = False) -> list[int]:
+    def keep(self, places: Sequence[int], ranks: Sequence[float], beam: int, root: bool = False) -> list[int]:
         """The places of the `beam` best, in the order that they are written in."""
         kept = sorted(places, key=ranks.__getitem__)[:beam]  # stable: of equal ranks the first
         if root and self.config.rank_root:

@@ -3,13 +3,15 @@
 All expand a state into its pair-and-operation results, keep the `beam` best under a heuristic, shuffle
 them, and search on. They differ in what follows an expansion:
 
-* `solve_sos` (Stream of Search): one strategy for the whole trace, depth or breadth first.
+* `solve_sos` (Stream of Search): one strategy for the whole trace, depth first (without a beam) or breadth first.
 * `solve_sosp` (SoS+, one thread): a *promising* expansion's nodes are searched at once, one after the other, in line.
 * `solve_apr` (APR): they become the children of one spawn; the thread goes on after the join.
 
 *Promising* is a coin, see `search.APR_PROMISING`.
 """
 
+import dataclasses
+import heapq
 import operator
 import random
 
@@ -71,34 +73,86 @@ def _beam_search(search: Search, top: Node, beam: int, lines: list[str], branch)
 
 
 def solve_sos(problem: Problem, config: SolverConfig, rng: random.Random, condition: str = "") -> ThreadTree:
-    """One SoS trace, of a strategy drawn from `config.strategies`: "bfs" takes `beam` nodes at a time, best first;
-    "dfs" goes down at once and, as Stream of Search does, leaves out what is ranked above the target, not what falls
-    out of a beam."""
+    """One trace of Stream of Search, of a strategy drawn from `config.strategies`, written as the original generator
+    writes it: it ends at the goal, without the path, which is the operations of the state that it stands at
+    (`trace.read_search`). `shuffle` and `rank_root` are of "bfs" alone: "dfs" always goes from best to worst."""
     search = Search(problem.target, config, rng)
     root = Node.root(problem.numbers, problem.target)
     strategy = rng.choice(config.strategies)
     lines: list[str] = []
-    if strategy == "bfs":
-        goal = _beam_search(search, root, search.beam, lines, lambda children: (False, None))
-    else:
-        goal = _depth_first(search, root, lines)
-    if goal is not None:
-        lines.append(_path(goal, problem.target, root))
-    info = _info(problem, search, goal is not None, "sos") | {"strategy": strategy}
-    return ThreadTree(_one_thread(problem, lines, condition), info)
+    found = (_breadth_first if strategy == "bfs" else _depth_first)(search, root, lines)
+    return ThreadTree(
+        _one_thread(problem, lines, condition), _info(problem, search, found, "sos") | {"strategy": strategy}
+    )
 
 
-def _depth_first(search: Search, root: Node, lines: list[str]) -> Goal | None:
-    stack = [root]
-    while stack:
-        children, goal = search.expand(stack.pop(), None, lines, limit=search.target)
-        if goal is not None:
-            return goal
-        stack += [child for _, child in reversed(children)]
-        if stack:
-            lines.append(trace.moving(stack[-1].name))
-    lines.append(trace.NO_SOLUTION)
-    return None
+def _depth_first(search: Search, node: Node, lines: list[str]) -> bool:
+    """Searches below `node`, best child first; whether the target was found. What is ranked above the target is left
+    out. After each child but the last the search is back at `node`, and writes its state again. There is no line for a
+    search that ends without the target."""
+    target = search.target
+    lines.append(node.state)
+    successors = sorted(search.successors(node.numbers, limit=target), key=_RANK)  # stable, as theirs
+    for step, (_, numbers, operation) in enumerate(successors):
+        if step:
+            lines += [trace.moving(node.name), node.state]
+        if len(numbers) == 1:
+            if _leaf(numbers[0], operation, target, lines):
+                return True
+            continue
+        child, written = node.below(step, numbers, operation, target)
+        lines += [written, trace.moving(child.name)]
+        if _depth_first(search, child, lines):
+            return True
+    return False
+
+
+def _breadth_first(search: Search, root: Node, lines: list[str]) -> bool:
+    """Takes `beam` nodes at a time from the queue, best first; whether the target was found. States of one number are
+    queued, too, though nothing follows from them; their names count none of their siblings."""
+    target = search.target
+    queue = [_Queued(0, root)]
+    while queue:
+        layer = [heapq.heappop(queue).node for _ in range(min(search.beam, len(queue)))]
+        for index, node in enumerate(layer, 1):
+            lines.append(node.state)
+            successors = search.successors(node.numbers)
+            ranks = [ranked for ranked, *_ in successors]
+            children: list[_Queued] = []
+            for place in search.keep(range(len(ranks)), ranks, search.beam, node.parent is None):
+                _, numbers, operation = successors[place]
+                child, written = node.below(len(children) if len(numbers) > 1 else 0, numbers, operation, target)
+                if len(numbers) > 1:
+                    lines.append(written)
+                elif _leaf(numbers[0], operation, target, lines):
+                    return True
+                children.append(_Queued(ranks[place], child))
+            for child in sorted(children):  # stable: of equal ranks the first written is queued first
+                heapq.heappush(queue, child)
+            if index < len(layer):
+                lines.append(trace.moving(layer[index].name))
+        if queue:
+            lines.append(trace.moving(queue[0].node.name))
+    lines.append(trace.NO_SOLUTION.removesuffix("\n"))  # the one line without an end
+    return False
+
+
+@dataclasses.dataclass(slots=True)
+class _Queued:
+    """A node in the queue of a heap. Equal ranks are in no order, which the original's heap depends on."""
+
+    rank: float
+    node: Node
+
+    def __lt__(self, other: "_Queued") -> bool:
+        return self.rank < other.rank
+
+
+def _leaf(value: int, operation: str, target: int, lines: list[str]) -> bool:
+    """Writes an operation that leaves one number; whether it is the target."""
+    lines.append(trace.exploring(operation, (value,)))
+    lines.append((trace.reached if value == target else trace.missed)(value, target))
+    return value == target
 
 
 def _one_thread(problem: Problem, lines: list[str], condition: str) -> Thread:

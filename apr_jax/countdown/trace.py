@@ -45,9 +45,9 @@ def missed(value: int, target: int) -> str:
 
 
 def explored(node: str, target: int, numbers: tuple[int, ...], operation: str, done: str) -> tuple[str, str]:
-    """What solvers write most, in one go: `exploring` and `generated` of an operation that leaves two numbers or more,
-    and the `state` of the node, with its line end. `done` lists its operations, quoted, without the brackets."""
-    left = str(numbers)[1:-1]
+    """What solvers write most, in one go: `exploring` and `generated` of an operation, and the `state` of the node,
+    with its line end. `done` lists its operations, quoted, without the brackets."""
+    left = str(numbers)[1:-1].removesuffix(",")  # of one number
     return (
         f"Exploring Operation: {operation}, Resulting Numbers: [{left}]\n"
         f"Generated Node #{node}: {target}:[{left}] Operation: {operation}\n",
@@ -187,3 +187,31 @@ def read_path(text: str) -> str | None:
     last = text.rfind(GOAL_REACHED)
     before = text.rfind(GOAL_REACHED, 0, max(last, 0))
     return None if before < 0 else text[before + len(GOAL_REACHED) :].strip()
+
+
+def read_search(text: str) -> str | None:
+    """The solution path of a whole trace of Stream of Search, which writes none: it begins with a state and ends with
+    its only "Goal Reached"; the path is the operations of the last state, then the last operation. None for any other
+    text, that of a child or an APR root among them. Whether the path is right is for the verifier to say."""
+    prompt, at = read_prompt(text), text.rfind("Current State:")
+    *lines, last = text.rstrip().split("\n")
+    if prompt is None or prompt.node is not None or text.count(GOAL_REACHED) != 1 or not last.endswith(GOAL_REACHED):
+        return None
+    state, explored = read_state(text[at:].partition("\n")[0]), read_exploring(lines[-1]) if lines else None
+    if state is None or explored is None:
+        return None
+    left, path = list(prompt.state.numbers), []
+    for step in (*state.operations, "{}{}{}={}".format(*explored[0])):
+        one, _, other, value = _OPERATION_PARTS.fullmatch(step).groups()
+        for number in map(int, (one, other)):
+            if number in left:
+                left.remove(number)
+        left.append(int(value))
+        path.append(exploring(step, left))
+    return "".join(path) + last
+
+
+def read_result(text: str) -> str | None:
+    """The solution path that a finished thread's whole text returns: the one it writes, or Stream of Search's."""
+    path = read_path(text)
+    return read_search(text) if path is None else path

@@ -22,7 +22,8 @@ class Verdict:
 
 
 def check_solution(problem: Problem, text: str | None) -> Verdict:
-    """Checks the path that a thread returned, or a thread's whole text: there, the path that it returns.
+    """Checks the path that a thread returned, or a thread's whole text: there, the path that it returns, which a trace
+    of Stream of Search does not write.
 
     Every operation must take two numbers that are left (each as often as it is there), be right, and leave
     exactly the numbers that its line says; at the first "Goal Reached" only the target may be left. Other
@@ -32,7 +33,10 @@ def check_solution(problem: Problem, text: str | None) -> Verdict:
     ...                                     "24,24 equal: Goal Reached").right
     True
     """
-    return check_path(problem.numbers, problem.target, text)
+    verdict = check_path(problem.numbers, problem.target, text)
+    if verdict or text is None or (path := trace.read_search(text)) is None:
+        return verdict
+    return check_path(problem.numbers, problem.target, path)
 
 
 def check_path(numbers: Sequence[int], target: int, text: str | None) -> Verdict:

@@ -20,6 +20,7 @@ import itertools
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -55,6 +56,12 @@ def block_rows(thread: Thread) -> Iterator[tuple[Thread, Block, int, int]]:
 
 
 _NOTHING = Block((), sampled=False)
+
+
+def part_of(path: Path) -> Path:
+    """Where what becomes `path` is written first: a name beside it that no other process has, on any machine that sees
+    the folder, since process ids may be equal there."""
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
 
 
 def write_shard(folder: Path, trees: Iterable[ThreadTree], counts: dict) -> dict:
@@ -95,8 +102,7 @@ def write_shard(folder: Path, trees: Iterable[ThreadTree], counts: dict) -> dict
     for name in ARRAYS:
         digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}\n".encode() + arrays[name].tobytes())
     described = {**counts, "threads": len(threads), "tokens": len(tokens), "sha256": digest.hexdigest()}
-    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    part = part_of(folder)
     part.mkdir(parents=True)
     try:
         for name, values in arrays.items():

@@ -189,6 +189,20 @@ def _identity(problem: Any) -> Hashable:
     return getattr(problem, "key", problem)
 
 
+def hold_back(problems: Sequence[Any], config: GrpoConfig) -> tuple[Sequence[Any], list]:
+    """(problems to sample from, problems of validation): the last `validation` ones where there is validation, and no
+    problem that is the same as one of them is sampled. Raises UserError where none is left to sample."""
+    held_back = _last(problems, min(config.validation, len(problems)) if config.validate_every else 0)
+    known = set(map(_identity, held_back))
+    sampled = [problem for problem in problems if _identity(problem) not in known] if known else problems
+    if not len(sampled):
+        raise UserError(
+            f"GRPO has no problem left to sample: the last {len(held_back)} of {len(problems)} are held back for "
+            "validation, and the others are the same as these: give more problems, or a smaller grpo.validation"
+        )
+    return sampled, held_back
+
+
 class _Clock:
     """Seconds of a step's parts, as metrics."""
 
@@ -232,6 +246,7 @@ def run_grpo(
     With `validate_every` some of the problems are held back from sampling and tried with `validation` before the first
     step, every so many steps and after the last; `folder`/best keeps the weights that did best.
     """
+    sampled, held_back = hold_back(problems, config)
     trainer = GrpoTrainer(model, protocol, tokenizer, budget, config, mesh, slots)
     state = trainer.trainer.init(model)
     meta = {"model": dataclasses.asdict(model.config), **meta}
@@ -241,9 +256,6 @@ def run_grpo(
         start, state = checkpoints.restore(state)
     log = MetricsLog(folder, start if start else -1)  # -1: what validation said before the first step comes again
     progress = Progress(f"grpo {folder.name}", config.steps, "steps", start)
-    held_back = _last(problems, config.validation if config.validate_every else 0)
-    known = set(map(_identity, held_back))
-    sampled = [problem for problem in problems if _identity(problem) not in known] if known else problems
     best = _Best(folder / "best") if config.validate_every else None
 
     def validate(step: int) -> dict[str, float]:

@@ -218,17 +218,21 @@ def pack_rows(rows: Iterable[Sequence[Piece]], row_length: int, row_count: int |
 
 class PackedBatches:
     """Batches of packed rows: `batches[step]` is a pure function of (pieces, seed, step), so that
-    resuming needs no state but the step. Every epoch packs a new order. Pieces longer than a row are left out."""
+    resuming needs no state but the step. Every epoch packs a new order. Pieces longer than a row are left out, and
+    counted in `too_long`: whoever trains on these says so."""
 
     def __init__(self, pieces: Sequence[Piece], row_length: int, batch_rows: int, seed: int):
         self.row_length, self.batch_rows, self.seed = row_length, batch_rows, seed
         lengths = piece_lengths(pieces)
         self._pieces, self._lengths = pieces, lengths.tolist()
         self._fitting = np.flatnonzero(lengths <= row_length).tolist()
-        self.too_long = len(pieces) - len(self._fitting)  # dropped, to be reported
+        self.too_long = len(pieces) - len(self._fitting)
         self.tokens = int(lengths[lengths <= row_length].sum())  # of one epoch
         if not self._fitting:
-            raise UserError(f"no thread fits a row of {row_length} tokens")
+            raise UserError(
+                f"no thread fits a row of {row_length} tokens: the shortest of {len(pieces)} has "
+                f"{lengths.min() if len(pieces) else 0}"
+            )
         self._epoch, self._first_step, self._rows = -1, 0, []
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:

@@ -1,6 +1,7 @@
 """Supervised training on the solvers' trees (paper, section 3.1)."""
 
 import dataclasses
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -90,6 +91,7 @@ class SftRun:
                 "tokens_per_second": self._seen["tokens"] / seconds,
                 "model_flops_per_second": flops,
                 "skipped": values["skipped"],
+                "threads_too_long": self.batches.too_long,  # for a row: left out
             }
             if self._peak is not None:
                 line["model_flops_utilisation"] = flops / self._peak
@@ -126,6 +128,10 @@ def run_sft(
             + (f" times {config.microbatches} microbatches" if config.microbatches > 1 else "")
         )
     batches = PackedBatches(pieces, config.row_length, config.batch_rows, config.seed)
+    _tell_too_long(folder.name, batches, len(pieces))
+    if validation:  # refused now where none fits, not after the last step
+        measured = PackedBatches(validation, config.row_length, config.batch_rows // config.microbatches, seed=0)
+        _tell_too_long(f"{folder.name} validation", measured, len(validation))
     if config.tokens:  # the rates' schedule ends there, too
         config = dataclasses.replace(config, steps=batches.steps_for(config.tokens, most=config.steps))
     trainer = Trainer(
@@ -186,6 +192,16 @@ def run_sft(
         run.close()
         checkpoints.close()
     return model
+
+
+def _tell_too_long(title: str, batches: PackedBatches, threads: int) -> None:
+    """One line where threads are left out because no row holds them."""
+    if batches.too_long and jax.process_index() == 0:
+        print(
+            f"sft {title}: {batches.too_long} of {threads} threads are longer than a row of {batches.row_length} "
+            "tokens and are left out (sft.row_length)",
+            file=sys.stderr,
+        )
 
 
 def validate(trainer: Trainer, state, pieces: Sequence[Piece], config: SftConfig) -> dict[str, float]:

@@ -131,7 +131,8 @@ def test_traces_survive_a_file(tmp_path, monkeypatch, chunk):
     assert [problem for problem, _ in back] == [problem for problem, _ in made]
     for (_, tree), (_, again) in zip(made, back):
         assert again.root == tree.root
-        assert again.info == {key: tree.info[key] for key in tree.info if key != "strategy"}
+        beams = ("beam", "sub_beam") if tree.info.get("strategy") == "dfs" else ()  # the file has none of it
+        assert again.info == {key: tree.info[key] for key in tree.info if key not in beams}
 
 
 def test_the_files_of_the_authors_generator_are_read(tmp_path):
@@ -147,6 +148,35 @@ def test_the_files_of_the_authors_generator_are_read(tmp_path):
         assert trace_from_tree(apr) == entry["apr"] and sosp.root.text == entry["sosp"]
         assert (apr.info["beam"], apr.info["sub_beam"]) == (entry["apr_beam"], entry["apr_sub_beam"])
         assert (apr.info["style"], sosp.info["style"], sosp.info["beam"]) == ("apr", "sosp", entry["sosp_beam"])
+
+
+def test_the_files_of_stream_of_search_are_read(tmp_path):
+    """As its generator names them: "dfs", or "bfs" with the beam."""
+    made = []
+    for seed, (strategy, kind) in enumerate([("dfs", "dfs"), ("bfs", "bfs_3")] * 4):
+        config = SolverConfig(beam=(3, 3), strategies=(strategy,), heuristic="sum")
+        problem = ProblemRange(count=3 + seed % 2, max_number=20, max_target=40).draw(random.Random(seed))
+        made.append((problem, kind, SOLVERS["sos"](problem, config, random.Random(seed))))
+    rows = [
+        {
+            "nums": list(problem.numbers), "target": problem.target, "solution": [], "search_path": tree.root.text,
+            "rating": 0.0, "search_type": kind, "optimal_path": "", "heuristic": "sum_heuristic",
+        }
+        for problem, kind, tree in made
+    ]  # fmt: skip
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    assert {tree.info["solved"] for *_, tree in made} == {True, False}
+    for (problem, kind, tree), (again, read) in zip(made, authors.read_traces(tmp_path / "train.json"), strict=True):
+        assert again == problem and read.root.text == tree.root.text
+        assert (read.info["style"], read.info["strategy"], read.info["solved"]) == (
+            "sos",
+            kind[:3],
+            tree.info["solved"],
+        )
+        assert read.info.get("beam") == (3 if kind == "bfs_3" else None)
+    authors.write_traces(tmp_path / "again.json", [(problem, tree) for problem, _, tree in made])
+    written = json.loads((tmp_path / "again.json").read_text())
+    assert [row["search_type"] for row in written] == [kind for _, kind, _ in made]
 
 
 def test_what_is_written_has_the_authors_keys_and_counts(tmp_path):

@@ -68,6 +68,41 @@ def test_shares_make_the_same_bytes(made, tmp_path):
     assert files(tmp_path) == files(made)
 
 
+@pytest.mark.parametrize("moment", ["config.json", "tokenizer.json", "held_out.npy", "train.npy", "manifest.json"])
+def test_shares_with_equal_process_ids_do_not_touch_each_others_files(made, tmp_path, monkeypatch, moment):
+    """As containers on several machines have them. When the first share is about to put a file in its place, the
+    second one makes all that it can, and finishes where it can."""
+    replace, other = os.replace, []
+
+    def second_share_first(source, target):
+        if Path(target).name == moment and not other:
+            other.append(True)
+            make_dataset(CONFIG, tmp_path, shard=(1, 2))
+        replace(source, target)
+
+    make_dataset(CONFIG, tmp_path, shard=(1, 2)) if moment == "manifest.json" else None
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    monkeypatch.setattr(os, "replace", second_share_first)
+    make_dataset(CONFIG, tmp_path, shard=(0, 2))
+    assert other and make_dataset(CONFIG, tmp_path, shard=(1, 2)) is not None
+    assert files(tmp_path) == files(made)
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_finishing_removes_what_killed_processes_left_but_no_file_that_is_written(made, tmp_path):
+    fresh = [tmp_path / "train.npy.5e1f.part", tmp_path / "apr_train" / "00001.5e1f.part"]
+    left = [tmp_path / "train.npy.99.part", tmp_path / "apr_train" / "00002.99.part"]
+    for file, folder in (fresh, left):
+        folder.mkdir(parents=True)
+        file.write_text("")
+        (folder / "shard.json").write_text("")
+    for path in left:
+        os.utime(path, (time.time() - 2 * module.LEFT_AFTER,) * 2)
+    make_dataset(CONFIG, tmp_path)
+    assert [path.exists() for path in (*fresh, *left)] == [True, True, False, False]
+    assert files(tmp_path).items() >= files(made).items()
+
+
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -116,6 +151,14 @@ def test_a_data_set_older_than_a_solver_setting_is_taken(made, tmp_path):
     (copy / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="another recipes"):
         make_dataset(CONFIG, copy)
+
+
+def test_a_data_set_of_stream_of_search_in_its_earlier_form_is_not_gone_on_with(tmp_path):
+    sos = Recipe("sosp", SolverConfig.paper_sos(), window=9999, search="sos")
+    config = dataclasses.replace(CONFIG, train=8, recipes=(sos,))
+    tmp_path.joinpath("config.json").write_text(json.dumps(config.described() | {"format": module.FORMAT}))
+    with pytest.raises(ValueError, match="another format"):
+        make_dataset(config, tmp_path)
 
 
 # ---------------------------------------------------------------------- problems
@@ -247,6 +290,13 @@ def test_stream_of_search_is_a_search_of_the_one_thread_style():
     recipe = Recipe("sosp", SolverConfig.paper_sos(strategies=("bfs",)), window=9999, search="sos")
     tree, why = recipe.make(Problem((3, 5, 7, 9), 24), 0, WORDS)
     assert why is None and tree.info["strategy"] == "bfs" and not tree.root.children
+    assert tree.info["found"] == ([0] if tree.info["solved"] else [])
+    for strategy in ("dfs", "bfs"):  # no solution: both end without the line of the other solvers
+        solver = SolverConfig.paper_sos(strategies=(strategy,))
+        failed, why = dataclasses.replace(recipe, solver=solver).make(Problem((6, 2), 5), 0, WORDS)
+        assert why is None and failed.info["found"] == [] and not failed.info["solved"]
+        text = "".join(WORDS.decode(block.content) for block in failed.root.blocks)
+        assert text.endswith({"dfs": "unequal: No Solution\n", "bfs": "No solution found."}[strategy])
     for wrong, says in (("sso", "search is one of apr, sos, sosp, was given 'sso'"), ("apr2", "search is one of")):
         with pytest.raises(ValueError, match=says):
             dataclasses.replace(recipe, search=wrong)

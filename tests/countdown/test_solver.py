@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from apr_jax.countdown import CountdownProtocol, Problem, ProblemRange, check_solution, operations, trace
 from apr_jax.countdown.problem import successors
+from apr_jax.countdown.recipe import gave_up
 from apr_jax.countdown.search import HEURISTICS, Node, Search, SolverConfig, rank
 from apr_jax.countdown.solver import SOLVERS
 from apr_jax.threads import Spawn
@@ -50,7 +51,9 @@ def test_every_trace_is_right_and_says_so(made):
         assert right == total
     text, solved = tree.root.text, tree.info["solved"]
     assert bool(check_solution(problem, text)) == solved == protocol.correct(problem, text)
-    assert text.endswith(trace.NO_SOLUTION) != solved
+    assert gave_up(tree.root) != solved
+    if style != "sos":
+        assert text.endswith(trace.NO_SOLUTION) != solved
     assert tree.root.blocks[0].content == protocol.root_prompt(problem)
 
 
@@ -164,6 +167,154 @@ def test_stream_of_search_goes_deep_or_broad():
     assert all("Sub Search" not in (line or "") for line in texts["dfs"])
 
 
+# By hand, from the rules: depth first, ranked by the mean distance to the target, nothing ranked above the target; the
+# first child has one leaf, the second the goal. Two numbers: back at the parent after every leaf but the last.
+DEEP = """\
+Current State: 4:[3, 3, 4], Operations: []
+Exploring Operation: 3+3=6, Resulting Numbers: [4, 6]
+Generated Node #0,0: 4:[4, 6] Operation: 3+3=6
+Moving to Node #0,0
+Current State: 4:[4, 6], Operations: ['3+3=6']
+Exploring Operation: 6-4=2, Resulting Numbers: [2]
+2,4 unequal: No Solution
+Moving to Node #0
+Current State: 4:[3, 3, 4], Operations: []
+Exploring Operation: 3/3=1, Resulting Numbers: [4, 1]
+Generated Node #0,1: 4:[4, 1] Operation: 3/3=1
+Moving to Node #0,1
+Current State: 4:[4, 1], Operations: ['3/3=1']
+Exploring Operation: 4*1=4, Resulting Numbers: [4]
+4,4 equal: Goal Reached
+"""
+DEEP_IN_VAIN = """\
+Current State: 5:[6, 2], Operations: []
+Exploring Operation: 6-2=4, Resulting Numbers: [4]
+4,5 unequal: No Solution
+Moving to Node #0
+Current State: 5:[6, 2], Operations: []
+Exploring Operation: 6/2=3, Resulting Numbers: [3]
+3,5 unequal: No Solution
+Moving to Node #0
+Current State: 5:[6, 2], Operations: []
+Exploring Operation: 6+2=8, Resulting Numbers: [8]
+8,5 unequal: No Solution
+"""
+# Breadth first with a beam of 2: the two leaves are kept, queued and taken from the queue; the last line has no end.
+BROAD_IN_VAIN = """\
+Current State: 5:[6, 2], Operations: []
+Exploring Operation: 6-2=4, Resulting Numbers: [4]
+4,5 unequal: No Solution
+Exploring Operation: 6/2=3, Resulting Numbers: [3]
+3,5 unequal: No Solution
+Moving to Node #0,0
+Current State: 5:[4], Operations: ['6-2=4']
+Moving to Node #0,0
+Current State: 5:[3], Operations: ['6/2=3']
+No solution found."""
+
+
+@pytest.mark.parametrize(
+    "problem, strategy, text",
+    [
+        (Problem((3, 3, 4), 4), "dfs", DEEP),
+        (Problem((6, 2), 5), "dfs", DEEP_IN_VAIN),
+        (Problem((6, 2), 5), "bfs", BROAD_IN_VAIN),
+    ],
+)
+def test_stream_of_search_writes_the_originals_lines(problem, strategy, text):
+    config = SolverConfig(beam=(2, 2), heuristic="sum", strategies=(strategy,), shuffle=False)
+    tree = SOLVERS["sos"](problem, config, random.Random(0))
+    assert tree.root.text == text
+    solved = trace.GOAL_REACHED in text
+    assert tree.info["solved"] == solved == bool(check_solution(problem, text)) != gave_up(tree.root)
+
+
+def stream_of_search(seed, strategy, **changes):
+    problem = ProblemRange(count=4, max_number=30, max_target=60).draw(random.Random(seed))
+    config = SolverConfig(**{"beam": (1, 4), "strategies": (strategy,)} | changes)
+    return problem, config, SOLVERS["sos"](problem, config, random.Random(seed))
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("heuristic", ["sum", "multiply"])
+def test_depth_first_goes_down_at_once_and_writes_where_it_is_again(seed, heuristic):
+    """Read line by line: every line follows from those before, and children come in the order of their rank."""
+    problem, _, tree = stream_of_search(seed, "dfs", heuristic=heuristic)
+    lines = tree.root.text.rstrip("\n").split("\n")
+    here, states, counts = "0", {"0": trace.State(problem.target, problem.numbers, ())}, {}
+    assert trace.read_state(lines[0]) == states["0"]
+    at = 1
+    while at < len(lines):
+        operation, numbers = trace.read_exploring(lines[at])
+        kept = [
+            (state, operation)
+            for state, operation in successors(states[here].numbers)
+            if rank(heuristic, state, problem.target) <= problem.target
+        ]
+        kept.sort(key=lambda one: rank(heuristic, one[0], problem.target))
+        step = counts[here] = counts.get(here, -1) + 1
+        assert (numbers, "{}{}{}={}".format(*operation)) == kept[step]
+        at += 1
+        if len(numbers) > 1:
+            below = f"{here},{step}"
+            assert trace.read_generated_node(lines[at]) == below == trace.read_moving(lines[at + 1])
+            states[below] = trace.State(problem.target, numbers, (*states[here].operations, kept[step][1]))
+            assert trace.read_state(lines[at + 2]) == states[below]
+            here, at = below, at + 3
+            continue
+        solved = numbers == (problem.target,)
+        assert lines[at] == (trace.reached if solved else trace.missed)(numbers[0], problem.target).rstrip("\n")
+        at += 1
+        assert not solved or at == len(lines)
+        if at < len(lines):
+            back = trace.read_moving(lines[at])
+            assert here == back or here.startswith(back + ",")
+            assert trace.read_state(lines[at + 1]) == states[back]
+            here, at = back, at + 2
+    assert tree.info["solved"] == (lines[-1].endswith(trace.GOAL_REACHED))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_breadth_first_takes_all_that_it_keeps_from_its_queue(seed):
+    """Of a search that fails: every state that was kept, leaves too, is moved to once; none has more than a beam of
+    children, and at the first level the best come first."""
+    problem, config, tree = stream_of_search(seed, "bfs", beam=(2, 2))
+    lines = tree.root.text.split("\n")
+    kept = [numbers for numbers in (found[1] for found in map(trace.read_exploring, lines) if found)]
+    states = [state.numbers for state in map(trace.read_state, lines) if state]
+    moves = [node for node in map(trace.read_moving, lines) if node]
+    assert len(moves) == len(states) - 1 and moves[0].count(",") == 1
+    if tree.info["solved"]:
+        assert lines[-2].endswith(trace.GOAL_REACHED) and not lines[-1] and len(states) <= len(kept)
+    else:
+        assert lines[-1] == "No solution found." and sorted(states) == sorted([problem.numbers, *kept])
+        ranks = [rank(config.heuristic, state, problem.target) for state in states[1:3]]
+        assert ranks == sorted(rank(config.heuristic, state, problem.target) for state in kept[:2])
+
+
+def test_a_trace_of_stream_of_search_is_read_back_and_verified():
+    """What it returns are the operations of the state it ends at, and these are checked like any path."""
+    protocol = CountdownProtocol("sosp")
+    problem = Problem((3, 3, 4), 4)
+    steps = [trace.read_exploring(line) for line in protocol.result(DEEP).split("\n")]
+    assert [step and step[1] for step in steps] == [(4, 1), (4,), None]
+    assert protocol.correct(problem, DEEP) and protocol.correct(problem, "Token Budget: 512 " + DEEP)
+    assert not check_solution(Problem((3, 3, 5), 4), DEEP)
+    for change in (("'3/3=1'", "'3/3=2'"), ("'3/3=1'", "'4/4=1'"), ("'3/3=1'", ""), ("4*1=4", "4*2=4")):
+        wrong = DEEP.replace(*change)
+        assert wrong != DEEP and not check_solution(problem, wrong) and not protocol.correct(problem, wrong)
+    wrong = DEEP.replace("'3/3=1'", "'3/3=2'")
+    assert protocol.result(wrong) is not None, "a wrong answer is an answer"
+    for nothing in (
+        DEEP_IN_VAIN,
+        BROAD_IN_VAIN,
+        DEEP[:-20],
+        DEEP + "Moving to Node #0\n",
+        "Moving to Node #0\n" + DEEP,
+    ):
+        assert protocol.result(nothing) is None and not protocol.correct(problem, nothing)
+
+
 def pieces(thread):
     """All text of a thread and those below it, calls included, in the order that it was written in."""
     for item in thread.blocks:
@@ -206,7 +357,7 @@ def test_problems_of_one_and_two_numbers():
         two = solve(Problem((6, 4), 24), SolverConfig(beam=(4, 4)), random.Random(0))
         one = solve(Problem((7,), 7), SolverConfig(beam=(4, 4)), random.Random(0))
         assert two.info["solved"] and check_solution(Problem((6, 4), 24), two.root.text), style
-        assert not one.info["solved"] and one.root.text.endswith(trace.NO_SOLUTION)  # no operation reaches anything
+        assert not one.info["solved"] and gave_up(one.root)  # no operation reaches anything
 
 
 def test_a_seed_fixes_a_tree():

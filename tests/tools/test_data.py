@@ -1,10 +1,14 @@
 """tools.data: a data set made, told of, exported in the authors' format and imported again."""
 
 import json
+import random
 
 import pytest
 
+from apr_jax.countdown import ProblemRange, authors
 from apr_jax.countdown.dataset import read_manifest
+from apr_jax.countdown.search import SolverConfig
+from apr_jax.countdown.solver import SOLVERS
 from apr_jax.threads import decode_tree
 from apr_jax.threads.store import TreeStore
 from apr_jax.train.pack import StoredPieces
@@ -74,13 +78,129 @@ def test_what_is_exported_can_be_imported(made, tmp_path, capsys):
     words = load_run_tokenizer(again, "")
     theirs = [decode_tree(tree, words.decode).root for tree in TreeStore(made / "apr_train")]
     stores = [TreeStore(again / f"apr_{part}") for part in ("validation", "train")]
-    ours = [decode_tree(tree, words.decode).root for store in stores for tree in store]
-    assert ours == [theirs[index] for index in kept]
+    ours = {tree.info["index"]: decode_tree(tree, words.decode).root for store in stores for tree in store}
+    assert [ours[index] for index in sorted(ours)] == [theirs[index] for index in kept] and sorted(ours) == kept
     assert len(StoredPieces(TreeStore(again / "apr_train"))) == manifest["apr_train"]["threads"]
     assert make_data(read_settings(load_config(CONFIG)), again) == manifest  # a run takes it as it is
     assert {p.target for p in load_problems(again / "held_out.npy")} == {row["target"] for row in held_out}
     assert call(*line, f"--out={again}") == 1
     assert "is there already: give another folder" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------- import
+
+
+@pytest.fixture(scope="module")
+def files(made, tmp_path_factory):
+    """The trees of the data set as the authors' files: its folder."""
+    folder = tmp_path_factory.mktemp("files")
+    for style in ("apr", "sosp"):
+        assert call("export", made / f"{style}_train", f"--out={folder}/{style}.json") == 0
+    return folder
+
+
+def write(path, rows):
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def keys(folder, *names):
+    """The problems of the trees in some stores."""
+    infos = (tree.info for name in names for tree in TreeStore(folder / name))
+    return {(*sorted(info["numbers"]), info["target"]) for info in infos}
+
+
+def test_held_out_problems_are_trained_on_by_nobody(files, tmp_path, capsys):
+    """Neither by SFT nor by GRPO, which draws from train.npy, wherever the traces stand in their file."""
+    rows = json.loads((files / "apr.json").read_text())
+    chosen = [{"nums": row["nums"][::-1], "target": row["target"]} for row in (*rows[:5], *rows[70:85])]
+    held_out = {(*sorted(row["nums"]), row["target"]) for row in chosen}
+    line = ("import", files / "apr.json", files / "sosp.json", f"--held_out={write(tmp_path / 'val.json', chosen)}")
+    assert call(*line, f"--out={tmp_path}/data", "--window=256") == 0
+    data = tmp_path / "data"
+    manifest = read_manifest(data)
+    train = [(*sorted(problem.numbers), problem.target) for problem in load_problems(data / "train.npy")]
+    assert len(train) == len(set(train)) == manifest["train_problems"] > 100 and not held_out & set(train)
+    for style in ("apr", "sosp"):
+        validation, trained = keys(data, f"{style}_validation"), keys(data, f"{style}_train")
+        assert not held_out & (validation | trained) and not validation & trained
+        assert len(validation) == 64 and trained <= set(train)
+    dropped = sum(counts["held_out"] for counts in manifest.values() if isinstance(counts, dict) and "trees" in counts)
+    assert dropped >= 40 and "of held-out problems), " in capsys.readouterr().out
+
+
+def test_a_style_with_too_few_traces_is_refused(files, tmp_path, capsys):
+    rows = json.loads((files / "sosp.json").read_text())
+    few = write(tmp_path / "few.json", rows[:30])
+    val = write(tmp_path / "val.json", [{"nums": [1, 2, 3], "target": 6}])
+    assert call("import", files / "apr.json", few, f"--held_out={val}", f"--out={tmp_path}/data") == 1
+    assert "no sosp tree to train on is left" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"few.json", "val.json"}
+
+
+def test_traces_of_stream_of_search_are_the_one_thread_styles(tmp_path, capsys):
+    """A run reads them as it reads SoS+'s."""
+    source, made = ProblemRange(count=3, max_number=10, max_target=20), []
+    for seed in range(80):
+        problem = source.draw(random.Random(seed))
+        made.append((problem, SOLVERS["sos"](problem, SolverConfig.paper_sos(beam=(1, 2)), random.Random(seed))))
+    authors.write_traces(tmp_path / "sos.json", made)
+    val = write(tmp_path / "val.json", [GOOD])
+    assert call("import", tmp_path / "sos.json", f"--held_out={val}", f"--out={tmp_path}/data") == 0
+    counts = read_manifest(tmp_path / "data")["sosp_validation"]
+    assert counts["trees"] >= 64 and 0 < counts["solved"] < counts["trees"]
+    words = load_run_tokenizer(tmp_path / "data", "")
+    (tree, *_) = TreeStore(tmp_path / "data" / "sosp_validation")
+    assert decode_tree(tree, words.decode).root.text == made[0][1].root.text
+
+
+def trace_of(numbers, target):
+    state = f"Current State: {target}:{numbers}, Operations: []\n"
+    return {"nums": numbers, "target": target, "search_path": state + "No solution found.\n", "search_type": "sosp_1"}
+
+
+GOOD = {"nums": [1, 2, 3], "target": 6}
+
+
+@pytest.mark.parametrize(
+    "traces, held_out, says",
+    [
+        ([], None, "--held_out=FILE is needed"),
+        ([], [], "there is no held-out problem"),
+        ([], [GOOD, {"nums": [1, 1, 1], "target": 19}], "1 of 2 held-out problems have no solution, such as [1, 1, 1]"),
+        ([], [GOOD, {"nums": [1, 2], "target": 3}], "the first held-out problem has 3, another 2"),
+        ([], [{"nums": [1, 10**20], "target": 10**20 + 1}], "at most 2147483647, a held-out problem has 1000000000000"),
+        ([trace_of([1, 2, 3, 4], 10)], [GOOD], "the first trace has 3, another 4 (numbers [1, 2, 3, 4], target 10)"),
+        ([trace_of([10**20, 2, 3], 10)], [GOOD], "at most 2147483647, a trace has 100000000000000000000"),
+        ([trace_of([2**31, 2, 3], 10)], [GOOD], "at most 2147483647, a trace has 2147483648"),
+        ([{"nums": [1, 2], "target": 3}], [GOOD], "has neither trace_dict nor search_path"),
+    ],
+)
+def test_what_cannot_be_a_data_set_leaves_one_line_and_nothing_else(files, tmp_path, capsys, traces, held_out, says):
+    rows = [*json.loads((files / "sosp.json").read_text())[:90], *traces]
+    before = [write(tmp_path / "traces.json", rows), write(tmp_path / "val.json", held_out)]
+    line = ["import", tmp_path / "traces.json", f"--out={tmp_path}/data"]
+    assert call(*line, *([] if held_out is None else [f"--held_out={tmp_path}/val.json"])) == 1
+    captured = capsys.readouterr().err
+    assert captured.startswith("error: ") and captured.count("\n") == 1 and says in captured
+    assert sorted(tmp_path.iterdir()) == sorted(before)
+
+
+def test_a_file_that_is_missing_is_named_before_the_others_are_read(files, tmp_path, capsys):
+    val = write(tmp_path / "val.json", [GOOD])
+    broken = write(tmp_path / "broken.json", {})
+    assert call("import", broken, tmp_path / "nowhere.json", f"--held_out={val}", f"--out={tmp_path}/data") == 1
+    assert "nowhere.json" in capsys.readouterr().err
+
+
+def test_stats_of_validation_trees_that_were_all_dropped(tmp_path, capsys):
+    """A held-out problem whose trees do not fit leaves an empty store."""
+    line = ("--set=problems.train=60", "--set=problems.held_out=1", "--set=window=160")
+    assert call("make", f"--config={CONFIG}", f"--out={tmp_path}/data", *line, "--processes=1") == 0
+    assert 0 in {counts["trees"] for name, counts in read_manifest(tmp_path / "data").items() if "_validation" in name}
+    capsys.readouterr()
+    assert call("stats", tmp_path / "data") == 0
+    assert "sosp_validation: 1 problems" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from apr_jax.countdown import Problem
+from apr_jax.errors import UserError
 from apr_jax.threads.run import Budget
 from apr_jax.train.grpo import GrpoTrainer, run_grpo
 from apr_jax.train.objective import AGGREGATES
@@ -176,6 +177,18 @@ def test_fresh_prompts_take_the_place_of_groups_without_a_signal():
     assert all(len({tree.info["correct"] for tree in group}) == 2 for group in groups)
     assert trainer.sample(state, 1, problems) == (groups, replaced)
     assert len(trainer.sample(state, 1, [11, 1, 2, 3])[0]) == 3, "fewer fresh ones than are needed"
+
+
+@pytest.mark.parametrize("twins, validation", [(5, 3), (0, 3), (0, 9)])
+def test_validation_that_leaves_no_problem_is_refused(tmp_path, twins, validation):
+    """Also where those that are left are held-back ones in another order."""
+    config = make_config(steps=1, prompts=2, validate_every=1, validation=validation)
+    problems = [*[Problem((7, 2), 5)] * twins, *(Problem((2, 7), target) for target in (3, 4, 5))]
+    with pytest.raises(UserError, match="no problem left to sample"):
+        run_grpo(
+            spawning_model(1), problems, NonsenseProtocol(2), TOKENIZER, BUDGET, config, data_mesh(2), 16, tmp_path, {}
+        )
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_held_back_for_validation_is_never_sampled(tmp_path):

@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from apr_jax.errors import UserError
 from apr_jax.model import flops
 from apr_jax.model.flops import training_flops
+from apr_jax.threads import Block, Thread
 from apr_jax.threads.store import CALL_FORCED, CALL_SAMPLED, FORCED, JOIN, SAMPLED
 from apr_jax.train.checkpoint import load_meta
 from apr_jax.train.loss import KINDS, loss_by_kind, row_logits, row_sums
-from apr_jax.train.pack import lay_out_tree, pack_rows
-from apr_jax.train.sft import validation_metrics
+from apr_jax.train.pack import lay_out, lay_out_tree, pack_rows
+from apr_jax.train.sft import SftConfig, run_sft, validation_metrics
+from apr_jax.train.step import data_mesh
 from tests.tiny import log_softmax, make_model, paths
 from tests.train import runs
 from tests.train.test_pack import nested_tree
@@ -47,6 +50,15 @@ def test_validation_means_leave_out_kinds_that_do_not_occur():
     assert found["validation_accuracy"] == 0.5 and found["validation_loss/prompt"] == 5.0
     assert "validation_loss/join" not in found
     assert validation_metrics(totals, "all")["validation_loss"] == pytest.approx(11 / 3)
+
+
+def test_validation_that_fits_no_row_is_refused_before_the_first_step(tmp_path):
+    """It was found after the last one."""
+    short, long = (lay_out(Thread((Block(tuple(range(5, 5 + n)), sampled=True),))) for n in (20, 65))
+    config = SftConfig(1, 2, 64, runs.OPTIMIZER)
+    with pytest.raises(UserError, match="no thread fits a row of 64 tokens"):
+        run_sft(make_model(0), [short] * 4, [long], config, data_mesh(2), tmp_path, {})
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_token_sees_its_path_up_to_itself(rows):

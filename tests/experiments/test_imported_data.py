@@ -1,0 +1,118 @@
+"""Runs on data sets that were imported, whole or with something missing."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from apr_jax.threads.store import TreeStore
+from tests.experiments.conftest import SMOKE
+from tools import data
+
+
+@pytest.fixture(scope="module")
+def exported(whole_run, tmp_path_factory):
+    """The run's trees and held-out problems as the authors' files: their folder."""
+    folder = tmp_path_factory.mktemp("exported")
+    for style in ("apr", "sosp"):
+        store = str(whole_run.folder / "data" / f"{style}_train")
+        assert data.main(["data", "export", store, f"--out={folder}/{style}.json"]) == 0
+    rows = np.load(whole_run.folder / "data" / "held_out.npy").tolist()
+    problems = [{"nums": numbers, "target": target} for *numbers, target in rows]
+    (folder / "held_out.json").write_text(json.dumps(problems))
+    return folder
+
+
+@pytest.fixture
+def import_data(exported, tmp_path):
+    """Imports traces of some styles as the data of a run folder, which it returns."""
+
+    def make(*styles, window=256):
+        files = [f"{exported}/{style}.json" for style in styles]
+        line = [*files, f"--held_out={exported}/held_out.json", f"--out={tmp_path}/run/data", f"--window={window}"]
+        assert data.main(["data", "import", *line]) == 0
+        return tmp_path / "run"
+
+    return make
+
+
+def test_apr_traces_alone_are_a_data_set(whole_run, import_data, main, refused):
+    """A run of both styles is told before it trains; one of APR goes on to the report."""
+    run = import_data("apr")
+    line = refused(SMOKE, f"--workdir={run}", "--stage=data,sft")
+    assert "has no sosp traces: give --styles=apr" in line and not list(run.glob("sft_*"))
+    shutil.copytree(whole_run.folder / "evaluate", run / "evaluate", ignore=shutil.ignore_patterns("*sosp*", "grpo*"))
+    done = main(SMOKE, f"--workdir={run}", "--styles=apr", "--stage=data,report")
+    assert done.code == 0, done.err
+    text = (run / "report.md").read_text()
+    assert "| APR SFT |" in text and "The apr solver on " in text and "sosp solver" not in text
+
+
+def test_threads_longer_than_a_row_are_counted_and_told(import_data, whole_run, main, refused):
+    """A data set of a wider window than the run's: in what SFT prints and logs, and in the report."""
+    run = import_data("apr")
+    short = [f"--config.{name}=96" for name in ("window", "sft.row_length", "grpo.row_length")]
+    command = (SMOKE, f"--workdir={run}", "--styles=apr", *short, "--config.sft.steps=1", "--config.apr.children=0")
+    lengths = TreeStore(run / "data" / "apr_train").thread_tokens
+    left_out = int((lengths > 96).sum())
+    assert 0 < left_out < len(lengths)
+    done = main(*command, "--stage=data,sft")
+    assert done.code == 0, done.err
+    assert f"sft sft_apr: {left_out} of {len(lengths)} threads are longer than a row of 96 tokens" in done.err
+    assert "sft_apr validation: " in done.err
+    first, *_ = (run / "sft_apr" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(first)["threads_too_long"] == left_out
+    shutil.copytree(whole_run.folder / "evaluate", run / "evaluate", ignore=shutil.ignore_patterns("*sosp*", "grpo*"))
+    assert main(*command, "--stage=report").code == 0
+    assert f"SFT left out {left_out} apr threads" in (run / "report.md").read_text()
+
+
+def change_manifest(run, **changes):
+    path = run / "data" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_data_without_held_out_problems_end_a_run_at_its_start(import_data, refused):
+    """As an import made them before it asked for some."""
+    run = import_data("apr", "sosp")
+    np.save(run / "data" / "held_out.npy", np.zeros(0, np.int32))
+    change_manifest(run, held_out_problems=0)
+    assert "no held-out problems to evaluate on: import it again" in refused(SMOKE, f"--workdir={run}", "--stage=data")
+    line = refused(SMOKE, f"--workdir={run}", "--stage=evaluate")
+    assert "held_out.npy is broken: import the data set again" in line and "delete" not in line
+
+
+def test_data_with_held_out_problems_in_training_end_a_run_at_its_start(import_data, refused):
+    """As an import made them before: GRPO drew from all of train.npy."""
+    run = import_data("apr", "sosp")
+    train, held_out = (np.load(run / "data" / f"{name}.npy") for name in ("train", "held_out"))
+    turned = np.concatenate([held_out[:3, -2::-1], held_out[:3, -1:]], axis=1)  # numbers in another order
+    np.save(run / "data" / "train.npy", np.concatenate([train, turned]))
+    assert "3 held-out problems of" in refused(SMOKE, f"--workdir={run}", "--stage=data")
+
+
+def test_data_in_the_tokens_of_another_tokenizer_end_a_run_at_its_start(import_data, refused):
+    run = import_data("apr", "sosp")
+    own = f"--config.tokenizer.name={run}/data/tokenizer.json"
+    line = refused(SMOKE, f"--workdir={run}", "--stage=data", own)
+    assert "was imported in the tokens of our own tokenizer: set tokenizer.name to ''" in line
+
+
+def test_a_file_of_made_data_that_is_broken_is_mended_as_the_error_says(whole_run, tmp_path, main, refused):
+    run = tmp_path / "run"
+    shutil.copytree(whole_run.folder / "data", run / "data")
+    whole = (run / "data" / "held_out.npy").read_bytes()
+    (run / "data" / "held_out.npy").write_bytes(whole[:-30])
+    line = refused(SMOKE, f"--workdir={run}", "--stage=evaluate")
+    assert f"delete it and {run}/data/manifest.json, and run --stage=data again" in line
+    for name in ("held_out.npy", "manifest.json"):
+        (run / "data" / name).unlink()
+    assert main(SMOKE, f"--workdir={run}", "--stage=data").code == 0
+    assert (run / "data" / "held_out.npy").read_bytes() == whole
+
+
+def test_validation_that_leaves_grpo_nothing_ends_a_run_at_its_start(import_data, refused):
+    run = import_data("apr", "sosp")
+    change = ("--config.grpo.validate_every=1", "--config.grpo.validation=150")
+    assert "GRPO has no problem left to sample" in refused(SMOKE, f"--workdir={run}", "--stage=data", *change)
