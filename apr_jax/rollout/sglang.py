@@ -126,8 +126,8 @@ class SglangEngine:
         sequence.ids.extend(map(int, ids))
 
     async def decode(self, sequence: _Sequence, stop: frozenset[int], limit: int, sampling: Sampling) -> Decoded:
-        """Raises ValueError where there is no room or an id is outside the vocabulary, ServerError where the server
-        cannot do it."""
+        """Raises ValueError where there is no room or an id is outside the vocabulary, UserError where the server would
+        draw from another distribution than `sampling` says, ServerError where the server cannot do it."""
         if sequence.freed:
             raise ValueError("a freed sequence cannot decode")
         limit = min(limit, self.context - len(sequence.ids))
@@ -135,6 +135,7 @@ class SglangEngine:
             raise ValueError(f"no room to decode: {len(sequence.ids)} of {self.context} tokens")
         self._check_ids(sequence.ids)
         self._check_ids(stop)
+        self._truncation(sampling)  # refused before anything is sent
         ids: list[int] = []
         logprobs: list[float] = []
         while len(ids) < limit and not (ids and ids[-1] in stop):
@@ -167,17 +168,31 @@ class SglangEngine:
             if not 0 <= one < self.vocabulary:
                 raise UserError(f"ids are 0 to {self.vocabulary - 1}, was given {one}: it would end the server")
 
+    def _truncation(self, sampling: Sampling) -> tuple[int, float]:
+        """The server's (top_k, top_p) for the same distribution. Both at once it takes from the whole distribution,
+        `Sampling` one after the other. Raises UserError."""
+        top_k = sampling.top_k if 0 < sampling.top_k < self.vocabulary else -1
+        if sampling.temperature == 0 or top_k == 1:  # one token stays, whatever top_p is
+            return top_k, 1.0
+        if top_k > 0 and sampling.top_p < 1:
+            raise UserError(
+                f"SGLang applies top_k and top_p both to the whole distribution, not one after the other: give one of "
+                f"them, was given top_k {sampling.top_k} and top_p {sampling.top_p}"
+            )
+        return top_k, sampling.top_p
+
     async def _generate(
         self, sequence: _Sequence, written: list[int], stop: frozenset[int], limit: int, sampling: Sampling
     ) -> _Answer:
         """One request of a decode, measured."""
         prompt = [*sequence.ids, *written]
+        top_k, top_p = self._truncation(sampling)
         body = {
             "input_ids": prompt,
             "sampling_params": {
                 "temperature": sampling.temperature,
-                "top_k": sampling.top_k or -1,
-                "top_p": sampling.top_p,
+                "top_k": top_k,
+                "top_p": top_p,
                 "max_new_tokens": limit,
                 "stop_token_ids": sorted(stop),
                 "skip_special_tokens": False,

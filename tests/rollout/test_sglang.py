@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from apr_jax.errors import UserError
 from apr_jax.model.llama import LlamaConfig
 from apr_jax.rollout.engine import JaxEngine
 from apr_jax.rollout.measure import Lineage, Measurements, TimedEngine
@@ -87,11 +88,11 @@ def test_faults_on_the_way_change_no_tree():
 
 def test_a_request_says_what_it_needs_and_nothing_else_decides():
     with FakeServer() as server:
-        decode(engine_of(server), stop=frozenset({7, 5}), limit=3, sampling=Sampling(0.5, top_k=9, top_p=0.8))
+        decode(engine_of(server), stop=frozenset({7, 5}), limit=3, sampling=Sampling(0.5, top_k=9))
     first, scoring = server.requests
     assert first["input_ids"] == PROMPT and first["stream"] and first["return_logprob"]
     how = first["sampling_params"]
-    assert how.items() >= {"temperature": 0.5, "top_k": 9, "top_p": 0.8, "max_new_tokens": 3, "stop_token_ids": [5, 7],
+    assert how.items() >= {"temperature": 0.5, "top_k": 9, "top_p": 1.0, "max_new_tokens": 3, "stop_token_ids": [5, 7],
                            "skip_special_tokens": False}.items()  # fmt: skip
     assert "ignore_eos" not in how  # it would make SGLang ignore the stop ids as well
     assert scoring["input_ids"][: len(PROMPT)] == PROMPT
@@ -101,6 +102,23 @@ def test_all_words_are_asked_for_by_minus_one():
     with FakeServer() as server:
         decode(engine_of(server), sampling=Sampling(1.0))
     assert [r["sampling_params"]["top_k"] for r in server.requests] == [-1]
+
+
+def test_top_k_with_top_p_is_refused_unless_one_of_them_decides_alone():
+    """SGLang takes both from the whole distribution, `Sampling` one after the other."""
+    with FakeServer() as server:
+        with pytest.raises(UserError, match="give one of them, was given top_k 9 and top_p 0.8"):
+            decode(engine_of(server), sampling=Sampling(0.5, top_k=9, top_p=0.8))
+        assert not server.requests
+        for sampling, sent in (
+            (Sampling(1.0, top_p=0.8), (-1, 0.8)),
+            (Sampling(1.0, top_k=10**12, top_p=0.8), (-1, 0.8)),  # of all tokens
+            (Sampling(1.0, top_k=1, top_p=0.8), (1, 1.0)),
+            (Sampling(0.0, top_k=9, top_p=0.8), (9, 1.0)),
+        ):
+            decode(engine_of(server), sampling=sampling)
+            how = server.requests[-1]["sampling_params"]
+            assert (how["top_k"], how["top_p"]) == sent
 
 
 # ---------------------------------------------------------------------- limits and stops
