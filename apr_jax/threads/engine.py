@@ -23,8 +23,8 @@ class Sampling:
     * Of equally likely tokens the lower id stays first.
 
     So transformers applies its TopKLogitsWarper and TopPLogitsWarper, but for ties: its top-k keeps all tokens as
-    likely as the k-th, and its top-p has no rule for which of equals goes. SGLang has no rule for ties either, and takes
-    both shares from the whole distribution: its engine refuses the two together. Raises UserError.
+    likely as the k-th, and its top-p has no rule for which of equals goes. SGLang has no rule for ties either, and
+    takes both shares from the whole distribution: its engine refuses the two together. Raises UserError.
     """
 
     temperature: float = 1.0
