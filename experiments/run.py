@@ -24,6 +24,7 @@ import jax
 
 from apr_jax.train.termination import Terminated
 from experiments.command import FLAGS_HELP, Command, parse, reason
+from experiments.compilation import use_cache
 from experiments.sweep import expand, run_each
 
 # XLA ends a process whose devices have waited 40 s for each other, which virtual ones on busy cores may.
@@ -40,8 +41,7 @@ def start(command: Command) -> None:
         jax.config.update("jax_num_cpu_devices", settings.devices // command.processes)
         if jax.__version_info__ < (0, 11):  # an unknown flag would end the process, and others were not tried
             os.environ["XLA_FLAGS"] = f"{COLLECTIVES_WAIT} {os.environ.get('XLA_FLAGS', '')}"
-    jax.config.update("jax_compilation_cache_dir", str(CACHE))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    use_cache(CACHE)
     if command.processes > 1:
         jax.config.update("jax_enable_preemption_service", False)  # it would take our SIGTERM
         jax.distributed.initialize(command.coordinator, command.processes, command.process)

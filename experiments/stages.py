@@ -174,9 +174,9 @@ class Run:
             if style not in self.styles:
                 continue
             folder = self.workdir / f"sft_{style}" / "checkpoints"
-            if (saved := newest_step(folder)) is None:
+            if newest_step(folder) is None:
                 raise FileNotFoundError(f"no checkpoint at {folder}: run --stage=sft first")
-            model, meta = load_model(saved)
+            model, meta = load_model(folder)
             steps = meta.get("steps", self.settings.sft.steps)  # it was not saved before there was sft.tokens
             if meta["step"] < steps:
                 raise UserError(f"sft_{style} stands at step {meta['step']} of {steps}: finish --stage=sft first")
@@ -327,7 +327,7 @@ class Run:
         """Every trained model of these styles with its meta, by the name of its stage: sft_sosp, sft_apr, ... Of GRPO
         with validation what validated best."""
         names = (f"{kind}_{style}" for kind in ("sft", "grpo") for style in self.styles)
-        return {name: load_model(step) for name in names if (step := last_step(self.workdir / name))}
+        return {name: load_model(step.parent) for name in names if (step := last_step(self.workdir / name))}
 
     def _meta(self, config: LlamaConfig, style: str, kind: str) -> dict:
         total, inner = parameter_count(Llama(config, rngs=nnx.Rngs(0)))

@@ -81,16 +81,22 @@ def sample(
 
 
 def truncate(scaled_SxV: Array, how: Distribution) -> Array:
-    """Logits with all but the `top_k` largest, and of those all but the smallest set of probability `top_p`, at minus
-    infinity. Words as likely as the last one kept are kept, too."""
+    """Logits with all but the tokens that top-k and then top-p keep at minus infinity; `Sampling` defines both. At
+    least one token stays, whatever float32 makes of `top_p`, and `top_p` 1 takes none away."""
     sorted_SxV = jnp.sort(scaled_SxV, axis=1, descending=True)
     V = sorted_SxV.shape[1]
-    inside_SxV = jnp.where(jnp.arange(V)[None] < how.top_k, sorted_SxV, -jnp.inf)
-    probabilities_SxV = jax.nn.softmax(inside_SxV, axis=1)
-    before_SxV = jnp.cumsum(probabilities_SxV, axis=1) - probabilities_SxV
-    kept_SxV = (before_SxV < how.top_p) & (probabilities_SxV > 0)
-    least_S = jnp.min(jnp.where(kept_SxV, sorted_SxV, jnp.inf), axis=1)
-    return jnp.where(scaled_SxV >= least_S[:, None], scaled_SxV, -jnp.inf)
+    inside_1xV = jnp.arange(V)[None] < how.top_k
+    probabilities_SxV = jax.nn.softmax(jnp.where(inside_1xV, sorted_SxV, -jnp.inf), axis=1)
+    # The mass of a token and of all behind it. A token goes where this fits into what may be left out; the small ones
+    # are added up first, as in transformers.
+    rest_SxV = jax.lax.cumsum(probabilities_SxV, axis=1, reverse=True)
+    kept_SxV = inside_1xV & ((how.top_p >= 1) | (rest_SxV > 1 - how.top_p))
+    count_S = jnp.maximum(jnp.sum(kept_SxV, axis=1), 1)
+    least_Sx1 = jnp.take_along_axis(sorted_SxV, count_S[:, None] - 1, axis=1)
+    above_SxV, tied_SxV = scaled_SxV > least_Sx1, scaled_SxV == least_Sx1
+    places_Sx1 = count_S[:, None] - jnp.sum(above_SxV, axis=1, keepdims=True)  # left for tokens that are tied
+    chosen_SxV = above_SxV | (tied_SxV & (jnp.cumsum(tied_SxV, axis=1) <= places_Sx1))
+    return jnp.where(chosen_SxV, scaled_SxV, -jnp.inf)
 
 
 @functools.cache

@@ -345,7 +345,9 @@ class JaxEngine:
         stops = np.zeros(words, bool)
         stops[list(stop)] = True
         how = Distribution(
-            np.float32(sampling.temperature), np.int32(sampling.top_k or words), np.float32(sampling.top_p)
+            np.float32(sampling.temperature),
+            np.int32(min(sampling.top_k or words, words)),
+            np.float32(sampling.top_p),
         )
         decode = make_decode(self._graphdef, self._mesh, width, self.steps, sampling.truncated)
         inputs, leave = jax.device_put((inputs, leave), self._by_slot)

@@ -22,6 +22,7 @@ import httpx
 from apr_jax.errors import UserError
 from apr_jax.rollout.measure import Lineage, Measurement, Measurements, Origin
 from apr_jax.rollout.placement import AllToOne, Placement
+from apr_jax.rollout.stream import Answer, Events, StreamError
 from apr_jax.threads.engine import Decoded, Sampling
 
 QUIET = 1 << 20  # tokens between two parts of a streamed answer: the first comes at once, the next is the last
@@ -126,8 +127,8 @@ class SglangEngine:
         sequence.ids.extend(map(int, ids))
 
     async def decode(self, sequence: _Sequence, stop: frozenset[int], limit: int, sampling: Sampling) -> Decoded:
-        """Raises ValueError where there is no room or an id is outside the vocabulary, ServerError where the server
-        cannot do it."""
+        """Raises ValueError where there is no room or an id is outside the vocabulary, UserError where the server would
+        draw from another distribution than `sampling` says, ServerError where the server cannot do it."""
         if sequence.freed:
             raise ValueError("a freed sequence cannot decode")
         limit = min(limit, self.context - len(sequence.ids))
@@ -135,6 +136,7 @@ class SglangEngine:
             raise ValueError(f"no room to decode: {len(sequence.ids)} of {self.context} tokens")
         self._check_ids(sequence.ids)
         self._check_ids(stop)
+        self._truncation(sampling)  # refused before anything is sent
         ids: list[int] = []
         logprobs: list[float] = []
         while len(ids) < limit and not (ids and ids[-1] in stop):
@@ -167,17 +169,31 @@ class SglangEngine:
             if not 0 <= one < self.vocabulary:
                 raise UserError(f"ids are 0 to {self.vocabulary - 1}, was given {one}: it would end the server")
 
+    def _truncation(self, sampling: Sampling) -> tuple[int, float]:
+        """The server's (top_k, top_p) for the same distribution. Both at once it takes from the whole distribution,
+        `Sampling` one after the other. Raises UserError."""
+        top_k = sampling.top_k if 0 < sampling.top_k < self.vocabulary else -1
+        if sampling.temperature == 0 or top_k == 1:  # one token stays, whatever top_p is
+            return top_k, 1.0
+        if top_k > 0 and sampling.top_p < 1:
+            raise UserError(
+                f"SGLang applies top_k and top_p both to the whole distribution, not one after the other: give one of "
+                f"them, was given top_k {sampling.top_k} and top_p {sampling.top_p}"
+            )
+        return top_k, sampling.top_p
+
     async def _generate(
         self, sequence: _Sequence, written: list[int], stop: frozenset[int], limit: int, sampling: Sampling
     ) -> _Answer:
         """One request of a decode, measured."""
         prompt = [*sequence.ids, *written]
+        top_k, top_p = self._truncation(sampling)
         body = {
             "input_ids": prompt,
             "sampling_params": {
                 "temperature": sampling.temperature,
-                "top_k": sampling.top_k or -1,
-                "top_p": sampling.top_p,
+                "top_k": top_k,
+                "top_p": top_p,
                 "max_new_tokens": limit,
                 "stop_token_ids": sorted(stop),
                 "skip_special_tokens": False,
@@ -217,7 +233,7 @@ class SglangEngine:
         return (await self._ask(sequence.server, body, read))[0]
 
     async def _ask(self, server: int, body: dict, read):
-        """(what `read(last event, time of first token)` makes of the answer, when the first try began, tries). Raises
+        """(what `read(answer as one event, time of first token)` makes of it, when the first try began, tries). Raises
         ServerError."""
         client, gate = self._connection(server)
         url = self.servers[server]
@@ -251,7 +267,7 @@ class SglangEngine:
         return self._client, self._gates[server]
 
     def _read(self, url: str, event: dict, first: float | None, prompt: int, stop: frozenset[int], limit: int):
-        """The answer in the last event of a stream. Raises ServerError for one that is not to be believed."""
+        """The answer that a stream held. Raises ServerError for one that is not to be believed."""
         end = time.perf_counter()
         ids, meta = event.get("output_ids"), event.get("meta_info")
         if not isinstance(ids, list) or not all(type(one) is int for one in ids) or not isinstance(meta, dict):
@@ -308,37 +324,55 @@ def make_client() -> httpx.AsyncClient:
 
 
 async def _stream(client: httpx.AsyncClient, url: str, body: dict) -> tuple[dict, float | None]:
-    """(last event of a streamed answer, when the first with a token came). Raises _Passing, ServerError,
-    httpx.RequestError."""
-    last, first = None, None
+    """(a streamed answer as one event, when its first token came). Raises _Passing, ServerError, httpx.RequestError."""
+    answer, first = Answer(), None
     async with client.stream("POST", f"{url}/generate", json=body) as response:
         if response.status_code != 200:
             _refused(url, response.status_code, _message(await response.aread()))
-        async for line in response.aiter_lines():
-            if not line.strip():
-                continue
-            data = line.removeprefix("data:").strip()
-            if data == "[DONE]":
-                break
-            try:
-                event = json.loads(data) if data != line.strip() else None
-            except ValueError:
-                event = None
-            if not isinstance(event, dict):
-                raise ServerError(f"{url}: the answer is no stream of JSON: {data[:60]!r}")
-            if "error" in event:
-                code = _field(event, "error", "code")
-                _refused(url, code if type(code) is int else 400, _message(json.dumps(event).encode()))
-            if first is None and event.get("output_ids"):
-                first = time.perf_counter()
-            last = event
-    reason = None if last is None else _field(last, "meta_info", "finish_reason")
-    if reason is None:
+        events = Events()
+        try:
+            async for chunk in response.aiter_bytes():
+                first = _add(url, answer, events.feed(chunk), first)
+                if answer.ended:
+                    break
+            first = _add(url, answer, events.end(), first)
+        except StreamError as error:
+            raise ServerError(f"{url}: {error}") from None
+    if answer.meta.get("finish_reason") is None:
         raise _Passing("the answer broke off")
-    if _field(reason, "type") == "abort":
-        code = _field(reason, "status_code")
-        _refused(url, code if type(code) is int else 500, str(_field(reason, "message")))
-    return last, first
+    return {"output_ids": answer.ids, "meta_info": answer.meta}, first
+
+
+def _add(url: str, answer: Answer, events: list[str], first: float | None) -> float | None:
+    """Adds events to an answer; returns when its first token came. Raises _Passing, ServerError, StreamError."""
+    for data in events:
+        if data.strip() == "[DONE]":
+            answer.ended = True
+        if answer.ended:
+            break
+        event = _event(url, data)
+        if _field(event, "meta_info", "finish_reason", "type") == "abort":
+            reason = event["meta_info"]["finish_reason"]
+            code = reason.get("status_code")
+            _refused(url, code if type(code) is int else 500, str(reason.get("message")))
+        answer.add(event)
+        if first is None and answer.ids:
+            first = time.perf_counter()
+    return first
+
+
+def _event(url: str, data: str) -> dict:
+    """What one part of a stream holds. Raises _Passing, ServerError for an error."""
+    try:
+        event = json.loads(data)
+    except ValueError:
+        event = None
+    if not isinstance(event, dict):
+        raise ServerError(f"{url}: the answer is no stream of JSON: {data[:60]!r}")
+    if "error" in event:
+        code = _field(event, "error", "code")
+        _refused(url, code if type(code) is int else 400, _message(json.dumps(event).encode()))
+    return event
 
 
 def _refused(url: str, status: int, message: str) -> None:

@@ -1,32 +1,51 @@
 """What a runner asks of an engine: token ids in, token ids out; no text, no task, no tree."""
 
 import dataclasses
+import math
+import numbers
 from collections.abc import Sequence as Ids
 from typing import Protocol
 
 from apr_jax.errors import UserError
 
+LEAST_TEMPERATURE = 1e-6  # below it float32 overflows for some logits, and SGLang decodes greedily
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. Temperature 0 is greedy. `top_k` keeps the likeliest words (0: all), and of those `top_p`
-    the smallest set that has so much of the probability."""
+    """How tokens are drawn: logits are divided by `temperature`, then `top_k`, then `top_p` take tokens away, and one
+    of the rest is drawn by its share of their probability. Temperature 0 is greedy: the likeliest token, whatever the
+    other two are.
+
+    * `top_k`: the k likeliest tokens stay, exactly k; 0, or k of the vocabulary or more: all.
+    * `top_p`: of the tokens that top-k left, with probabilities that add up to 1, the likeliest ones stay, as few as
+      have `top_p` together, and at least one. 1: all. Both are counted in float32.
+    * Of equally likely tokens the lower id stays first.
+
+    So transformers applies its TopKLogitsWarper and TopPLogitsWarper, but for ties: its top-k keeps all tokens as
+    likely as the k-th, and its top-p has no rule for which of equals goes. SGLang has no rule for ties either, and
+    takes both shares from the whole distribution: its engine refuses the two together. Raises UserError.
+    """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
 
     def __post_init__(self):
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise UserError(f"temperature is 0 or more, was given {self.temperature}")
-        if self.top_k < 0:
+        if 0 < self.temperature < LEAST_TEMPERATURE:
+            raise UserError(
+                f"temperature is 0 (greedy) or at least {LEAST_TEMPERATURE:g}, was given {self.temperature}"
+            )
+        if not isinstance(self.top_k, numbers.Integral) or self.top_k < 0:
             raise UserError(f"top_k is 0 (all) or more, was given {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p is above 0 and at most 1, was given {self.top_p}")
 
     @property
     def truncated(self) -> bool:
-        """Whether some words cannot be drawn at all."""
+        """Whether some tokens cannot be drawn at all."""
         return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
 
 

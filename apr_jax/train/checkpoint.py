@@ -2,15 +2,24 @@
 
 A save returns when the state is copied; the files are written beside the training that goes on, and a finished step is
 renamed into place. An error of that writing is told at the next call.
+
+A folder of steps may hold a broken one: a copy that broke off, a disk that failed. The newest good step is used then,
+and one line on stderr says so. Readers leave a broken step where it is; a stage that goes on renames it, since its own
+new step may need the name.
 """
 
 import errno
+import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from apr_jax.errors import UserError
 from apr_jax.model.llama import Llama, LlamaConfig
@@ -25,8 +34,10 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int = 2):
         self.folder = Path(folder).absolute()
-        options = ocp.CheckpointManagerOptions(preservation_policy=ocp.checkpoint_managers.LatestN(keep))
         self._saving: int | None = None  # the step whose files may still be on their way
+        self._hopeless: CheckpointError | None = None  # where all steps are broken
+        self._leave_out_broken()
+        options = ocp.CheckpointManagerOptions(preservation_policy=ocp.checkpoint_managers.LatestN(keep))
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=options,
@@ -35,7 +46,34 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
+        """The newest step that is whole, None where none was saved. Raises CheckpointError where all are broken."""
+        if self._hopeless is not None:
+            raise self._hopeless
         return self._manager.latest_step()
+
+    def set_aside(self, step: int, why: str) -> None:
+        """Renames a broken step, so that the one before it is the latest. Raises CheckpointError where there is none,
+        and of several processes, which would have to agree."""
+        older = [other for other in self._manager.all_steps() if other < step]
+        if not older or jax.process_count() > 1:
+            raise CheckpointError(f"step {step} under {self.folder} cannot be read: {why}")
+        _tell(self.folder / str(step), why, self.folder / str(max(older)))
+        _rename(self.folder / str(step))
+        self._manager.reload()
+
+    def _leave_out_broken(self) -> None:
+        """Renames the steps that lack a part and are newer than the newest whole one."""
+        broken, whole = _newest_whole(self.folder)
+        if broken and whole is None:
+            step, why = broken[0]
+            self._hopeless = CheckpointError(
+                f"the checkpoint at {step} is broken ({why}) and there is no other: delete it to begin anew"
+            )
+        elif jax.process_index() == 0:
+            for step, _ in broken:
+                _rename(step)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("checkpoints")
 
     def save(self, step: int, state: Any, meta: dict) -> None:
         """Begins to save, after the save before has ended. Raises CheckpointError where the disk is full or the folder
@@ -63,16 +101,23 @@ class Checkpoints:
             raise CheckpointError(f"step {step} could not be saved under {self.folder}: {why}") from None
 
     def restore(self, like: Any, step: int | None = None) -> tuple[int, Any]:
-        """(step, state) of a saved step, the newest by default, on the devices of `like`."""
-        step = self.latest if step is None else step
-        if step is None:
-            raise CheckpointError(f"no checkpoint under {self.folder}")
+        """(step, state) of a saved step, the newest readable one by default, on the devices of `like`. Raises
+        CheckpointError."""
+        wanted = step
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        try:
-            found = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes)))
-        except Exception as error:
-            raise CheckpointError(f"step {step} under {self.folder} cannot be read: {_first_line(error)}") from None
-        return step, found["state"]
+        while True:
+            step = self.latest if wanted is None else wanted
+            if step is None:
+                raise CheckpointError(f"no checkpoint under {self.folder}")
+            try:
+                found = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes)))
+                return step, found["state"]
+            except Exception as error:
+                why = _first_line(error)
+            # What can be read as it was saved is whole, and of another shape than `like`.
+            if wanted is not None or _readable(self.folder / str(step)):
+                raise CheckpointError(f"step {step} under {self.folder} cannot be read: {why}")
+            self.set_aside(step, why)
 
     def meta(self, step: int) -> dict:
         """What was saved beside a step."""
@@ -96,9 +141,68 @@ def save_model(folder: Path | str, model: Llama, meta: dict) -> None:
 
 
 def newest_step(folder: Path | str) -> Path | None:
-    """The folder of the newest step in a folder of steps; None where there is none, or only what a save left behind."""
-    steps = [path for path in Path(folder).glob("*") if path.name.isdigit()]
-    return max(steps, key=lambda path: int(path.name), default=None)
+    """The folder of the newest step in a folder of steps that has all its parts; None where there is none."""
+    return _newest_whole(Path(folder))[1]
+
+
+def _newest_whole(folder: Path) -> tuple[list[tuple[Path, str]], Path | None]:
+    """The newest step that has all its parts, and before it the newer ones that lack some, each with what it lacks.
+    Tells of those."""
+    broken = []
+    for step in _steps(folder):
+        if (why := _missing(step)) is None:
+            for other, what in broken:
+                _tell(other, what, step)
+            return broken, step
+        broken.append((step, why))
+    return broken, None
+
+
+def _steps(folder: Path) -> Iterator[Path]:
+    """The steps in a folder, the newest first, without what a save left behind."""
+    steps = [path for path in folder.glob("*") if path.name.isdigit() and path.is_dir()]
+    return iter(sorted(steps, key=lambda path: int(path.name), reverse=True))
+
+
+def _missing(step: Path) -> str | None:
+    """What a step lacks of what every save writes; None where nothing is missing. Files are not read to their end."""
+    try:
+        if not (step / "state" / "_METADATA").stat().st_size:
+            return "state/_METADATA is empty"
+        json.loads((step / "meta" / "metadata").read_text())
+    except OSError as error:
+        name = Path(error.filename).relative_to(step) if error.filename else "a file"
+        return f"{name}: {error.strerror}"
+    except ValueError:
+        return "meta/metadata is no JSON"
+    return None
+
+
+def _readable(step: Path) -> bool:
+    """Whether all arrays of a step can be read as they were saved."""
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            saved = reader.metadata(step / "state").item_metadata
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), dict(saved.tree))
+            reader.restore(step / "state", args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+        return True
+    except Exception:
+        return False
+
+
+_told: set[tuple[Path, Path]] = set()  # each is said once
+
+
+def _tell(broken: Path, why: str, instead: Path) -> None:
+    if (broken, instead) not in _told:
+        _told.add((broken, instead))
+        print(f"the checkpoint at {broken} is broken ({why}): {instead} is used", file=sys.stderr, flush=True)
+
+
+def _rename(step: Path) -> None:
+    """Out of the way of steps to come, beside them."""
+    names = (step.with_name(f"{step.name}.broken{number or ''}") for number in range(10**6))
+    step.rename(next(name for name in names if not name.exists()))
 
 
 def last_step(stage: Path | str) -> Path | None:
@@ -109,18 +213,21 @@ def last_step(stage: Path | str) -> Path | None:
 
 def load_meta(folder: Path | str) -> tuple[LlamaConfig, dict]:
     """The sizes of a saved step's model, and all of its meta; `folder` as in `load_model`. Raises CheckpointError."""
-    return _read_meta(_step_folder(folder))
+    return _read_meta(_step_folders(folder)[0])
 
 
-def _step_folder(folder: Path | str) -> Path:
+def _step_folders(folder: Path | str) -> list[Path]:
+    """A step's folder itself; of a folder of steps the whole ones, the newest first. Raises CheckpointError."""
     folder = Path(folder).absolute()
     if not folder.is_dir():
         raise CheckpointError(f"no checkpoint at {folder}")
     if (folder / "state").is_dir():
-        return folder
-    if (step := newest_step(folder)) is None:
-        raise CheckpointError(f"no checkpoint at {folder}: it holds no saved step")
-    return step
+        return [folder]
+    broken, newest = _newest_whole(folder)
+    if newest is None:
+        why = f"the newest, {broken[0][0].name}, is broken ({broken[0][1]})" if broken else "it holds no saved step"
+        raise CheckpointError(f"no checkpoint at {folder}: {why}")
+    return [newest, *(step for step in _steps(folder) if int(step.name) < int(newest.name) and _missing(step) is None)]
 
 
 def _read_meta(folder: Path) -> tuple[LlamaConfig, dict]:
@@ -132,13 +239,26 @@ def _read_meta(folder: Path) -> tuple[LlamaConfig, dict]:
             del sizes["remat"]
         return LlamaConfig(**sizes), meta
     except Exception as error:
-        raise CheckpointError(f"the checkpoint at {folder} cannot be read: {_first_line(error)}") from None
+        raise CheckpointError(f"the checkpoint at {folder} cannot be read: {_first_line(error)}") from error
 
 
 def load_model(folder: Path | str) -> tuple[Llama, dict]:
-    """The model of a saved step ``.../checkpoints/STEP`` (its newest step for ``.../checkpoints``) and its
+    """The model of a saved step ``.../checkpoints/STEP`` (of its newest readable step for ``.../checkpoints``) and its
     meta, which holds the model's sizes. Raises CheckpointError."""
-    folder = _step_folder(folder)
+    failed: dict[Path, CheckpointError] = {}
+    for step in _step_folders(folder):
+        try:
+            found = _load_step(step)
+        except CheckpointError as error:
+            failed[step] = error
+            continue
+        for broken, error in failed.items():
+            _tell(broken, _first_line(error.__cause__ or error), step)
+        return found
+    raise next(iter(failed.values()))
+
+
+def _load_step(folder: Path) -> tuple[Llama, dict]:
     config, meta = _read_meta(folder)
     try:
         model = Llama(config, rngs=nnx.Rngs(0))
@@ -152,7 +272,7 @@ def load_model(folder: Path | str) -> tuple[Llama, dict]:
                 ),
             )
     except Exception as error:
-        raise CheckpointError(f"the checkpoint at {folder} cannot be read: {_first_line(error)}") from None
+        raise CheckpointError(f"the checkpoint at {folder} cannot be read: {_first_line(error)}") from error
     nnx.replace_by_pure_dict(weights, restored["weights"])
     return nnx.merge(graphdef, weights), meta
 

@@ -11,7 +11,7 @@ import jax
 from apr_jax.errors import UserError
 from apr_jax.model.flops import peak_flops, training_flops
 from apr_jax.model.llama import Llama
-from apr_jax.train.checkpoint import Checkpoints, load_model
+from apr_jax.train.checkpoint import CheckpointError, Checkpoints, load_model
 from apr_jax.train.loss import KINDS, loss_by_kind, supervised_loss
 from apr_jax.train.metrics import MetricsLog, Progress
 from apr_jax.train.optimizer import OptimizerConfig, make_optimizer
@@ -145,10 +145,14 @@ def run_sft(
     checkpoints = Checkpoints(folder / "checkpoints")
     # 1. A finished run is only read. 2. Goes on where an earlier run of this stage stopped. 3. Else begins with the
     # weights it was given, which without a step to do are the result.
-    start = checkpoints.latest or 0
-    if checkpoints.latest is not None and start >= config.steps:
-        checkpoints.close()
-        return load_model(folder / "checkpoints" / str(start))[0]
+    while (start := checkpoints.latest or 0) >= config.steps and checkpoints.latest is not None:
+        try:
+            model = load_model(folder / "checkpoints" / str(start))[0]
+        except CheckpointError as error:
+            checkpoints.set_aside(start, str(error))
+        else:
+            checkpoints.close()
+            return model
     state = trainer.init(model)
     if start:
         start, state = checkpoints.restore(state)

@@ -249,6 +249,7 @@ def test_settings_of_stages_not_begun_may_change(copy, refused):
 def test_a_broken_checkpoint_is_named(copy, whole_run, refused):
     for name in MODELS[:2]:
         shutil.copytree(whole_run.folder / name / "checkpoints", copy / name / "checkpoints")
+    shutil.rmtree(copy / "sft_apr" / "checkpoints" / "20")  # else it would be used
     for path in (copy / "sft_apr" / "checkpoints" / "40" / "state").rglob("*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[:40])
@@ -257,6 +258,30 @@ def test_a_broken_checkpoint_is_named(copy, whole_run, refused):
         line = refused(SMOKE, f"--workdir={copy}", f"--stage={stage}")
         assert re.search(r"checkpoint at \S+sft_apr/checkpoints/40 cannot be read: .+", line)
     assert snapshot(copy, "sft_sosp/**/*", "evaluate/*") == before
+
+
+def test_the_newest_good_checkpoint_is_used_and_one_line_says_so(copy, whole_run):
+    """An empty folder behind the last step, and a last step whose arrays cannot be read: training goes on from the one
+    before it."""
+    for name in MODELS:
+        shutil.copytree(whole_run.folder / name / "checkpoints", copy / name / "checkpoints")
+    (copy / "sft_sosp" / "checkpoints" / "60").mkdir()
+    for path in (copy / "sft_apr" / "checkpoints" / "40" / "state").rglob("d/*"):
+        path.write_bytes(path.read_bytes()[:40])
+    records = snapshot(copy, "evaluate/*.jsonl")
+    done = finish(start(f"--workdir={copy}", "--stage=evaluate,export"))
+    assert done.code == 0, done.err
+    said = [line for line in done.err.splitlines() if not re.match(r"(evaluate|export|sft) .* left", line)]
+    expected = [("sft_sosp", 60, 40), ("sft_apr", 40, 20)]
+    for line, (name, broken, used) in zip(said, expected, strict=True):
+        folder = rf"\S+{name}/checkpoints"
+        assert re.fullmatch(rf"the checkpoint at {folder}/{broken} is broken \(.+\): {folder}/{used} is used", line)
+    done = finish(start(f"--workdir={copy}", "--stage=sft,evaluate"))
+    assert done.code == 0 and len([line for line in done.err.splitlines() if "is broken" in line]) == 2, done.err
+    assert "Traceback" not in done.err
+    for name in MODELS[:2]:
+        assert same_weights(copy / name / "checkpoints", whole_run.folder / name / "checkpoints")
+    assert snapshot(copy, "evaluate/*.jsonl") == records
 
 
 def test_a_full_disk_at_a_checkpoint(tmp_path, monkeypatch, main):

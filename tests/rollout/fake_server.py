@@ -53,9 +53,13 @@ class ContextEngine(FakeEngine):
 
 
 class FakeServer:
-    """`faults` are used up one per request, None is none; `requests` are the bodies that came."""
+    """`faults` are used up one per request, None is none; `requests` are the bodies that came. `parts`: where an answer
+    is cut; `incremental`: whether a part holds new ids, log-probabilities, or both alone ("ids", "logprobs", "both");
+    `write` makes the bytes of an event's JSON."""
 
-    def __init__(self, faults=(), own_end=None, wait=0.0):
+    def __init__(self, faults=(), own_end=None, wait=0.0, parts=(1,), incremental="", write=None):
+        self.parts, self.incremental = parts, incremental
+        self.write = write or (lambda event: f"data: {event}\n\n".encode())
         self.faults, self.own_end, self.wait = deque(faults), own_end, wait
         self.requests, self.seen = [], []
         self.lasts = None  # requests, then the process ends
@@ -151,18 +155,20 @@ class FakeServer:
         if len(ids) >= CONTEXT - 6:
             self._whole(writer, 400, json.dumps({"error": {"message": f"The input ({len(ids)}) is longer"}}).encode())
             return True
-        first, last = self._events(body)
+        *first, last = self._events(body)
         change = FAULTS.get(fault)
         if change:
             change(last)
+        if fault == "no tokens":
+            first = []
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
-        events = [json.dumps(first), *([] if fault == "drop" else [json.dumps(last), "[DONE]"])]
+        events = [*map(json.dumps, first), *([] if fault == "drop" else [json.dumps(last), "[DONE]"])]
         if fault == "error event":
             events = [json.dumps({"error": {"message": "no such thing", "code": 400}}), "[DONE]"]
         if fault == "end early":
             events = events[:1]
         for event in events:
-            part = f"data: {event}\n\n".encode()
+            part = self.write(event)
             writer.write(f"{len(part):x}\r\n".encode() + part + b"\r\n")
             await writer.drain()
         if fault == "drop":
@@ -171,7 +177,7 @@ class FakeServer:
         return True
 
     def _events(self, body):
-        """The first and the last part of a streamed answer."""
+        """The parts of a streamed answer."""
         prompt, how = body["input_ids"], body["sampling_params"]
         assert all(0 <= one < len(TOKENIZER) for one in prompt), "a real server would be gone"
         cached = max((_common(prompt, old) for old in self.seen), default=0)
@@ -186,28 +192,41 @@ class FakeServer:
         reason = {"type": "stop", "matched": ids[-1]} if ids[-1] in stop else {"type": "length", "length": limit}
         meta = {
             "prompt_tokens": len(prompt), "cached_tokens": min(cached, len(prompt) - 1), "finish_reason": reason,
-            "output_token_logprobs": logprobs, "e2e_latency": 0.01, "queue_time": 0.001,
+            "e2e_latency": 0.01, "queue_time": 0.001,
         }  # fmt: skip
         if "logprob_start_len" in body:
             at = body["logprob_start_len"]
             meta["input_token_logprobs"] = [[None, prompt[at], None]] + [
                 [logprob(prompt[:i]), prompt[i], None] for i in range(at + 1, len(prompt))
             ]
-        if not body["return_logprob"]:
-            del meta["output_token_logprobs"]
-        begun = {"text": "", "output_ids": ids[:1], "meta_info": {**meta, "finish_reason": None}}
-        return begun, {"text": "", "output_ids": ids, "meta_info": meta}
+        ends = [end for end in self.parts if end < len(ids)] + [len(ids)]
+        events = []
+        for begin, end in zip([0, *ends], ends):
+            new = {name: slice(begin if self.incremental in (name, "both") else 0, end) for name in ("ids", "logprobs")}
+            part = {**meta, "completion_tokens": end, "output_token_logprobs": logprobs[new["logprobs"]]}
+            if not body["return_logprob"]:
+                del part["output_token_logprobs"]
+            if end < len(ids):
+                part["finish_reason"] = None
+            events.append({"text": "", "output_ids": ids[new["ids"]], "meta_info": part})
+        return events
 
 
 def _common(a, b):
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
+def tokens(event, ids):
+    event["output_ids"], event["meta_info"]["completion_tokens"] = ids, len(ids)
+
+
 FAULTS = {
     "wrong id": lambda event: event["output_ids"].__setitem__(-1, len(TOKENIZER)),
     "text id": lambda event: event["output_ids"].__setitem__(-1, "7"),
-    "too many": lambda event: event.update(output_ids=event["output_ids"] * 300),
-    "no tokens": lambda event: event.update(output_ids=[]),
+    "too many": lambda event: tokens(event, event["output_ids"] * 300),
+    "no tokens": lambda event: tokens(event, []),
+    "other count": lambda event: event["meta_info"].update(completion_tokens=99),
+    "other tokens": lambda event: tokens(event, [token ^ 1 for token in event["output_ids"]]),
     "no logprobs": lambda event: event["meta_info"].pop("output_token_logprobs"),
     "null logprob": lambda event: event["meta_info"]["output_token_logprobs"][0].__setitem__(0, None),
     "fewer logprobs": lambda event: event["meta_info"]["output_token_logprobs"].pop(),

@@ -6,9 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from scipy import stats
+from transformers import TopKLogitsWarper, TopPLogitsWarper
 
-from apr_jax.rollout.decode import Distribution, sample
+from apr_jax.errors import UserError
+from apr_jax.rollout.decode import Distribution, sample, truncate
 from apr_jax.rollout.engine import JaxEngine
 from apr_jax.threads.engine import Sampling
 from apr_jax.train.step import data_mesh
@@ -72,6 +75,91 @@ def test_truncated_draws_follow_the_softmax_of_what_is_kept(temperature, top_k, 
     np.testing.assert_allclose(model_logprobs, log_softmax(logits)[tokens], atol=1e-5)
     counts = np.bincount(tokens, minlength=40)[allowed]
     assert len(allowed) == 1 or chi_square(counts, np.exp(right[allowed])) > 1e-3
+
+
+def truncated(logits, temperature=1.0, top_k=0, top_p=1.0):
+    """The probabilities [S, V] that an engine draws from."""
+    how = distribution(temperature, min(top_k or logits.shape[1], logits.shape[1]), top_p)
+    return np.asarray(jax.nn.softmax(truncate(jnp.asarray(logits) / how.temperature, how), axis=1))
+
+
+def of_transformers(logits, temperature=1.0, top_k=0, top_p=1.0):
+    scores = torch.tensor(logits) / temperature
+    warpers = [TopKLogitsWarper(top_k)] if top_k else []
+    for warper in [*warpers, *([TopPLogitsWarper(top_p)] if top_p < 1 else [])]:
+        scores = warper(None, scores)
+    return scores.softmax(-1).numpy()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.4, 3.0])
+@pytest.mark.parametrize(
+    "top_k, top_p",
+    [(20, 1.0), (1, 1.0), (300, 1.0), (5000, 1.0), (0, 0.9), (0, 0.05), (0, 0.999), (20, 0.9), (20, 0.3), (5000, 0.6)],
+)
+def test_top_k_then_top_p_are_those_of_transformers(temperature, top_k, top_p):
+    """Of distinct logits. The second is a share of what the first has left."""
+    rng = np.random.default_rng(top_k)
+    quantiles = np.tile(stats.norm.ppf((np.arange(300) + 0.5) / 300), (200, 1))
+    logits = (rng.permuted(quantiles, axis=1) * rng.uniform(0.5, 5, (200, 1))).astype(np.float32)
+    assert all(len(np.unique(row / np.float32(temperature))) == 300 for row in logits)
+    mine, theirs = (of(logits, temperature, top_k, top_p) for of in (truncated, of_transformers))
+    assert ((mine > 0) == (theirs > 0)).all()
+    np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("top_k, top_p", [(20, 1.0), (1, 1.0), (7, 0.5), (0, 0.5), (0, 0.97)])
+def test_of_equally_likely_tokens_the_lower_id_stays_first(top_k, top_p):
+    """Logits of nine values, as bfloat16 makes them. By our rule exactly k stay; transformers keeps all that are as
+    likely as the k-th, and lets its sort decide which of equals top-p takes away."""
+    logits = np.random.default_rng(3).integers(-4, 5, (200, 200)).astype(np.float32) / 2
+    mine, theirs = (of(logits, 1.0, top_k, top_p) for of in (truncated, of_transformers))
+    for row, found, other in zip(logits, mine, theirs, strict=True):
+        allowed = kept(row.astype(np.float64), 1.0, top_k, top_p)
+        assert set(np.flatnonzero(found)) == set(allowed)
+        if top_p == 1:
+            assert len(allowed) == top_k and set(allowed) <= set(np.flatnonzero(other))
+        if top_k == 0:
+            assert sorted(row[allowed]) == sorted(row[other > 0])
+        right = np.exp(log_softmax(row[allowed].astype(np.float64)))
+        np.testing.assert_allclose(found[allowed], right, rtol=1e-5)
+
+
+def test_top_p_of_one_takes_no_token_away():
+    """Whatever float32 loses in sums: a tail of a millionth of the probability, over 50,000 tokens."""
+    logits = np.full((1, 50_000), -14.0, np.float32)
+    logits[0, ::5000] = np.arange(10)
+    for top_k in (0, 49_999, 50_000, 10**6, 2**40):
+        assert (truncated(logits, top_k=top_k) > 0).sum() == min(top_k or 50_000, 50_000)
+
+
+@pytest.mark.parametrize("top_p", [1e-50, 1e-45, 1e-30, 1e-7])
+@pytest.mark.parametrize("top_k", [0, 3])
+def test_the_smallest_top_p_keeps_the_likeliest_token(top_p, top_k):
+    logits = np.random.default_rng(0).normal(size=(50, 40)).astype(np.float32)
+    found = truncated(logits, top_p=top_p, top_k=top_k)
+    assert (found.argmax(axis=1) == logits.argmax(axis=1)).all() and (found.max(axis=1) == 1).all()
+    how = distribution(1.0, top_k or 40, top_p)
+    tokens, logprobs, _ = sample(jnp.asarray(logits), np.zeros((50, 2), np.uint32), jnp.arange(50), how, True)
+    assert (np.asarray(tokens) == logits.argmax(axis=1)).all() and (np.asarray(logprobs) == 0).all()
+
+
+@pytest.mark.parametrize("sampling", [Sampling(1.0, top_k=10**12), Sampling(1.0, top_p=1e-50), Sampling(1e-6)])
+def test_an_engine_takes_every_sampling_that_is_allowed(sampling):
+    engine = JaxEngine(make_model(1), data_mesh(1), slots=1, context=64, steps=4)
+    decoded = asyncio.run(engine.decode(engine.open((1, 9, 30), (0,)), frozenset(), 4, sampling))
+    assert np.isfinite(decoded.logprobs).all() and np.isfinite(decoded.model_logprobs).all()
+    if sampling.top_p < 1 or sampling.temperature < 1:
+        assert decoded.ids[0] == plain_logits(make_model(1), (1, 9, 30))[-1].argmax()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"temperature": 1e-50}, {"temperature": 1e-7}, {"temperature": float("nan")}, {"temperature": float("inf")},
+     {"top_p": float("nan")}, {"top_k": 2.5}],
+)  # fmt: skip
+def test_numbers_that_float32_cannot_draw_by_are_refused(given):
+    with pytest.raises(UserError, match=f"was given {next(iter(given.values()))}"):
+        Sampling(**given)
 
 
 def test_greedy_takes_the_largest_logit_and_the_model_s_own_log_probability():

@@ -1,17 +1,20 @@
 """The SGLang engine against a fake server: the same trees as an engine in memory, and what becomes of every fault."""
 
 import asyncio
+import json
 import math
 import threading
 import time
 
 import pytest
 
+from apr_jax.errors import UserError
 from apr_jax.model.llama import LlamaConfig
 from apr_jax.rollout.engine import JaxEngine
 from apr_jax.rollout.measure import Lineage, Measurements, TimedEngine
 from apr_jax.rollout.placement import PLACEMENTS, RootsApart
 from apr_jax.rollout.sglang import Patience, ServerError, SglangEngine, context_of_servers
+from apr_jax.rollout.stream import Events, StreamError
 from apr_jax.threads.engine import Sampling
 from apr_jax.threads.run import Budget, TreeRunner, run_all
 from apr_jax.train.step import data_mesh
@@ -87,11 +90,11 @@ def test_faults_on_the_way_change_no_tree():
 
 def test_a_request_says_what_it_needs_and_nothing_else_decides():
     with FakeServer() as server:
-        decode(engine_of(server), stop=frozenset({7, 5}), limit=3, sampling=Sampling(0.5, top_k=9, top_p=0.8))
+        decode(engine_of(server), stop=frozenset({7, 5}), limit=3, sampling=Sampling(0.5, top_k=9))
     first, scoring = server.requests
     assert first["input_ids"] == PROMPT and first["stream"] and first["return_logprob"]
     how = first["sampling_params"]
-    assert how.items() >= {"temperature": 0.5, "top_k": 9, "top_p": 0.8, "max_new_tokens": 3, "stop_token_ids": [5, 7],
+    assert how.items() >= {"temperature": 0.5, "top_k": 9, "top_p": 1.0, "max_new_tokens": 3, "stop_token_ids": [5, 7],
                            "skip_special_tokens": False}.items()  # fmt: skip
     assert "ignore_eos" not in how  # it would make SGLang ignore the stop ids as well
     assert scoring["input_ids"][: len(PROMPT)] == PROMPT
@@ -101,6 +104,77 @@ def test_all_words_are_asked_for_by_minus_one():
     with FakeServer() as server:
         decode(engine_of(server), sampling=Sampling(1.0))
     assert [r["sampling_params"]["top_k"] for r in server.requests] == [-1]
+
+
+def test_top_k_with_top_p_is_refused_unless_one_of_them_decides_alone():
+    """SGLang takes both from the whole distribution, `Sampling` one after the other."""
+    with FakeServer() as server:
+        with pytest.raises(UserError, match="give one of them, was given top_k 9 and top_p 0.8"):
+            decode(engine_of(server), sampling=Sampling(0.5, top_k=9, top_p=0.8))
+        assert not server.requests
+        for sampling, sent in (
+            (Sampling(1.0, top_p=0.8), (-1, 0.8)),
+            (Sampling(1.0, top_k=10**12, top_p=0.8), (-1, 0.8)),  # of all tokens
+            (Sampling(1.0, top_k=1, top_p=0.8), (1, 1.0)),
+            (Sampling(0.0, top_k=9, top_p=0.8), (9, 1.0)),
+        ):
+            decode(engine_of(server), sampling=sampling)
+            how = server.requests[-1]["sampling_params"]
+            assert (how["top_k"], how["top_p"]) == sent
+
+
+# ---------------------------------------------------------------------- streams
+
+
+def noise(event):
+    """Comments, other fields, data on two lines, ends of lines of every kind, separators of text that end none."""
+    text = json.loads(event) if event != "[DONE]" else None
+    if text is None:
+        return b"data:[DONE]\r\n\r\n"
+    text["text"] = "a\u2028b\x85c\x0cd"
+    data = json.dumps(text, ensure_ascii=False).replace(', "meta_info"', ',\r\ndata:"meta_info"')
+    return f": ping\n\n:\r\nevent: message\r\nid: 7\rretry: 100\r\n\ndata: {data}\r\n\r\n: pong\n".encode()
+
+
+@pytest.mark.parametrize("write", [None, noise])
+@pytest.mark.parametrize("incremental", ["", "ids", "logprobs", "both"])
+@pytest.mark.parametrize("parts", [(1,), (), (1, 4, 6)])
+def test_parts_of_an_answer_are_put_together_however_they_come(parts, incremental, write):
+    """All tokens so far in each part, or new ones alone; log-probabilities one way or the other."""
+    with FakeServer(parts=parts, incremental=incremental, write=write) as server:
+        for sampling in (GREEDY, Sampling(0.5)):  # the second asks for log-probabilities of its own
+            found = decode(engine_of(server), stop=frozenset(), sampling=sampling)
+            ids = PROMPT + list(found.ids)
+            assert found.ids == continuation(PROMPT, 8)
+            assert found.model_logprobs == pytest.approx([fake_logprob(ids[:i]) for i in range(len(PROMPT), len(ids))])
+        found = decode(engine_of(server, logprobs="none"), stop=frozenset())
+        assert found.ids == continuation(PROMPT, 8) and all(map(math.isnan, found.logprobs))
+
+
+def test_log_probabilities_that_were_not_asked_for_are_not_looked_at():
+    for fault in ("no logprobs", "fewer logprobs", "null logprob"):
+        server = FakeServer([fault])
+        server._events = lambda body, events=server._events: events({**body, "return_logprob": True})
+        with server:
+            assert decode(engine_of(server, logprobs="none")).ids
+
+
+def events_of(content, size):
+    events = Events()
+    fed = [event for at in range(0, len(content), size) for event in events.feed(content[at : at + size])]
+    return fed + events.end()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 10**6])
+def test_events_are_read_from_bytes_however_they_are_cut(size):
+    content = (
+        b"\xef\xbb\xbfdata: 1\r\n\r\n: ping\r\n\r\nevent: x\rdata:2\r\r" + "data: {é\x85,\ndata:  4}\n\n\n".encode()
+        + b"id\nretry: 5\n\ndata\n\ndata: last"
+    )  # fmt: skip
+    assert events_of(content, size) == ["1", "2", "{é\x85,\n 4}", "", "last"]
+    assert events_of(b"", size) == events_of(b": ping\n\n", size) == []
+    with pytest.raises(StreamError, match="no stream of JSON: '<html>'"):
+        events_of(b"data: 1\n\n<html>\n", size)
 
 
 # ---------------------------------------------------------------------- limits and stops
@@ -205,6 +279,7 @@ def test_settings_that_cannot_be_are_refused():
         ("text id", "no output_ids"), ("too many", "tokens, 1 to 8 were asked for"), ("no tokens", "0 tokens"),
         ("no logprobs", "lacks the log-probabilities of its"), ("null logprob", "lacks the log-prob"),
         ("fewer logprobs", "lacks the log-prob"), ("cut prompt", "read 1 of 4 prompt tokens"),
+        ("other count", "completion_tokens say 99"), ("other tokens", "tokens changed"),
         (404, "answered with error 404: fault 404"), ("error event", "error 400: no such thing"),
     ],
 )  # fmt: skip

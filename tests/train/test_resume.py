@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from apr_jax.train.checkpoint import CheckpointError, Checkpoints, load_model
+from apr_jax.train.checkpoint import CheckpointError, Checkpoints, load_meta, load_model, newest_step
 from apr_jax.train.metrics import MetricsLog
 from apr_jax.train.pack import lay_out
 from apr_jax.train.sft import SftConfig, run_sft
@@ -323,6 +323,87 @@ def test_a_damaged_file_is_a_checkpoint_error_or_harmless(checkpoints, tmp_path,
         shutil.rmtree(copy)
     gc.collect()
     assert errors >= 2
+
+
+def empty(step):
+    shutil.rmtree(step)
+    step.mkdir()
+
+
+def without_state(step):
+    shutil.rmtree(step / "state")
+
+
+def without_meta(step):
+    (step / "meta" / "metadata").write_text("")
+
+
+def cut_arrays(step):
+    for path in (step / "state").rglob("d/*"):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+BROKEN = [empty, without_state, without_meta, cut_arrays]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax leaves its readers behind
+@pytest.mark.parametrize("damage", BROKEN)
+def test_the_newest_good_step_is_read_and_one_line_says_so(checkpoints, capfd, damage):
+    checkpoints.save(2, state_of(1), META)
+    checkpoints.wait()
+    damage(checkpoints.folder / "2")
+    capfd.readouterr()
+    for _ in range(2):
+        assert bits(load_model(checkpoints.folder)[0]) == bits(make_model(0))
+        assert load_meta(checkpoints.folder)[1] == META
+        if damage is not cut_arrays:  # only reading finds those
+            assert newest_step(checkpoints.folder) == checkpoints.folder / "1"
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1 and f"{checkpoints.folder}/2 is broken" in said, said
+    assert (checkpoints.folder / "2").exists(), "who reads changes nothing"
+    with pytest.raises(CheckpointError, match=f"{checkpoints.folder}/2"):
+        load_model(checkpoints.folder / "2")  # asked for by name
+    again = Checkpoints(checkpoints.folder)
+    step, state = again.restore(state_of(5))
+    assert step == again.latest == 1 and same(state, state_of(0))
+    again.save(2, state_of(3), META)
+    again.close()
+    assert bits(load_model(checkpoints.folder)[0]) == bits(make_model(3))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("damage", BROKEN)
+def test_where_no_step_is_good_one_line_names_the_newest(checkpoints, damage):
+    """Training never begins anew by itself."""
+    damage(checkpoints.folder / "1")
+    with pytest.raises(CheckpointError, match=str(checkpoints.folder)):
+        load_model(checkpoints.folder)
+    again = Checkpoints(checkpoints.folder)
+    with pytest.raises(CheckpointError, match=f"{checkpoints.folder}"):
+        again.restore(state_of(5))
+    again.close()
+    assert (checkpoints.folder / "1").exists()
+
+
+def test_a_state_of_another_shape_is_no_broken_one(checkpoints):
+    """What stands before it is not taken instead."""
+    checkpoints.save(2, state_of(1), META)
+    checkpoints.wait()
+    with pytest.raises(CheckpointError, match=f"step 2 under {checkpoints.folder}"):
+        checkpoints.restore(state_of(width=16))
+    assert checkpoints.latest == 2 and saved(checkpoints.folder.parent) == [1, 2]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("damage", [empty, cut_arrays])
+def test_a_run_whose_last_step_is_broken_ends_in_the_same_bits(whole, tmp_path, damage):
+    kind, folder, right = whole
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy)
+    damage(copy / "checkpoints" / str(KINDS[kind]))
+    assert bits(RUN[kind](copy)) == right
+    assert lines(copy) == lines(folder)
+    assert saved(copy)[-1] == KINDS[kind] and bits(load_model(copy / "checkpoints")[0]) == right
 
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
