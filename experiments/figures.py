@@ -6,6 +6,7 @@ give all figures of a run their names in the same order.
 """
 
 import json
+import math
 import os
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +26,8 @@ INK, GRID = "#333333", "#DDDDDD"
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl, without a last one that a kill cut short. No file: no lines."""
+    """The lines of a metrics.jsonl, without a last one that a kill cut short, and without values that were not finite
+    (null, in older files NaN). No file: no lines."""
     path = Path(path)
     rows = []
     for line in path.read_text().splitlines() if path.exists() else ():
@@ -33,7 +35,12 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
             rows.append(json.loads(line))
         except ValueError:
             continue
-    return [row for row in rows if isinstance(row, dict) and "step" in row]
+    rows = [row for row in rows if isinstance(row, dict) and "step" in row]
+    return [{name: value for name, value in row.items() if _finite(value)} for row in rows]
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def accuracy_bars(models: Mapping[str, Sequence[Record]], path: str | Path) -> None:

@@ -120,7 +120,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.sft.save_every = 200
     c.sft.log_every = 10
     c.sft.validate_every = 0  # steps; 0: at the end alone
-    c.sft.most_skipped = 10  # steps whose gradient is not finite, which change nothing, before the run stops
+    c.sft.most_skipped = 10  # steps whose loss or gradient is not finite, which change nothing, before the run stops
     c.sft.optimizer = _optimizer()
 
     c.grpo = ml_collections.ConfigDict()

@@ -315,12 +315,18 @@ class Run:
             path = find_tokenizer(Path(checkpoint).absolute())
         except FileNotFoundError:
             return
-        theirs, ours = load_tokenizer(str(path)).backend.get_vocab(), self.tokenizer.backend.get_vocab()
+        tokenizer = load_tokenizer(str(path))
+        theirs, ours = tokenizer.backend.get_vocab(), self.tokenizer.backend.get_vocab()
         if others := sorted(theirs.items() - ours.items(), key=lambda item: item[1]):
             word, index = others[0]
             raise UserError(
                 f"model.checkpoint {checkpoint} has other words than the run's tokenizer, such as {word!r} for the "
                 f"number {index}: set tokenizer.name to {path}"
+            )
+        if ends := sorted(tokenizer.ends - self.tokenizer.ends):
+            raise UserError(
+                f"model.checkpoint {checkpoint} also ends a text with the token {ends[0]}, the run's tokenizer does "
+                f"not: set tokenizer.name to {path}"
             )
 
     def models(self) -> dict[str, tuple[Llama, dict]]:

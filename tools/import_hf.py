@@ -4,11 +4,13 @@
     python -m tools.export_hf --checkpoint=imported --out=exported_again
     python -m experiments.run --config=... --config.model.checkpoint=imported --config.sft.steps=0
 
-The model is a LlamaForCausalLM with its weights as safetensors, in one file or several. OUT gets the checkpoint, 0, and
-the tokenizer beside it. A config or a tensor that our Llama does not have is named and refused, never skipped.
+The model is a LlamaForCausalLM with its weights as safetensors, in one file or several. OUT gets the checkpoint, 0, the
+tokenizer beside it, and generation_config.json where several tokens end a text. A config or a tensor that our Llama
+does not have is named and refused, never skipped.
 """
 
 import dataclasses
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -20,7 +22,10 @@ from apr_jax.errors import UserError
 from tools import command
 
 WANTED = ("*.safetensors", "*.json")  # of a model of the hub; a pickle is not even fetched
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+    "generation_config.json",
+)  # fmt: skip
 
 
 def _define(values: flags.FlagValues) -> None:
@@ -44,9 +49,9 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
         if not values[name].value:
             raise UserError(f"--{name} is needed, see --help")
     from apr_jax.export.folder import replaced  # here: --help and a refusal need not wait for JAX
-    from apr_jax.export.imported import import_hf
+    from apr_jax.export.imported import import_hf, read_positions
     from apr_jax.model.llama import parameter_count
-    from apr_jax.text.hub import HubTokenizer, load_tokenizer
+    from apr_jax.text.hub import GENERATION, HubTokenizer, load_tokenizer, with_ends
     from apr_jax.train.checkpoint import CheckpointError, save_model
 
     logging.set_verbosity(logging.ERROR)  # Orbax tells of every file
@@ -55,7 +60,7 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
         words = values["tokenizer"].value or str(folder / "tokenizer.json")
         if not values["tokenizer"].value and not Path(words).is_file():
             raise FileNotFoundError(f"no tokenizer.json in {folder}: name one with --tokenizer=FILE")
-        tokenizer = load_tokenizer(words)
+        tokenizer = with_ends(load_tokenizer(words), folder)
         model = import_hf(folder)
         if len(tokenizer) > model.config.vocab_size:
             raise UserError(f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}")
@@ -63,6 +68,7 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
         meta = {
             "model": dataclasses.asdict(model.config), "style": values["style"].value, "stage": "imported", "step": 0,
             "source": _source(values["model"].value), "parameters": total, "parameters_without_embeddings": inner,
+            "max_position_embeddings": read_positions(folder),
         }  # fmt: skip
         try:
             save_model(part, model, meta)
@@ -72,6 +78,8 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
             tokenizer.backend.save_pretrained(part)
         else:
             tokenizer.save(part / "tokenizer.json")
+        if len(tokenizer.ends) > 1:
+            (part / GENERATION).write_text(json.dumps({"eos_token_id": sorted(tokenizer.ends)}) + "\n")
     print(f"written to {values['out'].value}: {total:,} parameters, {model.config.vocab_size:,} words")
 
 

@@ -26,9 +26,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from apr_jax.errors import UserError
+from apr_jax.export.card import model_card
 from apr_jax.export.folder import replaced
 from apr_jax.model.attention import attend_masked
-from apr_jax.model.llama import Llama, parameter_count
+from apr_jax.model.llama import Llama
 from apr_jax.rollout.engine import JaxEngine
 from apr_jax.text.hub import HubTokenizer
 from apr_jax.text.tokenizer import BOS, EOS, PAD, UNKNOWN, Tokenizer
@@ -112,10 +113,13 @@ def hf_arrays(model: Llama, dtype: str = "float32") -> dict[str, np.ndarray]:
     return arrays
 
 
-def hf_config(model: Llama, tokenizer: Tokenizer | HubTokenizer, dtype: str = "float32") -> dict[str, Any]:
+def hf_config(
+    model: Llama, tokenizer: Tokenizer | HubTokenizer, dtype: str = "float32", positions: int | None = None
+) -> dict[str, Any]:
     """config.json. Rotary angles and dtype stand there twice: under today's keys and those of older
-    versions of transformers."""
+    versions of transformers. `positions`: the longest position, by default the context and the spare ones."""
     config = model.config
+    ends = sorted(tokenizer.ends)
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -128,7 +132,7 @@ def hf_config(model: Llama, tokenizer: Tokenizer | HubTokenizer, dtype: str = "f
         "num_key_value_heads": config.kv,
         "head_dim": config.head_size,
         "hidden_act": "silu",
-        "max_position_embeddings": config.context + SPARE_POSITIONS,
+        "max_position_embeddings": positions or config.context + SPARE_POSITIONS,
         "rms_norm_eps": config.norm_epsilon,
         "rope_parameters": {"rope_type": "default", "rope_theta": float(config.rope_theta)},
         "rope_theta": float(config.rope_theta),
@@ -136,7 +140,7 @@ def hf_config(model: Llama, tokenizer: Tokenizer | HubTokenizer, dtype: str = "f
         "mlp_bias": False,
         "tie_word_embeddings": model.head_DxV is None,
         "bos_token_id": tokenizer.bos,
-        "eos_token_id": tokenizer.eos,
+        "eos_token_id": ends if len(ends) > 1 else tokenizer.eos,
         "pad_token_id": tokenizer.pad,
         "dtype": dtype,
         "torch_dtype": dtype,
@@ -148,8 +152,8 @@ def export_hf(
     dtype: str = "float32", shard_bytes: int = SHARD_BYTES,
 ) -> None:  # fmt: skip
     """Writes the folder, in place of an earlier export. `meta`, a JSON dictionary (a checkpoint's), goes on
-    the model card; `dtype` is that of the stored weights, of which no file holds more than `shard_bytes` but for one
-    array that is larger.
+    the model card; a `max_position_embeddings` in it, an imported model's, goes into config.json. `dtype` is that of
+    the stored weights, of which no file holds more than `shard_bytes` but for one array that is larger.
 
     Everything is written into a folder beside it and renamed, so that a failure leaves what was there.
     Raises ExportError, also where `folder` holds files that are not an export's.
@@ -158,14 +162,15 @@ def export_hf(
         raise ExportError(f"dtype is float32 or bfloat16, was given {dtype!r}")
     if len(tokenizer) > model.config.vocab_size:
         raise ExportError(f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}")
-    arrays, config = hf_arrays(model, dtype), hf_config(model, tokenizer, dtype)
+    positions = (meta or {}).get("max_position_embeddings")
+    arrays, config = hf_arrays(model, dtype), hf_config(model, tokenizer, dtype, positions)
     generation = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     folder = Path(folder).resolve()
     try:
         with replaced(folder, _foreign, "export") as part:
             _write_json(part / "config.json", config)
             _write_json(part / "generation_config.json", {"do_sample": False, **generation})
-            _write_tokenizer(part, model, tokenizer)
+            _write_tokenizer(part, model, tokenizer, imported=positions is not None)
             (part / "README.md").write_text(model_card(model, folder.name, meta or {}, dtype))
             _write_weights(part, arrays, shard_bytes)
     except (OSError, SafetensorError) as error:
@@ -209,9 +214,11 @@ def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _write_tokenizer(folder: Path, model: Llama, tokenizer: Tokenizer | HubTokenizer) -> None:
+def _write_tokenizer(folder: Path, model: Llama, tokenizer: Tokenizer | HubTokenizer, imported: bool) -> None:
     if isinstance(tokenizer, HubTokenizer):
         tokenizer.backend.save_pretrained(folder)
+        if imported:  # as it was
+            return
         path = folder / "tokenizer_config.json"
         _write_json(path, json.loads(path.read_text()) | {"model_max_length": model.config.context})
         return
@@ -227,48 +234,6 @@ def _write_tokenizer(folder: Path, model: Llama, tokenizer: Tokenizer | HubToken
         "model_max_length": model.config.context,
     }
     _write_json(folder / "tokenizer_config.json", config)
-
-
-def model_card(model: Llama, name: str, meta: dict, dtype: str) -> str:
-    """README.md: what the model is, how to start it, its sizes, and all of `meta`."""
-    config = model.config
-    total, inner = parameter_count(model)
-    plain = {key: value for key, value in meta.items() if not isinstance(value, (dict, list))}
-    rows = {
-        "parameters": f"{total:,}, {inner:,} without embedding and head",
-        "layers, width, feed-forward": f"{config.layers}, {config.width}, {config.hidden}",
-        "heads, key/value heads, head size": f"{config.heads}, {config.kv}, {config.head_size}",
-        "vocabulary": f"{config.vocab_size:,} tokens" + (", embedding and head tied" if config.tie_embeddings else ""),
-        "context": f"{config.context:,} tokens",
-        "stored as": dtype,
-    } | {key.replace("_", " "): value for key, value in plain.items()}
-    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    details = json.dumps(meta, indent=2, default=str)
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [adaptive-parallel-reasoning, countdown, jax]
----
-
-# {name}
-
-A small Llama trained from scratch with apr_jax to search for Countdown solutions in threads (Adaptive Parallel
-Reasoning). It knows the language of search traces, nothing else.
-
-Every thread's prompt begins with the token `{BOS}`, which the tokenizer does not add by itself, and ends at the `]` of
-`Operations: [...]`, without a line end. A thread ends with `{EOS}`; after `<End Calling Sub Searches>` the program that
-drives the model has to run the child threads and put their results in its context.
-
-|  |  |
-|---|---|
-{table}
-
-What the checkpoint says of itself:
-
-```json
-{details}
-```
-"""
 
 
 # ---------------------------------------------------------------------- checks of an export
@@ -312,7 +277,8 @@ def greedy_agreement(model: Llama, folder: Path | str, prompts: Sequence[Sequenc
         raise UserError(f"a prompt and {new_tokens} tokens are {longest}, the model holds {model.config.context}")
     theirs = load_transformers(folder)
     engine = _engine(_as_exported(model, folder), slots=min(len(prompts), 8) or 1, context=model.config.context)
-    stop = frozenset({theirs.config.eos_token_id})
+    ends = theirs.config.eos_token_id
+    stop = frozenset(ends if isinstance(ends, list) else [ends])
 
     async def ours() -> list[tuple[int, ...]]:
         async def one(index: int, ids: Sequence[int]) -> tuple[int, ...]:

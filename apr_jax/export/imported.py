@@ -5,7 +5,8 @@
     tokenizer_config.json                                                of an export of ours: its context
 
 Nothing is skipped or guessed: what the folder has too much, too little or otherwise is refused by name, before weights
-are read. Pickled weights (pytorch_model.bin) are never opened: to read a pickle is to run it.
+are read. So is every key of config.json that is not known to leave our Llama's computation as it is. Pickled weights
+(pytorch_model.bin) are never opened: to read a pickle is to run it.
 """
 
 import contextlib
@@ -28,11 +29,42 @@ from apr_jax.model.llama import Llama, LlamaConfig
 from apr_jax.train.optimizer import path_name
 
 FLOATS = ("F16", "BF16", "F32", "F64")  # as safetensors calls them
+ADAPTER = "adapter_config.json"  # transformers adds its weights to the model's
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Tables of old checkpoints that follow from the rotary base.
 DERIVED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
-# Keys of config.json of which our Llama has one value, which is also what a config without the key means.
-FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "quantization_config": None}
+# config.json goes by lists of the keys that are known; any other key with a value is refused, since it may change the
+# computation. Keys that have one value for our Llama, and the further values that mean the same:
+FIXED: dict[str, tuple[Any, ...]] = {
+    "model_type": ("llama", None), "hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,),
+    "partial_rotary_factor": (1, None), "attention_dropout": (0, None), "rope_interleaved": (False, None),
+    "is_causal": (True, None), "use_sliding_window": (False, None), "pruned_heads": ({}, None),
+    "chunk_size_feed_forward": (0, None), "is_encoder_decoder": (False, None), "add_cross_attention": (False, None),
+    "tie_encoder_decoder": (False, None), "is_llama_config": (True, None), "quantization_config": (None,),
+}  # fmt: skip
+# Keys that are read.
+READ = (
+    "architectures", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling",
+    "rope_parameters", "tie_word_embeddings", "eos_token_id",
+)  # fmt: skip
+# Keys that leave the logits as they are: where a model comes from, how it is stored, run and sampled from.
+FREE = (
+    "_name_or_path", "_commit_hash", "_attn_implementation", "_attn_implementation_autoset", "_flash_attn_2_enabled",
+    "attn_implementation", "begin_suppress_tokens", "bad_words_ids", "bos_token_id", "decoder_start_token_id",
+    "diversity_penalty", "do_sample", "dtype", "early_stopping", "encoder_no_repeat_ngram_size", "epsilon_cutoff",
+    "eta_cutoff", "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id", "forced_eos_token_id",
+    "gradient_checkpointing", "id2label", "initializer_range", "is_decoder", "label2id", "length_penalty",
+    "max_length", "max_new_tokens", "max_sequence_length", "min_length", "name_or_path", "no_repeat_ngram_size",
+    "num_beam_groups", "num_beams", "num_labels", "num_return_sequences", "output_attentions", "output_hidden_states",
+    "output_scores", "pad_token_id", "prefix", "pretraining_tp", "problem_type", "remove_invalid_values",
+    "repetition_penalty", "return_dict", "return_dict_in_generate", "sep_token_id", "suppress_tokens",
+    "task_specific_params", "temperature", "tf_legacy_loss", "tokenizer_class", "top_k", "top_p", "torch_dtype",
+    "torchscript", "transformers.js_config", "transformers_version", "typical_p", "unsloth_fixed", "unsloth_version",
+    "use_bfloat16", "use_cache",
+)  # fmt: skip
+POSITIONS = 2048  # of a config that does not say how many
+ROPE = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 
 
 class HfFolderError(UserError):
@@ -65,6 +97,8 @@ def import_hf(folder: Path | str) -> Llama:
     if not folder.is_dir():
         raise HfFolderError(f"no folder at {folder}")
     config = read_config(folder)
+    if (folder / ADAPTER).is_file():
+        raise HfFolderError(f"{folder / ADAPTER}: the model has an adapter, merge it into the weights first")
     graphdef, weights = nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
     abstract = nnx.to_pure_dict(weights)
     shapes = {path_name(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(abstract)}
@@ -97,9 +131,12 @@ def read_config(folder: Path) -> LlamaConfig:
     content = _read_json(path)
     if content.get("architectures") != ["LlamaForCausalLM"]:
         raise _wrong(path, "architectures", content.get("architectures"), ["LlamaForCausalLM"])
-    for key, value in FIXED.items():
-        if content.get(key, value) != value:
-            raise _wrong(path, key, content[key], value)
+    for key, values in FIXED.items():
+        if content.get(key, values[0]) not in values:
+            raise _wrong(path, key, content[key], values[0])
+    for key, value in content.items():
+        if value is not None and key not in (*READ, *FIXED, *FREE):
+            raise _unknown(path, key, value)
 
     def number(key: str, kind: type = int, default: Any = None) -> Any:
         value = content.get(key)
@@ -121,7 +158,7 @@ def read_config(folder: Path) -> LlamaConfig:
         "layers": number("num_hidden_layers"),
         "heads": heads,
         "kv_heads": None if kv_heads == heads else kv_heads,
-        "context": _context(folder, number("max_position_embeddings", default=2048)),
+        "context": _context(folder, number("max_position_embeddings", default=POSITIONS)),
         "rope_theta": _rope_theta(path, content),
         "norm_epsilon": number("rms_norm_eps", float, 1e-6),
         "tie_embeddings": tied,
@@ -139,10 +176,16 @@ def _rope_theta(path: Path, content: dict) -> float:
     rope = {}
     for key in ("rope_scaling", "rope_parameters"):
         given = content.get(key) or {}
-        kind = given.get("rope_type", given.get("type", "default")) if isinstance(given, dict) else given
-        if kind != "default" or given.get("partial_rotary_factor", 1) != 1:
-            raise _wrong(path, key, content[key], "of the type default")
-        rope |= given
+        if not isinstance(given, dict):
+            raise _wrong(path, key, given, "of the type default")
+        kinds = given.get("rope_type"), given.get("type")
+        if any(kind not in ("default", None) for kind in kinds) or given.get("partial_rotary_factor", 1) != 1:
+            raise _wrong(path, key, given, "of the type default")
+        if unknown := [name for name, value in given.items() if value is not None and name not in ROPE]:
+            raise _unknown(path, f"{key}.{unknown[0]}", given[unknown[0]])
+        if rope and given and rope != given:  # transformers reads the first and not the second
+            raise HfFolderError(f"{path}: rope_scaling is {json.dumps(rope)}, but rope_parameters {json.dumps(given)}")
+        rope = rope or given
     found = [value for value in (rope.get("rope_theta"), content.get("rope_theta")) if value is not None]
     if len(found) == 2 and found[0] != found[1]:
         raise HfFolderError(f"{path}: rope_theta is {found[1]}, but {found[0]} in rope_parameters")
@@ -150,6 +193,11 @@ def _rope_theta(path: Path, content: dict) -> float:
     if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 < theta < float("inf"):
         raise _wrong(path, "rope_theta", theta, "a positive number")
     return float(theta)
+
+
+def read_positions(folder: Path) -> int:
+    """The longest position of a config.json that `read_config` accepts, as it stands there."""
+    return _read_json(folder / "config.json").get("max_position_embeddings") or POSITIONS
 
 
 def _context(folder: Path, positions: int) -> int:
@@ -164,7 +212,7 @@ def _read_json(path: Path) -> dict:
         raise HfFolderError(f"no {path.name} in {path.parent}")
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise HfFolderError(f"{path} is no JSON: {error}") from None
     if not isinstance(content, dict):
         raise HfFolderError(f"{path} is no JSON object")
@@ -173,6 +221,12 @@ def _read_json(path: Path) -> dict:
 
 def _wrong(path: Path, key: str, given: Any, allowed: Any) -> HfFolderError:
     return HfFolderError(f"{path}: {key} is {json.dumps(given)}, must be {_words(allowed)}")
+
+
+def _unknown(path: Path, key: str, given: Any) -> HfFolderError:
+    return HfFolderError(
+        f"{path}: {key} is {json.dumps(given)}, which our Llama does not have: take it out if no logit depends on it"
+    )
 
 
 def _words(allowed: Any) -> str:

@@ -8,7 +8,7 @@ reaches across a place where a prompt or a join can end. Such places are: before
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import tokenizers
@@ -21,13 +21,28 @@ SPECIAL = (PAD, BOS, EOS, UNKNOWN)
 CHARACTERS = tuple(chr(code) for code in range(32, 127)) + ("\n",)
 
 
-class Tokenizer:
-    """Ids of text and text of ids. Characters outside printable ASCII become the unknown token."""
+def check_ids(vocabulary: Mapping[str, int], length: int, name: str) -> None:
+    """Raises UserError for the largest id where it is at or past `length`: a model has a row for each id below its
+    tokenizer's length and no other."""
+    token, index = max(vocabulary.items(), key=lambda item: item[1], default=("", -1))
+    if index >= length:
+        raise UserError(
+            f"{name} has {length} tokens, but {token!r} has the id {index}: number its tokens 0 to {length - 1}"
+        )
 
-    def __init__(self, backend: tokenizers.Tokenizer):
+
+class Tokenizer:
+    """Ids of text and text of ids. Characters outside printable ASCII become the unknown token. `ends` are all ids that
+    end a text, `eos` among them."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, ends: Iterable[int] = ()):
         self.backend = backend
         self.pad, self.bos, self.eos, self.unknown = (self._special(name) for name in SPECIAL)
+        self.ends = frozenset({self.eos, *ends})
+        check_ids(backend.get_vocab(), backend.get_vocab_size(), "the tokenizer")
         stored = json.loads(backend.to_str())
+        if added := [token["content"] for token in stored["added_tokens"] if token["content"] not in SPECIAL]:
+            raise UserError(f"the tokenizer has an added token, {added[0]!r}, which `encode` would not find")
         self._vocabulary = stored["model"]["vocab"]
         try:
             self._cut = re.compile(stored["pre_tokenizer"]["pattern"]["Regex"]).findall

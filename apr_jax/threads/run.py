@@ -80,7 +80,10 @@ class TreeRunner:
         self.spawn_open = tokenizer.token(protocol.spawn_open)
         self.spawn_close = tokenizer.token(protocol.spawn_close)
         self.join_open = tokenizer.token(protocol.join_open)
-        self.stop = frozenset({tokenizer.eos, self.spawn_close, self.join_open})
+        for text in (protocol.spawn_open, protocol.spawn_close, protocol.join_open):
+            if tokenizer.token(text) in tokenizer.ends:
+                raise UserError(f"{text!r} is the task's and must not end a text: take it out of eos_token_id")
+        self.stop = tokenizer.ends | {self.spawn_close, self.join_open}
 
     async def run(self, problem: Any, name: Sequence[int], condition: str = "") -> ThreadTree:
         """One tree. `name` is the tree's identity, `condition` goes first on the root's prompt."""
@@ -177,7 +180,7 @@ class TreeRunner:
                 return ("length" if limit == room else "tokens"), written
             early = (
                 depth == 0
-                and decoded.ids[-1] == self.tokenizer.eos
+                and decoded.ids[-1] in self.tokenizer.ends
                 and live.children < self.budget.least_children
                 and allowance.threads > 0
             )

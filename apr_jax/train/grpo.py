@@ -29,7 +29,7 @@ from apr_jax.train.objective import GrpoConfig, advantages, grpo_loss, loss_divi
 from apr_jax.train.optimizer import make_optimizer
 from apr_jax.train.pack import Piece, first_fit, pack_rows
 from apr_jax.train.reward import Groups, child_value, differ, rewards, rollout_metrics
-from apr_jax.train.step import Trainer
+from apr_jax.train.step import NotFiniteError, Trainer
 from apr_jax.train.termination import Notice, Terminated
 
 VALIDATION_TAG = -2  # first in the names of validation's trees; a step's begin with the step
@@ -144,7 +144,7 @@ class GrpoTrainer:
             between(inner + 1)
         sums = {name: float(value) for name, value in sums.items()}
         if sums["skipped"]:
-            raise FloatingPointError(f"a gradient of the GRPO updates up to {int(state.step)} is not finite")
+            raise NotFiniteError(f"a loss or gradient of the GRPO updates up to {int(state.step)} is not finite")
         for name in ("clipped_low", "clipped_high", "importance", "kl", "entropy"):
             metrics[f"train/{name}"] = sums[name] / sums["trained"]
         metrics |= {"train/gradient_norm": sums["gradient_norm"], "train/sampled_tokens": sums["trained"]}

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import sys
 import time
@@ -12,7 +13,7 @@ class MetricsLog:
     """`metrics.jsonl` and TensorBoard events in one folder.
 
     A resumed run goes on after `resume_at`: lines from steps that will be done again are taken out, so that
-    every step stands there once.
+    every step stands there once. A value that is not finite is null there: JSON has no NaN.
     """
 
     def __init__(self, folder: Path, resume_at: int):
@@ -29,7 +30,8 @@ class MetricsLog:
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_at + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        shown = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **shown}, allow_nan=False) + "\n")
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)

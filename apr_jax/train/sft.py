@@ -1,6 +1,7 @@
 """Supervised training on the solvers' trees (paper, section 3.1)."""
 
 import dataclasses
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from apr_jax.train.loss import KINDS, loss_by_kind, supervised_loss
 from apr_jax.train.metrics import MetricsLog, Progress
 from apr_jax.train.optimizer import OptimizerConfig, make_optimizer
 from apr_jax.train.pack import PackedBatches, Piece
-from apr_jax.train.step import Rows, Trainer
+from apr_jax.train.step import NotFiniteError, Rows, Trainer
 from apr_jax.train.termination import Notice, Terminated
 
 VALIDATION_BATCHES = 8  # at most
@@ -37,7 +38,7 @@ class SftConfig:
     save_every: int = 200  # steps
     log_every: int = 10  # steps
     validate_every: int = 0  # steps; 0: at the end alone
-    most_skipped: int = 10  # steps without an update, their gradient not being finite, after which the run stops
+    most_skipped: int = 10  # steps without an update, their loss or gradient not being finite, before the run stops
 
 
 class SftRun:
@@ -65,13 +66,13 @@ class SftRun:
 
     def report(self, step: int, sums: dict) -> float:
         """Reads what a step left on the device, and writes it where it is the step's turn; the flags that were raised.
-        Raises FloatingPointError where too many steps were skipped."""
+        Raises NotFiniteError where too many steps were skipped."""
         config = self.config
         values = {name: float(value) for name, value in jax.device_get(sums).items()}
         if values["skipped"] > config.most_skipped:
-            raise FloatingPointError(
-                f"the gradients of {values['skipped']:.0f} steps up to step {step} were not finite (most_skipped is "
-                f"{config.most_skipped}): begin in a new folder with lower rates or another seed"
+            raise NotFiniteError(
+                f"the losses or gradients of {values['skipped']:.0f} steps up to step {step} were not finite "
+                f"(most_skipped is {config.most_skipped}): begin in a new folder with lower rates or another seed"
             )
         for name in self._seen:
             self._seen[name] += values[name]
@@ -117,9 +118,9 @@ def run_sft(
     there is one.
 
     `meta` is saved beside the weights, with the step and the last one (`steps`). A step is read when the next one is on
-    its way, so that the device never waits for the host. A step whose gradient is not finite is counted and changes
-    nothing. Raises FloatingPointError after too many of those, and `Terminated`, after a save, where the process got a
-    SIGTERM.
+    its way, so that the device never waits for the host. A step whose loss or gradient is not finite is counted and
+    changes nothing. Raises NotFiniteError after too many of those, or before the save where a validation loss is not
+    finite; and `Terminated`, after a save, where the process got a SIGTERM.
     """
     parts = mesh.size * config.microbatches
     if config.batch_rows % parts:
@@ -183,6 +184,8 @@ def run_sft(
                     found = validate(trainer, state, validation, config)
                     if run.log is not None:
                         run.log.write(step, found)
+                    if wrong := [name for name, value in found.items() if not math.isfinite(value)]:
+                        raise NotFiniteError(f"{wrong[0]} is {found[wrong[0]]} at step {step}, which is not saved")
                 if saves:
                     checkpoints.save(step, state, {"model": sizes, **meta, "step": step, "steps": config.steps})
                 if told:

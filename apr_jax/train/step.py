@@ -35,6 +35,10 @@ Loss = Callable[[Llama, dict[str, Array]], tuple[Array, dict[str, Array]]]
 AXES = ("data", "fsdp")
 
 
+class NotFiniteError(UserError, FloatingPointError):
+    """Training whose losses or gradients are no finite numbers: other rates, another seed or other data are needed."""
+
+
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["weights", "optimizer", "step", "skipped"], meta_fields=[]
 )
@@ -45,7 +49,7 @@ class TrainState:
     weights: Any  # pure dictionary of an nnx.State
     optimizer: Any
     step: Array  # int32, steps done, those that were skipped among them
-    skipped: Array  # int32, steps whose gradient was not finite and was not applied
+    skipped: Array  # int32, steps whose loss or gradient was not finite and that were not applied
 
 
 def data_mesh(devices: int, fsdp: int = 1) -> Mesh:
@@ -127,7 +131,7 @@ class Trainer:
             gradient = jax.lax.with_sharding_constraint(gradient, self._by_parameter(self._updated_at))
             norm = optax.tree.norm(gradient)
             change, optimizer_state = optimizer.update(gradient, state.optimizer, state.weights)
-            finite = jnp.isfinite(norm)
+            finite = jnp.isfinite(norm) & jnp.isfinite(totals["loss"])  # a loss of NaN can have a gradient of 0
             kept = lambda new, old: jax.tree.map(functools.partial(jnp.where, finite), new, old)  # noqa: E731
             state = TrainState(
                 kept(optax.apply_updates(state.weights, change), state.weights),
@@ -232,8 +236,8 @@ class Trainer:
     def step(self, state: TrainState, batches: Iterable[Rows], divisor: float | None = None, flag: bool = False):
         """One update from one or more batches of packed rows, whose rows split over the devices. The loss is divided
         by `divisor`, by default the sum of its weights. Returns (state, sums), the sums still on their way: reading
-        them waits for the device. Among them are `gradient_norm`; `skipped`, how many steps so far had a gradient that
-        was not finite and was not applied; and `flags`, above 0 where any process raised its `flag`."""
+        them waits for the device. Among them are `gradient_norm`; `skipped`, how many steps so far had a loss or
+        gradient that was not finite and were not applied; and `flags`, above 0 where any process raised its `flag`."""
         sums, metrics = self._zeros(), None
         for rows in batches:
             sums, more = self._accumulate(state.weights, sums, self.put(rows))

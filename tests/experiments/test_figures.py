@@ -1,11 +1,14 @@
 """The figures: every one is drawn, from much data, little and none, at the size that is promised."""
 
+import json
+import math
 import random
 import struct
 
 import pytest
 
 from apr_jax.evaluate.evaluate import Record
+from apr_jax.train.metrics import MetricsLog
 from experiments import figures
 
 CURVES = (figures.accuracy_against_window, figures.accuracy_against_sequential, figures.accuracy_against_total)
@@ -62,3 +65,23 @@ def test_metrics_are_read_up_to_where_a_kill_cut_them(tmp_path):
     assert figures.read_metrics(path) == []
     path.write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "lo')
     assert figures.read_metrics(path) == [{"step": 1, "loss": 2.5}]
+
+
+def test_values_that_are_not_finite_are_left_out(tmp_path):
+    log = MetricsLog(tmp_path, 0)
+    for step, loss in enumerate([2.5, math.nan, math.inf, 2.0], 1):
+        log.write(step, {"loss": loss, "tokens": 9.0})
+    log.close()
+    path = tmp_path / "metrics.jsonl"
+    constants = []
+    rows = [json.loads(line, parse_constant=constants.append) for line in path.read_text().splitlines()]
+    assert [row["loss"] for row in rows] == [2.5, None, None, 2.0] and not constants
+    with path.open("a") as file:
+        file.write('{"step": 5, "loss": NaN, "tokens": 9.0}\n')  # as older versions wrote it
+    rows = figures.read_metrics(path)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5] and all(row["tokens"] == 9 for row in rows)
+    assert [row.get("loss") for row in rows] == [2.5, None, None, 2.0, None]
+    figures.sft_losses({"APR SFT": rows}, tmp_path / "curve.png")
+    assert size(tmp_path / "curve.png") == (800, 500)
+    MetricsLog(tmp_path, 3).close()  # a resumed run keeps lines with null
+    assert [row["step"] for row in figures.read_metrics(path)] == [1, 2, 3]

@@ -107,6 +107,9 @@ def test_another_vocabulary_is_refused(begun, refused):
     vocabulary["8"], vocabulary["9"] = vocabulary["9"], vocabulary["8"]
     (given / "tokenizer.json").write_text(json.dumps(words))
     assert "has other words than the run's tokenizer, such as '" in refused(*command)
+    tokenizer.save(given / "tokenizer.json")
+    (given / "generation_config.json").write_text(json.dumps({"eos_token_id": [tokenizer.eos, 9]}))
+    assert "also ends a text with the token 9, the run's tokenizer does not" in refused(*command)
     assert not (folder / "sft_sosp").exists()
 
 

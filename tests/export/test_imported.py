@@ -195,12 +195,92 @@ def test_a_checkpoint_in_the_authors_shape(tmp_path):
         ({"rope_parameters": "linear"}, 'rope_parameters is "linear"'),
         ({"rope_theta": 5e5}, "rope_theta is 500000.0, but 10000.0 in rope_parameters"),
         ({"rope_theta": -1, "rope_parameters": None}, "rope_theta is -1, must be a positive number"),
+        ({"rope_scaling": "default"}, 'rope_scaling is "default", must be of the type default'),
+        ({"rope_scaling": {"rope_type": ["default"]}}, 'rope_scaling is {"rope_type": ["default"]}'),
+        ({"rope_scaling": {"rope_type": "default", "type": "linear"}}, '"type": "linear"}, must be of the type'),
+        ({"rope_scaling": {"factor": 2.0}}, "rope_scaling.factor is 2.0, which our Llama does not have"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}, "rope_parameters.full_attention is {"),
+        ({"rope_scaling": {"rope_theta": 9.0}, "rope_theta": None}, 'rope_scaling is {"rope_theta": 9.0}, but rope_'),
+        ({"model_type": "mistral"}, 'model_type is "mistral", must be "llama"'),
+        ({"model_type": ""}, 'model_type is "", must be "llama"'),
+        ({"model_type": ["llama"]}, 'model_type is ["llama"], must be "llama"'),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, must be 1"),
+        ({"attention_dropout": 0.1}, "attention_dropout is 0.1, must be 0"),
+        ({"is_causal": False}, "is_causal is false, must be true"),
+        ({"rope_interleaved": True}, "rope_interleaved is true, must be false"),
+        ({"pruned_heads": {"0": [1]}}, 'pruned_heads is {"0": [1]}, must be {}'),
+        ({"sliding_window": 8}, "sliding_window is 8, which our Llama does not have"),
+        ({"layer_types": ["sliding_attention"] * 2}, 'layer_types is ["sliding_attention", "sliding_attention"]'),
+        ({"attention_multiplier": 0.5}, "attention_multiplier is 0.5, which"),
+        ({"logits_scaling": 2.0}, "logits_scaling is 2.0, which"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0, which"),
+        ({"per_layer_config": {"0": {"rms_norm_eps": 1.0}}}, 'per_layer_config is {"0": {"rms_norm_eps": 1.0}}, which'),
+        ({"auto_map": {"AutoModelForCausalLM": "mine.Llama"}}, "auto_map is "),
+        ({"no_such_key": 0}, "no_such_key is 0, which"),
     ],
 )
 def test_another_config_is_refused(folder, changes, says):
     change_config(folder, **changes)
     line = refusal(folder)
     assert says in line and "config.json: " in line
+
+
+def test_what_leaves_the_logits_as_they_are_is_accepted(folder):
+    """Keys of generation, storage and origin; keys without a value; a config without a model_type."""
+    before = import_hf(folder)
+    change_config(folder, _name_or_path="someone/llama", max_sequence_length=128, temperature=0.7, top_p=0.9,
+                  use_cache=False, pretraining_tp=2, sliding_window=None, layer_types=None, attention_dropout=0.0,
+                  model_type="absent", torch_dtype="float16", transformers_version="4.30.0", eos_token_id=[2, 5],
+                  rope_scaling=None, partial_rotary_factor=1.0)  # fmt: skip
+    assert same(import_hf(folder), before)
+
+
+def test_an_adapter_is_refused(folder):
+    (folder / "adapter_config.json").write_text("{}")
+    assert "adapter_config.json: the model has an adapter" in refusal(folder)
+
+
+FAMILIES = {
+    "mistral": {"sliding_window": 8}, "mistral without a window": {"sliding_window": None}, "gemma": {"head_dim": 8},
+    "gemma2": {"head_dim": 8}, "granite": {"attention_multiplier": 0.5, "logits_scaling": 2.0}, "qwen2": {},
+    "qwen3": {"head_dim": 8}, "olmo": {}, "olmo2": {}, "phi3": {"pad_token_id": 0}, "stablelm": {}, "cohere": {},
+    "starcoder2": {}, "smollm3": {"pad_token_id": 0}, "glm": {"head_dim": 8, "pad_token_id": 0},
+    "helium": {"head_dim": 8}, "llama": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+    "llama with its defaults": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("model_type", ["own", "absent", "llama"])
+def test_what_is_accepted_computes_what_transformers_does(family, model_type, tmp_path):
+    """Other families under the name of a Llama: refused, or the logits of a decoding with transformers' cache."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+
+    kind = family.split()[0]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **SMALL | {"num_key_value_heads": 2} | FAMILIES[family])
+    saved = AutoModelForCausalLM.from_config(config).eval()
+    saved.save_pretrained(tmp_path)
+    changes = {"architectures": ["LlamaForCausalLM"]}
+    change_config(tmp_path, **changes if model_type == "own" else changes | {"model_type": model_type})
+    # These have a Llama's keys and tensors alone: without their own name transformers, too, makes Llamas of them.
+    alike = ("mistral without a window", "helium") if model_type != "own" else ()
+    if family not in ("llama with its defaults", *alike):
+        assert refusal(tmp_path)
+        return
+    model = import_hf(tmp_path)
+    if alike:
+        saved = LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    tokens = torch.tensor(np.random.default_rng(1).integers(40, size=(2, 30)))
+    with torch.inference_mode():
+        first = saved(tokens[:, :13], use_cache=True)
+        steps, cache = [first.logits], first.past_key_values
+        for at in range(13, 30):
+            step = saved(tokens[:, at : at + 1], past_key_values=cache, use_cache=True)
+            steps, cache = [*steps, step.logits], step.past_key_values
+    expected = torch.cat(steps, dim=1).numpy()
+    np.testing.assert_allclose(_logits(*nnx.split(model), jnp.asarray(tokens.numpy())), expected, atol=1e-4)
 
 
 Q = "model.layers.1.self_attn.q_proj.weight"

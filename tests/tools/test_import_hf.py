@@ -10,6 +10,7 @@ import pytest
 import tokenizers
 from flax import nnx
 
+from apr_jax.countdown import trace
 from apr_jax.export.hf import export_hf
 from apr_jax.text.hub import HubTokenizer, load_tokenizer
 from apr_jax.text.tokenizer import Tokenizer
@@ -143,3 +144,101 @@ def test_the_hub_gives_safetensors_or_one_line(folder, tmp_path, capsys, monkeyp
 def test_help(capsys):
     assert command.main(["import_hf", "--help"]) == 0
     assert "--model=" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------- models of others
+
+
+def save_foreign_model(folder, rows: int = 60, positions: int = 128, **config) -> None:
+    """A random Llama as transformers saves it, with the word-level tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": rows, "hidden_size": 32, "intermediate_size": 72, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "max_position_embeddings": positions}  # fmt: skip
+    LlamaForCausalLM(LlamaConfig(**sizes | config)).save_pretrained(folder)
+    save_foreign_tokenizer(folder)
+
+
+def export(capsys, *arguments) -> tuple[int, str, list[str]]:
+    """Exit code, what was printed, and lines on stderr but for progress."""
+    capsys.readouterr()
+    code = export_command.main(["export_hf", *(f"--{argument}" for argument in arguments)])
+    out, err = capsys.readouterr()
+    return code, out, [line for line in err.splitlines() if line.startswith("error: ")]
+
+
+def read(path) -> dict:
+    return json.loads(path.read_text())
+
+
+def test_a_foreign_model_comes_out_as_it_went_in(tmp_path, capsys):
+    """Positions, ends and the tokenizer's length stay; the check compares logits and says that trees do not apply."""
+    theirs, out, again = (tmp_path / name for name in ("theirs", "imported", "again"))
+    save_foreign_model(theirs, eos_token_id=[2, 3], bos_token_id=1)
+    length = read(theirs / "tokenizer_config.json").get("model_max_length")
+    for source in (theirs, again):  # a second time round changes nothing
+        assert call(capsys, f"model={source}", f"out={out}") == (0, [])
+        assert load_model(out)[0].config.context == 128
+        code, said, errors = export(capsys, f"checkpoint={out}", f"out={again}", "check=2")
+        assert (code, errors) == (0, [])
+        assert "largest difference of a logit" in said and "2 sequences" in said
+        assert "the check of trees does not apply: '<Calling Sub Searches>\\n' is not one token" in said
+        config = read(again / "config.json")
+        assert config["max_position_embeddings"] == 128
+        assert config["eos_token_id"] == read(again / "generation_config.json")["eos_token_id"] == [2, 3]
+        assert read(again / "tokenizer_config.json").get("model_max_length") == length
+    card = (again / "README.md").read_text()
+    assert "Countdown" not in card and "countdown" not in card
+
+
+def test_a_foreign_model_without_a_number_of_positions_has_transformers_number(tmp_path, capsys):
+    theirs, out, again = (tmp_path / name for name in ("theirs", "imported", "again"))
+    save_foreign_model(theirs)
+    config = read(theirs / "config.json")
+    del config["max_position_embeddings"]
+    (theirs / "config.json").write_text(json.dumps(config))
+    assert call(capsys, f"model={theirs}", f"out={out}") == (0, [])
+    assert export(capsys, f"checkpoint={out}", f"out={again}", "check=0")[0] == 0
+    assert load_model(out)[0].config.context == read(again / "config.json")["max_position_embeddings"] == 2048
+
+
+def test_trees_are_checked_where_a_foreign_tokenizer_has_the_tasks_tokens(tmp_path, capsys):
+    from transformers import AutoTokenizer
+
+    theirs, out, again = (tmp_path / name for name in ("theirs", "imported", "again"))
+    save_foreign_model(theirs)
+    tokenizer = AutoTokenizer.from_pretrained(theirs)
+    texts = [trace.SPAWN_OPEN, trace.SPAWN_CLOSE, trace.JOIN_OPEN]
+    tokenizer.add_special_tokens({"additional_special_tokens": texts})
+    tokenizer.save_pretrained(theirs)
+    assert call(capsys, f"model={theirs}", f"out={out}") == (0, [])
+    code, said, errors = export(capsys, f"checkpoint={out}", f"out={again}", "check=2", "window=64")
+    assert (code, errors) == (0, []) and "greedy trees equal token for token: 2 of 2" in said
+
+
+def test_a_second_end_is_kept_wherever_the_model_says_it(folder, tmp_path, capsys):
+    """Also beside our own tokenizer, and by generation_config.json, which transformers asks first."""
+    out, again = tmp_path / "imported", tmp_path / "again"
+    ends = [TOKENIZER.eos, TOKENIZER.token("7")]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    for _ in range(2):
+        assert call(capsys, f"model={folder}", f"out={out}") == (0, [])
+    assert load_tokenizer(str(out / "tokenizer.json")).ends == set(ends)
+    code, said, errors = export(capsys, f"checkpoint={out}", f"out={again}", "check=1", "window=64")
+    assert (code, errors) == (0, []) and "1 of 1" in said
+    assert read(again / "config.json")["eos_token_id"] == ends
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 9999]}')
+    code, (line,) = call(capsys, f"model={folder}", f"out={tmp_path / 'other'}")
+    assert code == 1 and "generation_config.json: eos_token_id is 9999" in line
+
+
+@pytest.mark.parametrize("changes", [{"model_type": "mistral"}, {"sliding_window": 8}, {"logits_scaling": 2.0}])
+def test_what_is_no_llama_is_refused_by_name_and_value(folder, tmp_path, capsys, changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(read(path) | changes))
+    code, (line,) = call(capsys, f"model={folder}", f"out={tmp_path / 'out'}")
+    ((key, value),) = changes.items()
+    assert code == 1 and f"config.json: {key} is {json.dumps(value)}" in line
+    assert not (tmp_path / "out").exists()

@@ -25,7 +25,7 @@ from apr_jax.train.checkpoint import CheckpointError, Checkpoints, load_meta, lo
 from apr_jax.train.metrics import MetricsLog
 from apr_jax.train.pack import lay_out
 from apr_jax.train.sft import SftConfig, run_sft
-from apr_jax.train.step import Trainer, data_mesh
+from apr_jax.train.step import NotFiniteError, Trainer, data_mesh
 from apr_jax.train.termination import Terminated
 from tests.tiny import make_model, random_thread
 from tests.train import runs
@@ -175,6 +175,23 @@ def test_one_step_that_is_not_finite_is_left_out(tmp_path, monkeypatch):
     same = [all(np.array_equal(a, b) for a, b in zip(*pair, strict=True)) for pair in itertools.pairwise(seen)]
     assert same == [False, False, True, False, False]
     assert [line["skipped"] for line in lines(tmp_path / "run") if "skipped" in line] == [0, 0, 1, 1, 1, 1]
+
+
+def test_a_loss_that_is_not_finite_is_never_applied_nor_saved(tmp_path):
+    """A token past the vocabulary: its loss is NaN, the gradient of it finite."""
+    good = [lay_out(random_thread(random.Random(n), depth=0)) for n in range(8)]
+    broken = [dataclasses.replace(piece, tokens=np.full_like(piece.tokens, 900)) for piece in good]
+    config = SftConfig(3, 2, 64, runs.OPTIMIZER, log_every=1, most_skipped=3)
+    model = make_model(0)
+    assert bits(run_sft(model, broken, [], config, data_mesh(2), tmp_path / "counted", {})) == bits(model)
+    found = lines(tmp_path / "counted")
+    assert [(line["skipped"], line["loss"]) for line in found] == [(1, None), (2, None), (3, None)]
+    assert all(np.isfinite(line["gradient_norm"]) for line in found)
+    with pytest.raises(NotFiniteError, match="3 steps"):
+        run_sft(model, broken, [], dataclasses.replace(config, most_skipped=2), data_mesh(2), tmp_path / "run", {})
+    with pytest.raises(NotFiniteError, match="validation_loss"):
+        run_sft(model, good, broken, config, data_mesh(2), tmp_path / "validated", {})
+    assert not saved(tmp_path / "run") and not saved(tmp_path / "validated")
 
 
 @pytest.mark.parametrize("step", [3, 4, "last"])
