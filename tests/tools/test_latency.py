@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+from apr_jax.evaluate.evaluate import NAME_TAG
 from apr_jax.evaluate.latency import read_samples
 from apr_jax.export.hf import export_hf
+from apr_jax.rollout.sglang import SglangEngine
 from apr_jax.train.checkpoint import save_model
 from tests.rollout.fake_server import FakeServer
 from tests.tiny import TOKENIZER, make_model, spawning_model
@@ -119,6 +121,29 @@ def test_a_server_that_fails_while_it_is_warmed_up(exports, tmp_path, capsys):
         assert capsys.readouterr().err.count("warming up anew: http") == 1
     with FakeServer(["html"] * 99) as server:
         assert "no stream of JSON" in refused(capsys, *flags, "--count=3", f"--servers={server.url}")
+
+
+def test_an_engine_that_breaks_is_no_sample_and_its_servers_are_stopped(exports, tmp_path, capsys, monkeypatch):
+    flags = [f"--apr={exports}/apr", f"--out={tmp_path}", "--windows=128", "--count=3", f"--launcher={FAKE}"]
+    decode, asked = SglangEngine.decode, []
+
+    async def breaks(self, sequence, *rest):
+        if sequence.origin.name[:2] == (NAME_TAG, 1):
+            asked.append(rest)
+            raise ZeroDivisionError("on purpose")
+        return await decode(self, sequence, *rest)
+
+    monkeypatch.setattr(SglangEngine, "decode", breaks)
+    with pytest.raises(ZeroDivisionError):
+        run(*flags)
+    assert len(asked) == 1 and [sample.index for sample in read_samples(tmp_path / "samples.jsonl")] == [0]
+    left = subprocess.run(["pgrep", "-f", f"tests.rollout.fake_server serve {exports}"], capture_output=True, text=True)
+    assert not left.stdout
+    assert run(f"--out={tmp_path}") == 0
+    monkeypatch.setattr(SglangEngine, "decode", decode)
+    assert run(*flags) == 0
+    assert [sample.index for sample in read_samples(tmp_path / "samples.jsonl")] == [0, 1, 2]
+    assert "| 3 of 3 |" in capsys.readouterr().out
 
 
 def test_the_jax_engine_takes_the_same_harness_and_says_so(exports, tmp_path, capsys):
