@@ -6,7 +6,7 @@ A run folder holds:
     versions.json                  device and packages, `earlier` ones where a run went on elsewhere
     data/                          problems, traces, tokenizer.json, manifest.json
     sft_STYLE/ grpo_STYLE/         checkpoints/, metrics.jsonl, tensorboard/; of GRPO with validation best/
-    evaluate/MODEL.jsonl           one record per held-out problem, in their order
+    evaluate/MODEL.jsonl           one record per held-out problem, in their order; MODEL.stamp.json: of which weights
     export/                        the last APR model in Hugging Face format
     report.md summary.json figures/
 """
@@ -36,7 +36,7 @@ from apr_jax.rollout.engine import JaxEngine
 from apr_jax.text.hub import find_tokenizer, load_tokenizer
 from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.threads.run import TreeRunner
-from apr_jax.train.checkpoint import CheckpointError, last_step, load_meta, load_model, newest_step
+from apr_jax.train.checkpoint import CheckpointError, fingerprint, last_step, load_meta, load_model, newest_step
 from apr_jax.train.grpo import run_grpo
 from apr_jax.train.sft import run_sft
 from apr_jax.train.step import data_mesh
@@ -63,6 +63,7 @@ class Run:
 
     def __init__(self, settings: Settings, workdir: Path, styles: Sequence[str] = STYLES):
         self.settings, self.workdir, self.styles = settings, workdir, styles
+        self._weights: dict[Path, str] = {}  # fingerprints of saved steps, as far as stages have read them
         if settings.model["attention"] == "cudnn" and jax.default_backend() != "gpu":
             raise UserError(f"model.attention cudnn needs an NVIDIA GPU, JAX runs on {jax.default_backend()}")
         # First: a refusal must not leave its config in the folder.
@@ -148,14 +149,20 @@ class Run:
             folder = self.workdir / f"sft_{style}" / "checkpoints"
             if (saved := newest_step(folder)) is None:
                 raise FileNotFoundError(f"no checkpoint at {folder}: run --stage=sft first")
-            model, meta = load_model(saved)
-            steps = meta.get("steps", self.settings.sft.steps)  # it was not saved before there was sft.tokens
-            if meta["step"] < steps:
-                raise UserError(f"sft_{style} stands at step {meta['step']} of {steps}: finish --stage=sft first")
+            self._check_finished(f"sft_{style}")
+            model, _ = load_model(saved)
+            began_with = fingerprint(model)
+            begun = last_step(self.workdir / f"grpo_{style}")
+            if begun and load_meta(begun)[1].get("began_with", began_with) != began_with:
+                raise UserError(
+                    f"{self.workdir / f'grpo_{style}'} began with other weights than sft_{style} has now: remove it, "
+                    "or give another --workdir"
+                )
             run_grpo(
                 model, load_problems(self.workdir / "data" / "train.npy"), CountdownProtocol(style), self.tokenizer,
                 self.settings.budget_of(style), self.settings.grpo, self.mesh, self.settings.grpo_slots,
-                self.workdir / f"grpo_{style}", self._meta(model.config, style, "grpo"),
+                self.workdir / f"grpo_{style}",
+                self._meta(model.config, style, "grpo") | {"began_with": began_with},
                 self.settings.evaluate_sampling,
             )  # fmt: skip
 
@@ -166,11 +173,19 @@ class Run:
             raise FileNotFoundError(f"no checkpoint under {self.workdir}: run --stage=sft first")
         for name, (model, meta) in models.items():
             folder = self.workdir / "evaluate"
-            stamp = {"step": meta["step"], "problems": len(problems)}
-            if _read_json(folder / f"{name}.stamp.json") != stamp:
-                for old in (*folder.glob(f"{name}.jsonl*"), *folder.glob(f"{name}@*")):  # of another checkpoint
+            reached, steps = self._reached(name)
+            stamp = {
+                "weights": fingerprint(model), "step": meta["step"], "steps": steps, "finished": reached >= steps,
+                "problems": len(problems),
+            }  # fmt: skip
+            known = _read_json(folder / f"{name}.stamp.json")
+            if any(known.get(key) != stamp[key] for key in ("weights", "problems")):
+                for old in folder.glob(f"{name}[.@]*"):  # of other weights
                     old.unlink()
+            if known != stamp:
                 write_text(folder / f"{name}.stamp.json", json.dumps(stamp))
+            self._weights[last_step(self.workdir / name)] = stamp["weights"]
+            title = name if stamp["finished"] else f"{name} (step {meta['step']} of {steps})"
             engine = JaxEngine(
                 model,
                 self.mesh,
@@ -189,20 +204,23 @@ class Run:
                     sampling,
                 )
                 evaluate(
-                    runner, problems, folder / f"{records}.jsonl", progress_title=f"evaluate {records}",
+                    runner, problems, folder / f"{records}.jsonl", weights=stamp["weights"],
+                    progress_title=f"evaluate {title}{records.removeprefix(name)}",
                     at_once=max(256, self.settings.evaluate_slots),
                 )  # fmt: skip
 
     def export(self) -> None:
-        models = self.models()
-        name = next((name for name in ("grpo_apr", "sft_apr") if name in models), None)
+        steps = self._last_steps()
+        name = next((name for name in ("grpo_apr", "sft_apr") if name in steps), None)
         if name is None:
             if "apr" not in self.styles:
                 return
             raise FileNotFoundError(f"no APR checkpoint under {self.workdir}: run --stage=sft first")
-        model, meta = models[name]
+        self._check_finished(name, "; python -m tools.export_hf exports any checkpoint")
+        model, meta = load_model(steps[name])
         folder = self.workdir / "export"
-        described = {"model": name, "step": meta["step"]}
+        self._weights[steps[name]] = fingerprint(model)
+        described = {"model": name, "step": meta["step"], "weights": self._weights[steps[name]]}
         if _read_json(folder / "check.json").items() >= described.items():
             return  # the check is the last thing written
         export_hf(model, self.tokenizer, folder, meta, self.settings.export_dtype)
@@ -223,7 +241,7 @@ class Run:
         print(f"export {folder}: {json.dumps(check)}")
 
     def report(self) -> None:
-        print(write_report(self.workdir, tuple(self.settings.evaluate_also)))
+        print(write_report(self.workdir, tuple(self.settings.evaluate_also), self._weights))
 
     # ------------------------------------------------------------------ what stages share
 
@@ -298,8 +316,26 @@ class Run:
     def models(self) -> dict[str, tuple[Llama, dict]]:
         """Every trained model of these styles with its meta, by the name of its stage: sft_sosp, sft_apr, ... Of GRPO
         with validation what validated best."""
+        return {name: load_model(step) for name, step in self._last_steps().items()}
+
+    def _last_steps(self) -> dict[str, Path]:
         names = (f"{kind}_{style}" for kind in ("sft", "grpo") for style in self.styles)
-        return {name: load_model(step) for name in names if (step := last_step(self.workdir / name))}
+        return {name: step for name in names if (step := last_step(self.workdir / name))}
+
+    def _reached(self, name: str) -> tuple[int, int]:
+        """(the newest step that a stage has saved, its last step). They differ while it is trained."""
+        steps = (self.settings.sft if name.startswith("sft") else self.settings.grpo).steps
+        if (saved := newest_step(self.workdir / name / "checkpoints")) is None:
+            return 0, steps
+        meta = load_meta(saved)[1]
+        return meta["step"], meta.get("steps", steps)  # what sft.tokens make of sft.steps
+
+    def _check_finished(self, name: str, also: str = "") -> None:
+        """Raises UserError for a model that is still trained."""
+        reached, steps = self._reached(name)
+        if reached < steps:
+            stage = name.partition("_")[0]
+            raise UserError(f"{name} stands at step {reached} of {steps}: finish --stage={stage} first{also}")
 
     def _meta(self, config: LlamaConfig, style: str, kind: str) -> dict:
         total, inner = parameter_count(Llama(config, rngs=nnx.Rngs(0)))

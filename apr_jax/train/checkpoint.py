@@ -5,10 +5,12 @@ renamed into place. An error of that writing is told at the next call.
 """
 
 import errno
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
@@ -155,6 +157,17 @@ def load_model(folder: Path | str) -> tuple[Llama, dict]:
         raise CheckpointError(f"the checkpoint at {folder} cannot be read: {_first_line(error)}") from None
     nnx.replace_by_pure_dict(weights, restored["weights"])
     return nnx.merge(graphdef, weights), meta
+
+
+def fingerprint(model: Llama) -> str:
+    """16 hexadecimal digits of a model's weights: of their names, shapes, types and contents, and of nothing else. What
+    was computed from a model and is kept in a file says by it which weights it belongs to."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(model))):
+        array = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
 
 
 def _first_line(error: Exception) -> str:
