@@ -18,14 +18,20 @@ HEADER = (
 )
 
 
-def records_name(name: str, temperature: float | None = None) -> str:
-    """Of a model's records: the run's own, or those of a temperature that it was also evaluated at."""
+def records_name(name: str, temperature: float | None = None, budget: int | None = None) -> str:
+    """Of a model's records: the run's own, or those of a budget that its prompts were to ask for or of a temperature
+    that it was also evaluated at, as "sft_apr+4@0.5"."""
+    name = name if budget is None else f"{name}+{budget}"
     return name if temperature is None else f"{name}@{temperature:g}"
 
 
-def write_report(workdir: Path, also_at: Sequence[float] = (), weights: Mapping[Path, str] = {}) -> str:
+def write_report(
+    workdir: Path, also_at: Sequence[float] = (), weights: Mapping[Path, str] = {},
+    budgets: Mapping[str, Sequence[int]] = {},
+) -> str:  # fmt: skip
     """Writes report.md, summary.json and figures/ from what the run folder holds; returns the table, followed by those
-    of the further temperatures `also_at`. `weights` are fingerprints of saved steps that the caller has read already.
+    of the further temperatures `also_at`, and of each of a style's `budgets` behind the first. `weights` are
+    fingerprints of saved steps that the caller has read already.
 
     Raises UserError where records are of other weights than the model has now. Where a model's weights are gone its
     records stay, and the report says so.
@@ -35,11 +41,14 @@ def write_report(workdir: Path, also_at: Sequence[float] = (), weights: Mapping[
 
     present: dict[str, str | None] = {}  # fingerprints of the weights that are there now
 
-    def read(temperature: float | None = None) -> dict[str, list[Record]]:
+    first = {style: (budgets.get(style) or (None,))[0] for style in ("sosp", "apr")}
+
+    def read(temperature: float | None = None, asked: Mapping[str, int | None] = first) -> dict[str, list[Record]]:
         found = {}
         for name, title in titles.items():
-            path = workdir / "evaluate" / f"{records_name(name, temperature)}.jsonl"
-            if not path.exists():
+            style = name.partition("_")[2]
+            path = workdir / "evaluate" / f"{records_name(name, temperature, asked.get(style))}.jsonl"
+            if style not in asked or not path.exists():
                 continue
             found[title] = read_records(path)
             if name not in present:
@@ -66,11 +75,18 @@ def write_report(workdir: Path, also_at: Sequence[float] = (), weights: Mapping[
     summaries = {title: summarise(rows) for title, rows in records.items()}
     problems = load_manifest(workdir / "data")["held_out_problems"]
     lines = _table(records, summaries, trained, problems) + gone + _unfinished(workdir, problems)
-    for temperature in also_at:
-        if at := read(temperature):
+    further = [(temperature, first) for temperature in also_at]
+    for style, asked in budgets.items():
+        further += [(temperature, {style: budget}) for budget in asked[1:] for temperature in (None, *also_at)]
+    for temperature, asked in further:
+        if at := read(temperature, asked):
             found = {title: summarise(rows) for title, rows in at.items()}
-            lines += ["", f"At temperature {temperature:g}:", "", *_table(at, found, trained, problems)]
-            summaries |= {f"{title} at temperature {temperature:g}": one for title, one in found.items()}
+            where = [] if temperature is None else [f"at temperature {temperature:g}"]
+            if asked is not first:
+                where.append(f"with {next(iter(found.values()))['condition'].strip()}")
+            where = ", ".join(where)
+            lines += ["", f"{where[0].upper()}{where[1:]}:", "", *_table(at, found, trained, problems)]
+            summaries |= {f"{title} {where}": one for title, one in found.items()}
     check = workdir / "export" / "check.json"
     if check.exists():
         found = json.loads(check.read_text())
@@ -146,6 +162,9 @@ def _table(
     """A row for each model, and what GRPO changed on the same problems."""
     lines = [HEADER, "|" + " --- |" * HEADER.count(" | ") + " --- |"]
     lines += [_row(title, summaries[title], trained.get(title, 0.0), problems) for title in records]
+    for condition in dict.fromkeys(s["condition"] for s in summaries.values() if s["condition"]):
+        those = ", ".join(title for title, s in summaries.items() if s["condition"] == condition)
+        lines += ["", f"Prompts of {those} began with {condition.strip()!r}."]
     for style in ("SoS+", "APR"):
         before, after = (
             next((title for title in records if title.partition(" (")[0] == f"{style} {stage}"), None)

@@ -12,6 +12,7 @@ A run folder holds:
 """
 
 import dataclasses
+import itertools
 import json
 import platform
 import time
@@ -37,10 +38,10 @@ from apr_jax.text.hub import find_tokenizer, load_tokenizer
 from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.threads.run import TreeRunner
 from apr_jax.train.checkpoint import CheckpointError, fingerprint, last_step, load_meta, load_model, newest_step
-from apr_jax.train.grpo import run_grpo
+from apr_jax.train.grpo import most_frequent, run_grpo
 from apr_jax.train.sft import run_sft
 from apr_jax.train.step import data_mesh
-from experiments.dataset import load_pieces, load_problems, load_run_tokenizer, make_data
+from experiments.dataset import load_conditions, load_pieces, load_problems, load_run_tokenizer, make_data
 from experiments.report import records_name, write_report
 from experiments.settings import STYLES, Settings, default_config
 
@@ -51,7 +52,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "toke
 EXECUTION = {
     "devices", "fsdp", "model.attention", "model.remat", "model.scan", "sft.microbatches", "sft.save_every",
     "sft.log_every", "sft.most_skipped", "grpo.batch_rows", "grpo.slots", "grpo.save_every", "evaluate.slots",
-    "evaluate.also_at",
+    "evaluate.also_at", "evaluate.apr_budgets", "evaluate.sosp_budgets",
 }  # fmt: skip
 # Settings that a run may still change as long as these folders, of the stages that read them, are not there.
 UNTIL = {"grpo": ("grpo_*",), "evaluate": ("evaluate", "grpo_*/best"), "export": ("export",)}
@@ -63,6 +64,7 @@ class Run:
 
     def __init__(self, settings: Settings, workdir: Path, styles: Sequence[str] = STYLES):
         self.settings, self.workdir, self.styles = settings, workdir, styles
+        self._counted: dict[str, dict[str, int]] = {}  # conditions, by style
         self._weights: dict[Path, str] = {}  # fingerprints of saved steps, as far as stages have read them
         if settings.model["attention"] == "cudnn" and jax.default_backend() != "gpu":
             raise UserError(f"model.attention cudnn needs an NVIDIA GPU, JAX runs on {jax.default_backend()}")
@@ -163,7 +165,7 @@ class Run:
                 self.settings.budget_of(style), self.settings.grpo, self.mesh, self.settings.grpo_slots,
                 self.workdir / f"grpo_{style}",
                 self._meta(model.config, style, "grpo") | {"began_with": began_with},
-                self.settings.evaluate_sampling,
+                self.settings.evaluate_sampling, self._conditions(style),
             )  # fmt: skip
 
     def evaluate(self) -> None:
@@ -171,6 +173,12 @@ class Run:
         models = self.models()
         if not models:
             raise FileNotFoundError(f"no checkpoint under {self.workdir}: run --stage=sft first")
+        for style in self.styles:
+            if self.settings.evaluate_budgets[style] and not any(self._conditions(style)):
+                raise UserError(
+                    f"evaluate.{style}_budgets is for a model whose demonstrations had budgets, these had none: make "
+                    f"them with {style}.conditioned=true, in another --workdir"
+                )
         for name, (model, meta) in models.items():
             folder = self.workdir / "evaluate"
             reached, steps = self._reached(name)
@@ -180,7 +188,7 @@ class Run:
             }  # fmt: skip
             known = _read_json(folder / f"{name}.stamp.json")
             if any(known.get(key) != stamp[key] for key in ("weights", "problems")):
-                for old in folder.glob(f"{name}[.@]*"):  # of other weights
+                for old in folder.glob(f"{name}[.@+]*"):  # of other weights
                     old.unlink()
             if known != stamp:
                 write_text(folder / f"{name}.stamp.json", json.dumps(stamp))
@@ -193,18 +201,19 @@ class Run:
                 context=self.settings.window,
                 seed=self.settings.seed,
             )
-            samplings = {name: self.settings.evaluate_sampling}
-            samplings |= {records_name(name, t): sampling for t, sampling in self.settings.evaluate_also.items()}
-            for records, sampling in samplings.items():
+            protocol = CountdownProtocol(meta["style"])
+            usual = most_frequent(self._conditions(meta["style"]))
+            asked = {budget: protocol.condition(budget) for budget in self.settings.evaluate_budgets[meta["style"]]}
+            samplings = {None: self.settings.evaluate_sampling, **self.settings.evaluate_also}
+            for (budget, condition), (temperature, sampling) in itertools.product(
+                (asked or {None: usual}).items(), samplings.items()
+            ):
+                records = records_name(name, temperature, budget)
                 runner = TreeRunner(
-                    engine,
-                    CountdownProtocol(meta["style"]),
-                    self.tokenizer,
-                    self.settings.budget_of(meta["style"]),
-                    sampling,
-                )
+                    engine, protocol, self.tokenizer, self.settings.budget_of(meta["style"]), sampling
+                )  # fmt: skip
                 evaluate(
-                    runner, problems, folder / f"{records}.jsonl", weights=stamp["weights"],
+                    runner, problems, folder / f"{records}.jsonl", condition=condition, weights=stamp["weights"],
                     progress_title=f"evaluate {title}{records.removeprefix(name)}",
                     at_once=max(256, self.settings.evaluate_slots),
                 )  # fmt: skip
@@ -234,20 +243,30 @@ class Run:
             problems = held_out[: self.settings.export_check_trees]
             equal, total = check_trees(
                 model, self.tokenizer, folder, CountdownProtocol("apr"), problems, self.settings.budget,
-                progress_title="export check",
+                progress_title="export check", condition=most_frequent(self._conditions("apr")),
             )  # fmt: skip
             check |= {"trees_equal": equal, "trees": total}
         write_text(folder / "check.json", json.dumps(check, indent=1))
         print(f"export {folder}: {json.dumps(check)}")
 
     def report(self) -> None:
-        print(write_report(self.workdir, tuple(self.settings.evaluate_also), self._weights))
+        print(
+            write_report(
+                self.workdir, tuple(self.settings.evaluate_also), self._weights, self.settings.evaluate_budgets
+            )
+        )
 
     # ------------------------------------------------------------------ what stages share
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         return load_run_tokenizer(self.workdir / "data", self.settings.tokenizer)
+
+    def _conditions(self, style: str) -> dict[str, int]:
+        """Of a style's demonstrations, as `load_conditions` counts them."""
+        if style not in self._counted:
+            self._counted[style] = load_conditions(self.workdir / "data", style, self.tokenizer)
+        return self._counted[style]
 
     @property
     def model_config(self) -> LlamaConfig:
@@ -342,6 +361,7 @@ class Run:
         return {
             "model": dataclasses.asdict(config), "style": style, "stage": kind, "config": self.settings.config,
             "parameters": total, "parameters_without_embeddings": inner,
+            "condition": most_frequent(self._conditions(style)),  # first on a root's prompt, where nothing else is said
         }  # fmt: skip
 
 

@@ -68,7 +68,16 @@ def run(checkpoint: str, out: str, dtype: str, tokenizer: str | None, check: int
     if not difference <= LOGIT_TOLERANCE:  # so that a NaN fails too
         raise UserError(f"{out} does not compute what the checkpoint does: logits differ by {difference:.2e}")
     window = window or min((meta.get("config") or {}).get("window", 768), model.config.context)
-    equal, total = check_trees(model, words, out, protocol, problems, Budget(min(window, model.config.context)))
+    budget = Budget(min(window, model.config.context))
+    equal, total = check_trees(
+        model,
+        words,
+        out,
+        protocol,
+        problems,
+        budget,
+        condition=meta.get("condition", ""),  # of older ones not told
+    )
     print(f"greedy trees equal token for token: {equal} of {total}")
 
 

@@ -310,6 +310,7 @@ def summarise(records: Sequence[Record]) -> dict:
     operations = sum(record.operations for record in ran)
     return {
         "name": records[0].name if records else "",
+        "condition": records[0].condition if records else "",
         "n": n,
         "ran": len(ran),
         "right": right,

@@ -105,6 +105,21 @@ def test_the_last_models_of_a_run_are_measured_on_its_problems(tmp_path, capsys)
     assert "goes with --config=FILE" in refused(capsys, f"--workdir={tmp_path}")
 
 
+def test_a_conditioned_model_of_a_run_is_asked_for_what_its_demonstrations_had_most_often(tmp_path):
+    config = {"window": 128, "budget": {"depth": 1}, "evaluate": {"temperature": 0.0}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = spawning_model(2)
+    meta = {"step": 9, "model": dataclasses.asdict(model.config), "condition": "Sub Call Budget: 4 "}
+    save_model(tmp_path / "sft_apr" / "checkpoints", model, meta)
+    (tmp_path / "data").mkdir()
+    TOKENIZER.save(tmp_path / "data" / "tokenizer.json")
+    np.save(tmp_path / "data" / "held_out.npy", np.array([[1, 2, 3, 4, 10]]))
+    flags = ["--config=experiments/configs/smoke.py", "--count=1", f"--launcher={FAKE}", f"--workdir={tmp_path}"]
+    assert run(*flags) == 0 and run(*flags, "--apr_budgets=2") == 0
+    samples = read_samples(tmp_path / "latency" / "samples.jsonl")
+    assert [sample.setting["condition"] for sample in samples] == ["Sub Call Budget: 4 ", "Sub Call Budget: 2 "]
+
+
 def test_running_servers_are_taken_as_they_are(exports, tmp_path, capsys):
     with FakeServer() as server:
         flags = [f"--apr={exports}/apr", f"--out={tmp_path}", "--windows=128", "--count=2", f"--servers={server.url}"]
