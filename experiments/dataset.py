@@ -2,12 +2,14 @@
 
 import os
 import random
+import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from apr_jax.countdown import Problem
+from apr_jax.countdown import CountdownProtocol, Problem
 from apr_jax.countdown.dataset import SHARD_PROBLEMS, DatasetConfig, ProblemFile, make_dataset, read_manifest
 from apr_jax.countdown.recipe import Recipe
 from apr_jax.errors import UserError
@@ -122,6 +124,32 @@ def load_manifest(folder: Path) -> dict:
     if (manifest := read_manifest(folder)) is None:
         raise FileNotFoundError(f"no manifest under {folder}: run --stage=data first")
     return manifest
+
+
+_BUDGET = re.compile(r"(?:Token|Sub Call) Budget: (\d+) ")
+
+
+def load_conditions(folder: Path, style: str, tokenizer: Tokenizer) -> dict[str, int]:
+    """How many of a style's training trees have which condition first on the root's prompt, as
+    ``{"Sub Call Budget: 3 ": 120, ...}``, by rising budget; "" counts those without one. Nothing for a style without
+    trees. Raises FileNotFoundError where the data stage has not run."""
+    manifest = load_manifest(folder)
+    if (counted := manifest.get(f"{style}_train")) is None:
+        return {}
+    own = next((recipe for recipe in manifest["config"].get("recipes", ()) if recipe["style"] == style), None)
+    if own is not None and not own["conditioned"]:
+        return {"": counted["trees"]}
+    store, counts = TreeStore(folder / f"{style}_train"), Counter()
+    for tree in range(len(store)):
+        if own is not None:
+            counts[store.info(tree)["budget"]] += 1
+        else:  # imported: what the prompts say
+            tokens, rows = store.thread(int(store.tree_threads[tree]))
+            found = _BUDGET.search(tokenizer.decode(tokens[: rows[0, 1]].tolist()))
+            counts[found and int(found[1])] += 1
+    protocol = CountdownProtocol(style)
+    rising = sorted(counts, key=lambda budget: -1 if budget is None else budget)
+    return {protocol.condition(budget): counts[budget] for budget in rising}
 
 
 def load_run_tokenizer(folder: Path, name: str) -> Tokenizer:

@@ -26,13 +26,15 @@ WORST = 5  # samples whose gaps are told one by one
 
 
 def write_report(out: Path) -> str:
-    """Writes report.md, summary.json and figures/ from what ``samples.jsonl`` holds; returns the text. Raises
-    FileNotFoundError where there are no samples."""
+    """Writes report.md, summary.json and figures/ from what ``samples.jsonl`` holds; returns the text. A row says how
+    many trees ran of how many problems: those that any setting has samples of. Raises FileNotFoundError where there
+    are no samples."""
     groups = _newest(by_setting(read_samples(out / "samples.jsonl")))
     if not groups:
         raise FileNotFoundError(f"no samples in {out}: give an exported model with --apr=FOLDER or --sosp=FOLDER")
     throughput = read_throughput(out / "passes.jsonl")
-    rows = [(setting, samples, summarise_latency(samples)) for setting, samples in groups]
+    problems = 1 + max(sample.index for _, samples in groups for sample in samples)
+    rows = [(setting, samples, summarise_latency(samples) | {"problems": problems}) for setting, samples in groups]
     lines = [HEADER, "|" + " --- |" * HEADER.count(" | ") + " --- |"]
     lines += [_row(setting, row, throughput.get(setting)) for setting, _, row in rows]
     lines += _compared(groups, throughput)
@@ -71,7 +73,7 @@ def _row(setting: Setting, row: dict, throughput: Throughput | None) -> str:
     rates = ("-", "-") if throughput is None else (f"{throughput.per_second:.2f}", f"{throughput.tokens:.0f}")
     return (
         f"| {figures.TITLES.get(setting.model, setting.model)} | {figures.engine_title(setting)} |"
-        f" {setting.concurrency} | {setting.title} | {row['n']} | {interval} |"
+        f" {setting.concurrency} | {setting.title} | {row['n']} of {row['problems']} | {interval} |"
         f" {ms('latency')}, {ms('latency_median')}, {ms('latency_90')} | {first} | {shares} | {cached} |"
         f" {ms('predicted')} | {gap:+.0f} | {rates[0]} | {rates[1]} |"
     )
@@ -86,8 +88,8 @@ def _compared(groups: Sequence[figures.Group], throughput: dict[Setting, Through
             alike = dataclasses.replace(other, engine="jax", servers=one.servers, placement=one.placement)
             if other.engine != "sglang" or one != alike:
                 continue
-            trees = {(sample.index, str(sample.problem)): sample.tree for sample in mine if sample.ran}
-            both = [s for s in theirs if s.ran and (s.index, str(s.problem)) in trees]
+            trees = {(sample.index, str(sample.problem)): sample.tree for sample in mine}
+            both = [s for s in theirs if (s.index, str(s.problem)) in trees]
             equal = sum(sample.tree == trees[sample.index, str(sample.problem)] for sample in both)
             told = [f"{equal} of {len(both)} trees are the same token for token"] if not one.temperature else []
             rates = [throughput.get(setting) for setting in (one, other)]
@@ -104,9 +106,6 @@ def _compared(groups: Sequence[figures.Group], throughput: dict[Setting, Through
 
 def _gaps(setting: Setting, samples: Sequence[Sample]) -> list[str]:
     """What the latency has more, or less, than the model of it, on average and for the samples where that is most."""
-    ran = sorted((sample for sample in samples if sample.ran), key=lambda s: -abs(s.latency - s.predicted))
-    if not ran:
-        return []
     row = summarise_latency(samples)
     title = f"{figures.TITLES.get(setting.model, setting.model)}, {figures.engine_title(setting)}, {setting.title}"
     parts = ", ".join(f"{PARTS[part]} {1000 * seconds:+.0f} ms" for part, seconds in row["gap"].items())
@@ -114,7 +113,7 @@ def _gaps(setting: Setting, samples: Sequence[Sample]) -> list[str]:
         f"{title}: measured {1000 * row['latency']:.0f} ms a sample, predicted {1000 * row['predicted']:.0f} ms;"
         f" the gap is {parts}. Largest:", "",
     ]  # fmt: skip
-    for sample in ran[:WORST]:
+    for sample in sorted(samples, key=lambda s: -abs(s.latency - s.predicted))[:WORST]:
         part, seconds = max(sample.gap.items(), key=lambda item: abs(item[1]))
         lines.append(
             f"- problem {sample.index}: {1000 * sample.latency:.0f} ms, predicted {1000 * sample.predicted:.0f} ms;"

@@ -1,11 +1,13 @@
 """The report stage: a table of every evaluated model, figures, and the numbers behind them."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from apr_jax.countdown.dataset import write_text
+from apr_jax.errors import UserError
 from apr_jax.evaluate.evaluate import Record, paired_difference, read_records, summarise
+from apr_jax.train.checkpoint import fingerprint, last_step, load_model
 from experiments import figures
 from experiments.dataset import load_manifest
 
@@ -16,43 +18,86 @@ HEADER = (
 )
 
 
-def records_name(name: str, temperature: float | None = None) -> str:
-    """Of a model's records: the run's own, or those of a temperature that it was also evaluated at."""
+def records_name(name: str, temperature: float | None = None, budget: int | None = None) -> str:
+    """Of a model's records: the run's own, or those of a budget that its prompts were to ask for or of a temperature
+    that it was also evaluated at, as "sft_apr+4@0.5"."""
+    name = name if budget is None else f"{name}+{budget}"
     return name if temperature is None else f"{name}@{temperature:g}"
 
 
-def write_report(workdir: Path, also_at: Sequence[float] = ()) -> str:
+def write_report(
+    workdir: Path, also_at: Sequence[float] = (), weights: Mapping[Path, str] = {},
+    budgets: Mapping[str, Sequence[int]] = {},
+) -> str:  # fmt: skip
     """Writes report.md, summary.json and figures/ from what the run folder holds; returns the table, followed by those
-    of the further temperatures `also_at`."""
+    of the further temperatures `also_at`, and of each of a style's `budgets` behind the first. `weights` are
+    fingerprints of saved steps that the caller has read already.
 
-    def read(temperature: float | None = None) -> dict[str, list[Record]]:
-        names = {title: records_name(name, temperature) for name, title in TITLES.items()}
-        paths = {title: workdir / "evaluate" / f"{name}.jsonl" for title, name in names.items()}
-        return {title: read_records(path) for title, path in paths.items() if path.exists()}
+    Raises UserError where records are of other weights than the model has now. Where a model's weights are gone its
+    records stay, and the report says so.
+    """
+    stamps = {name: _read_json(workdir / "evaluate" / f"{name}.stamp.json") for name in TITLES}
+    titles = {name: title + _position(stamps[name]) for name, title in TITLES.items()}
+
+    present: dict[str, str | None] = {}  # fingerprints of the weights that are there now
+
+    first = {style: (budgets.get(style) or (None,))[0] for style in ("sosp", "apr")}
+
+    def read(temperature: float | None = None, asked: Mapping[str, int | None] = first) -> dict[str, list[Record]]:
+        found = {}
+        for name, title in titles.items():
+            style = name.partition("_")[2]
+            path = workdir / "evaluate" / f"{records_name(name, temperature, asked.get(style))}.jsonl"
+            if style not in asked or not path.exists():
+                continue
+            found[title] = read_records(path)
+            if name not in present:
+                present[name] = _present(workdir / name, weights)
+            if present[name] and {record.weights for record in found[title]} != {present[name]}:
+                raise UserError(f"{path} is of other weights than {name} has now: run --stage=evaluate again")
+        return found
 
     records = read()
     if not records:
         raise FileNotFoundError(f"no records under {workdir / 'evaluate'}: run --stage=evaluate first")
+    gone = [
+        line for name, digest in present.items() if digest is None
+        for line in ("", f"The weights of {titles[name]} are not in {name}/ any more: its row is of records alone.")
+    ]  # fmt: skip
     metrics = {
-        title: figures.read_metrics(path)
-        for name, title in TITLES.items()
+        titles[name]: figures.read_metrics(path)
+        for name in TITLES
         if (path := workdir / name / "metrics.jsonl").exists()
     }
-    trained = {TITLES[name]: _trained(metrics.get(TITLES[name], []), _step(workdir, name)) for name in TITLES}
+    trained = {
+        titles[name]: _trained(metrics.get(titles[name], []), stamps[name].get("step", float("inf"))) for name in TITLES
+    }
     summaries = {title: summarise(rows) for title, rows in records.items()}
-    lines = _table(records, summaries, trained)
-    for temperature in also_at:
-        if at := read(temperature):
+    problems = load_manifest(workdir / "data")["held_out_problems"]
+    lines = _table(records, summaries, trained, problems) + gone + _unfinished(workdir, problems)
+    further = [(temperature, first) for temperature in also_at]
+    for style, asked in budgets.items():
+        further += [(temperature, {style: budget}) for budget in asked[1:] for temperature in (None, *also_at)]
+    for temperature, asked in further:
+        if at := read(temperature, asked):
             found = {title: summarise(rows) for title, rows in at.items()}
-            lines += ["", f"At temperature {temperature:g}:", "", *_table(at, found, trained)]
-            summaries |= {f"{title} at temperature {temperature:g}": one for title, one in found.items()}
+            where = [] if temperature is None else [f"at temperature {temperature:g}"]
+            if asked is not first:
+                where.append(f"with {next(iter(found.values()))['condition'].strip()}")
+            where = ", ".join(where)
+            lines += ["", f"{where[0].upper()}{where[1:]}:", "", *_table(at, found, trained, problems)]
+            summaries |= {f"{title} {where}": one for title, one in found.items()}
     check = workdir / "export" / "check.json"
     if check.exists():
         found = json.loads(check.read_text())
-        lines += ["", f"Export of {found['model']} against transformers: " + ", ".join(
-            f"{name.replace('_', ' ')} {value:.2g}" if isinstance(value, float) else f"{name.replace('_', ' ')} {value}"
-            for name, value in found.items() if name not in ("model", "step")
-        )]  # fmt: skip
+        if found.get("weights") != (_present(workdir / found["model"], weights) or found.get("weights")):
+            lines += ["", f"The export is of other weights than {found['model']} has now: run --stage=export again."]
+        else:
+            lines += ["", f"Export of {found['model']} against transformers: " + ", ".join(
+                f"{name.replace('_', ' ')} {value:.2g}" if isinstance(value, float)
+                else f"{name.replace('_', ' ')} {value}"
+                for name, value in found.items() if name not in ("model", "step", "weights")
+            )]  # fmt: skip
     manifest = load_manifest(workdir / "data")
     for style in ("sosp", "apr"):
         counts = manifest.get(f"{style}_train", {})
@@ -90,13 +135,48 @@ def write_report(workdir: Path, also_at: Sequence[float] = ()) -> str:
 PAPER_CHANGES = {"APR": {"children": 0.344, "tokens a sequence": 0.221}, "SoS+": {"tokens a sequence": 2660 / 2201 - 1}}
 
 
-def _table(records: dict[str, list[Record]], summaries: dict[str, dict], trained: dict[str, float]) -> list[str]:
+def _read_json(path: Path) -> dict:
+    """What stands in a file that an earlier stage wrote; nothing where there is none."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _position(stamp: dict) -> str:
+    """Behind the title of a model that was evaluated while it was trained: where it stood."""
+    return "" if stamp.get("finished", True) else f" (step {stamp['step']} of {stamp['steps']})"
+
+
+def _present(stage: Path, weights: Mapping[Path, str]) -> str | None:
+    """The fingerprint of a stage's last weights; None where none are there."""
+    if (step := last_step(stage)) is None:
+        return None
+    return weights.get(step) or fingerprint(load_model(step.parent)[0])
+
+
+def _unfinished(workdir: Path, problems: int) -> list[str]:
+    """A line for each evaluation that was stopped: it has no row yet."""
+    lines = []
+    for path in sorted((workdir / "evaluate").glob("*.jsonl.partial")):
+        ran = path.read_text(errors="replace").count("\n")
+        name = path.name.removesuffix(".jsonl.partial")
+        lines += ["", f"The evaluation of {name} is not finished: {ran} of {problems} problems ran."]
+    return lines
+
+
+def _table(
+    records: dict[str, list[Record]], summaries: dict[str, dict], trained: dict[str, float], problems: int
+) -> list[str]:
     """A row for each model, and what GRPO changed on the same problems."""
     lines = [HEADER, "|" + " --- |" * HEADER.count(" | ") + " --- |"]
-    lines += [_row(title, summaries[title], trained.get(title, 0.0)) for title in records]
+    lines += [_row(title, summaries[title], trained.get(title, 0.0), problems) for title in records]
+    for condition in dict.fromkeys(s["condition"] for s in summaries.values() if s["condition"]):
+        those = ", ".join(title for title, s in summaries.items() if s["condition"] == condition)
+        lines += ["", f"Prompts of {those} began with {condition.strip()!r}."]
     for style in ("SoS+", "APR"):
-        before, after = f"{style} SFT", f"{style} SFT+GRPO"
-        if {before, after} <= records.keys():
+        before, after = (
+            next((title for title in records if title.partition(" (")[0] == f"{style} {stage}"), None)
+            for stage in ("SFT", "SFT+GRPO")
+        )
+        if before and after:
             mean, low, high, gained, lost = paired_difference(records[before], records[after])
             lines += ["", f"GRPO over {before} on the same problems: {100 * mean:+.1f} points "
                       f"({100 * low:+.1f} to {100 * high:+.1f}), {gained} gained, {lost} lost. "
@@ -118,19 +198,14 @@ def _changes(style: str, before: dict, after: dict) -> str:
     return "; ".join(parts).capitalize() + "."
 
 
-def _row(title: str, s: dict, trained: float) -> str:
+def _row(title: str, s: dict, trained: float, problems: int) -> str:
     malformed = ", ".join(f"{kind} {count}" for kind, count in s["malformed"].items()) or "none"
     return (
-        f"| {title} | {s['accuracy']:.1%} ({s['accuracy_low']:.1%} to {s['accuracy_high']:.1%}), n={s['n']}"
+        f"| {title} | {s['accuracy']:.1%} ({s['accuracy_low']:.1%} to {s['accuracy_high']:.1%}),"
+        f" n={s['n']} of {problems}"
         f" | {s['claimed']:.1%} | {s['operations_right']:.1%} | {s['total_tokens']:.0f} | {s['sequential_tokens']:.0f}"
         f" | {s['children']:.1f} | {s['failures'].get('length', 0)} | {malformed} | {trained / 1e6:.2f} M |"
     )
-
-
-def _step(workdir: Path, name: str) -> float:
-    """The step of the weights that were evaluated: the last, or with validation the best."""
-    stamp = workdir / "evaluate" / f"{name}.stamp.json"
-    return json.loads(stamp.read_text())["step"] if stamp.exists() else float("inf")
 
 
 def _trained(rows: list[dict], last: float) -> float:

@@ -158,6 +158,8 @@ def default_config() -> ml_collections.ConfigDict:
     c.evaluate = ml_collections.ConfigDict()
     c.evaluate.temperature = 0.0  # greedy
     c.evaluate.also_at = ()  # further temperatures, each with a table of its own (the paper's table 3: 0.1, 0.5, 1)
+    c.evaluate.sosp_budgets = ()  # of a conditioned model: tokens that prompts ask for, each with a table of its own;
+    c.evaluate.apr_budgets = ()  # children that they ask for. (): what the demonstrations had most often
     c.evaluate.top_k = 0  # 0: all words
     c.evaluate.top_p = 1.0
     c.evaluate.slots = 64  # multiple of devices
@@ -202,6 +204,7 @@ class Settings:
     budget: Budget
     evaluate_sampling: Sampling
     evaluate_also: dict[float, Sampling]  # by temperature
+    evaluate_budgets: dict[str, tuple[int, ...]]  # by style; (): what its demonstrations had most often
     evaluate_slots: int
     export_dtype: str
     export_check_trees: int
@@ -308,6 +311,16 @@ def read_settings(config: ml_collections.ConfigDict) -> Settings:
             f"given {c['evaluate']['also_at']}"
         )
 
+    def budgets(name: str) -> tuple[int, ...]:
+        given = c["evaluate"][name]
+        try:
+            numbers = [int(float(one)) for one in given]
+            if all(float(one) == number >= 0 for one, number in zip(given, numbers)) and len({*numbers}) == len(given):
+                return tuple(numbers)
+        except (ValueError, TypeError, OverflowError):
+            pass
+        raise UserError(f"evaluate.{name} is whole numbers from 0, each once, was given {given}")
+
     problems = {field.name: c["problems"][field.name] for field in dataclasses.fields(ProblemRange)}
     if not 0 <= c["problems"]["unseen_targets"] < 1:
         raise UserError(
@@ -326,6 +339,7 @@ def read_settings(config: ml_collections.ConfigDict) -> Settings:
         grpo_styles=tuple(c["grpo"]["styles"]), grpo_slots=c["grpo"]["slots"],
         budget=build("budget", Budget, context=window, **c["budget"] | {"tokens": c["budget"]["tokens"] or None}),
         evaluate_sampling=sampling(temperatures[0]), evaluate_also={t: sampling(t) for t in temperatures[1:]},
+        evaluate_budgets={style: budgets(f"{style}_budgets") for style in STYLES},
         evaluate_slots=c["evaluate"]["slots"], export_dtype=c["export"]["dtype"],
         export_check_trees=c["export"]["check_trees"],
     )  # fmt: skip

@@ -6,13 +6,14 @@ A run folder holds:
     versions.json                  device and packages, `earlier` ones where a run went on elsewhere
     data/                          problems, traces, tokenizer.json, manifest.json
     sft_STYLE/ grpo_STYLE/         checkpoints/, metrics.jsonl, tensorboard/; of GRPO with validation best/
-    evaluate/MODEL.jsonl           one record per held-out problem, in their order
+    evaluate/MODEL.jsonl           one record per held-out problem, in their order; MODEL.stamp.json: of which weights
     export/                        the last APR model in Hugging Face format
     report.md summary.json figures/
 """
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import platform
@@ -38,11 +39,11 @@ from apr_jax.rollout.engine import JaxEngine
 from apr_jax.text.hub import find_tokenizer, load_tokenizer
 from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.threads.run import TreeRunner
-from apr_jax.train.checkpoint import CheckpointError, last_step, load_meta, load_model, newest_step
-from apr_jax.train.grpo import run_grpo
+from apr_jax.train.checkpoint import CheckpointError, fingerprint, last_step, load_meta, load_model, newest_step
+from apr_jax.train.grpo import most_frequent, run_grpo
 from apr_jax.train.sft import run_sft
 from apr_jax.train.step import data_mesh
-from experiments.dataset import load_pieces, load_problems, load_run_tokenizer, make_data
+from experiments.dataset import load_conditions, load_pieces, load_problems, load_run_tokenizer, make_data
 from experiments.report import records_name, write_report
 from experiments.settings import STYLES, Settings, default_config
 
@@ -55,7 +56,7 @@ POLL_SECONDS = 1.0  # between two looks at what another process has made
 EXECUTION = {
     "devices", "fsdp", "model.attention", "model.remat", "model.scan", "sft.microbatches", "sft.save_every",
     "sft.log_every", "sft.most_skipped", "grpo.batch_rows", "grpo.slots", "grpo.save_every", "evaluate.slots",
-    "evaluate.also_at",
+    "evaluate.also_at", "evaluate.apr_budgets", "evaluate.sosp_budgets",
 }  # fmt: skip
 # Settings that a run may still change as long as these folders, of the stages that read them, are not there.
 UNTIL = {"grpo": ("grpo_*",), "evaluate": ("evaluate", "grpo_*/best"), "export": ("export",)}
@@ -67,6 +68,8 @@ class Run:
 
     def __init__(self, settings: Settings, workdir: Path, styles: Sequence[str] = STYLES):
         self.settings, self.workdir, self.styles = settings, workdir, styles
+        self._counted: dict[str, dict[str, int]] = {}  # conditions, by style
+        self._weights: dict[Path, str] = {}  # fingerprints of saved steps, as far as stages have read them
         if settings.model["attention"] == "cudnn" and jax.default_backend() != "gpu":
             raise UserError(f"model.attention cudnn needs an NVIDIA GPU, JAX runs on {jax.default_backend()}")
         # First: a refusal must not leave its config in the folder.
@@ -176,15 +179,21 @@ class Run:
             folder = self.workdir / f"sft_{style}" / "checkpoints"
             if newest_step(folder) is None:
                 raise FileNotFoundError(f"no checkpoint at {folder}: run --stage=sft first")
-            model, meta = load_model(folder)
-            steps = meta.get("steps", self.settings.sft.steps)  # it was not saved before there was sft.tokens
-            if meta["step"] < steps:
-                raise UserError(f"sft_{style} stands at step {meta['step']} of {steps}: finish --stage=sft first")
+            self._check_finished(f"sft_{style}")
+            model, _ = load_model(folder)
+            began_with = fingerprint(model)
+            begun = last_step(self.workdir / f"grpo_{style}")
+            if begun and load_meta(begun)[1].get("began_with", began_with) != began_with:
+                raise UserError(
+                    f"{self.workdir / f'grpo_{style}'} began with other weights than sft_{style} has now: remove it, "
+                    "or give another --workdir"
+                )
             run_grpo(
                 model, load_problems(self.workdir / "data" / "train.npy"), CountdownProtocol(style), self.tokenizer,
                 self.settings.budget_of(style), self.settings.grpo, self.mesh, self.settings.grpo_slots,
-                self.workdir / f"grpo_{style}", self._meta(model.config, style, "grpo"),
-                self.settings.evaluate_sampling,
+                self.workdir / f"grpo_{style}",
+                self._meta(model.config, style, "grpo") | {"began_with": began_with},
+                self.settings.evaluate_sampling, self._conditions(style),
             )  # fmt: skip
 
     def evaluate(self) -> None:
@@ -192,13 +201,27 @@ class Run:
         models = self.models()
         if not models:
             raise FileNotFoundError(f"no checkpoint under {self.workdir}: run --stage=sft first")
+        for style in self.styles:
+            if self.settings.evaluate_budgets[style] and not any(self._conditions(style)):
+                raise UserError(
+                    f"evaluate.{style}_budgets is for a model whose demonstrations had budgets, these had none: make "
+                    f"them with {style}.conditioned=true, in another --workdir"
+                )
         for name, (model, meta) in models.items():
             folder = self.workdir / "evaluate"
-            stamp = {"step": meta["step"], "problems": len(problems)}
-            if _read_json(folder / f"{name}.stamp.json") != stamp:
-                for old in (*folder.glob(f"{name}.jsonl*"), *folder.glob(f"{name}@*")):  # of another checkpoint
+            reached, steps = self._reached(name)
+            stamp = {
+                "weights": fingerprint(model), "step": meta["step"], "steps": steps, "finished": reached >= steps,
+                "problems": len(problems),
+            }  # fmt: skip
+            known = _read_json(folder / f"{name}.stamp.json")
+            if any(known.get(key) != stamp[key] for key in ("weights", "problems")):
+                for old in folder.glob(f"{name}[.@+]*"):  # of other weights
                     old.unlink()
+            if known != stamp:
                 write_text(folder / f"{name}.stamp.json", json.dumps(stamp))
+            self._weights[last_step(self.workdir / name)] = stamp["weights"]
+            title = name if stamp["finished"] else f"{name} (step {meta['step']} of {steps})"
             engine = JaxEngine(
                 model,
                 self.mesh,
@@ -206,31 +229,35 @@ class Run:
                 context=self.settings.window,
                 seed=self.settings.seed,
             )
-            samplings = {name: self.settings.evaluate_sampling}
-            samplings |= {records_name(name, t): sampling for t, sampling in self.settings.evaluate_also.items()}
-            for records, sampling in samplings.items():
+            protocol = CountdownProtocol(meta["style"])
+            usual = most_frequent(self._conditions(meta["style"]))
+            asked = {budget: protocol.condition(budget) for budget in self.settings.evaluate_budgets[meta["style"]]}
+            samplings = {None: self.settings.evaluate_sampling, **self.settings.evaluate_also}
+            for (budget, condition), (temperature, sampling) in itertools.product(
+                (asked or {None: usual}).items(), samplings.items()
+            ):
+                records = records_name(name, temperature, budget)
                 runner = TreeRunner(
-                    engine,
-                    CountdownProtocol(meta["style"]),
-                    self.tokenizer,
-                    self.settings.budget_of(meta["style"]),
-                    sampling,
-                )
+                    engine, protocol, self.tokenizer, self.settings.budget_of(meta["style"]), sampling
+                )  # fmt: skip
                 evaluate(
-                    runner, problems, folder / f"{records}.jsonl", progress_title=f"evaluate {records}",
+                    runner, problems, folder / f"{records}.jsonl", condition=condition, weights=stamp["weights"],
+                    progress_title=f"evaluate {title}{records.removeprefix(name)}",
                     at_once=max(256, self.settings.evaluate_slots),
                 )  # fmt: skip
 
     def export(self) -> None:
-        models = self.models()
-        name = next((name for name in ("grpo_apr", "sft_apr") if name in models), None)
+        steps = self._last_steps()
+        name = next((name for name in ("grpo_apr", "sft_apr") if name in steps), None)
         if name is None:
             if "apr" not in self.styles:
                 return
             raise FileNotFoundError(f"no APR checkpoint under {self.workdir}: run --stage=sft first")
-        model, meta = models[name]
+        self._check_finished(name, "; python -m tools.export_hf exports any checkpoint")
+        model, meta = load_model(steps[name].parent)
         folder = self.workdir / "export"
-        described = {"model": name, "step": meta["step"]}
+        self._weights[steps[name]] = fingerprint(model)
+        described = {"model": name, "step": meta["step"], "weights": self._weights[steps[name]]}
         if _read_json(folder / "check.json").items() >= described.items():
             return  # the check is the last thing written
         export_hf(model, self.tokenizer, folder, meta, self.settings.export_dtype)
@@ -244,20 +271,30 @@ class Run:
             problems = held_out[: self.settings.export_check_trees]
             equal, total = check_trees(
                 model, self.tokenizer, folder, CountdownProtocol("apr"), problems, self.settings.budget,
-                progress_title="export check",
+                progress_title="export check", condition=most_frequent(self._conditions("apr")),
             )  # fmt: skip
             check |= {"trees_equal": equal, "trees": total}
         write_text(folder / "check.json", json.dumps(check, indent=1))
         print(f"export {folder}: {json.dumps(check)}")
 
     def report(self) -> None:
-        print(write_report(self.workdir, tuple(self.settings.evaluate_also)))
+        print(
+            write_report(
+                self.workdir, tuple(self.settings.evaluate_also), self._weights, self.settings.evaluate_budgets
+            )
+        )
 
     # ------------------------------------------------------------------ what stages share
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         return load_run_tokenizer(self.workdir / "data", self.settings.tokenizer)
+
+    def _conditions(self, style: str) -> dict[str, int]:
+        """Of a style's demonstrations, as `load_conditions` counts them."""
+        if style not in self._counted:
+            self._counted[style] = load_conditions(self.workdir / "data", style, self.tokenizer)
+        return self._counted[style]
 
     @property
     def model_config(self) -> LlamaConfig:
@@ -332,14 +369,33 @@ class Run:
     def models(self) -> dict[str, tuple[Llama, dict]]:
         """Every trained model of these styles with its meta, by the name of its stage: sft_sosp, sft_apr, ... Of GRPO
         with validation what validated best."""
+        return {name: load_model(step.parent) for name, step in self._last_steps().items()}
+
+    def _last_steps(self) -> dict[str, Path]:
         names = (f"{kind}_{style}" for kind in ("sft", "grpo") for style in self.styles)
-        return {name: load_model(step.parent) for name in names if (step := last_step(self.workdir / name))}
+        return {name: step for name in names if (step := last_step(self.workdir / name))}
+
+    def _reached(self, name: str) -> tuple[int, int]:
+        """(the newest step that a stage has saved, its last step). They differ while it is trained."""
+        steps = (self.settings.sft if name.startswith("sft") else self.settings.grpo).steps
+        if (saved := newest_step(self.workdir / name / "checkpoints")) is None:
+            return 0, steps
+        meta = load_meta(saved)[1]
+        return meta["step"], meta.get("steps", steps)  # what sft.tokens make of sft.steps
+
+    def _check_finished(self, name: str, also: str = "") -> None:
+        """Raises UserError for a model that is still trained."""
+        reached, steps = self._reached(name)
+        if reached < steps:
+            stage = name.partition("_")[0]
+            raise UserError(f"{name} stands at step {reached} of {steps}: finish --stage={stage} first{also}")
 
     def _meta(self, config: LlamaConfig, style: str, kind: str) -> dict:
         total, inner = parameter_count(Llama(config, rngs=nnx.Rngs(0)))
         return {
             "model": dataclasses.asdict(config), "style": style, "stage": kind, "config": self.settings.config,
             "parameters": total, "parameters_without_embeddings": inner,
+            "condition": most_frequent(self._conditions(style)),  # first on a root's prompt, where nothing else is said
         }  # fmt: skip
 
 

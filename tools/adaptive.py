@@ -24,6 +24,7 @@ from apr_jax.tags import SUM_WORDS, SumTask, TagProtocol, range_sums, solve_sum,
 from apr_jax.tags.sums import CUTS
 from apr_jax.threads.engine import Sampling
 from apr_jax.threads.run import Budget, TreeRunner
+from apr_jax.train.checkpoint import fingerprint
 from apr_jax.train.grpo import run_grpo
 from apr_jax.train.objective import GrpoConfig
 from apr_jax.train.optimizer import OptimizerConfig
@@ -75,7 +76,8 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     for name, model in models.items():
         engine = JaxEngine(model, mesh, slots=slots, context=BUDGET.context)
         runner = TreeRunner(engine, protocol, tokenizer, BUDGET, Sampling(1.0))
-        records = evaluate(runner, held_out, _folder(workdir, name) / "evaluate.jsonl", name=name)
+        path = _folder(workdir, name) / "evaluate.jsonl"
+        records = evaluate(runner, held_out, path, name=name, weights=fingerprint(model))
         summary = summarise(records)
         found["held_out"][name] = {key: summary[key if key != "correct" else "accuracy"] for key in QUANTITIES}
         if name in PRICES:

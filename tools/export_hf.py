@@ -73,7 +73,16 @@ def run(checkpoint: str, out: str, dtype: str, tokenizer: str | None, check: int
         print(f"the check of trees does not apply: {missing!r} is not one token of this tokenizer")
         return
     window = window or min((meta.get("config") or {}).get("window", 768), model.config.context)
-    equal, total = check_trees(model, words, out, protocol, problems, Budget(min(window, model.config.context)))
+    budget = Budget(min(window, model.config.context))
+    equal, total = check_trees(
+        model,
+        words,
+        out,
+        protocol,
+        problems,
+        budget,
+        condition=meta.get("condition", ""),  # of older ones not told
+    )
     print(f"greedy trees equal token for token: {equal} of {total}")
 
 

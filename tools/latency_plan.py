@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import subprocess
@@ -52,8 +53,9 @@ def define_flags(values: flags.FlagValues) -> None:
     numbers("concurrency", ["1"], "Trees at once; several numbers, one pass each.")
     numbers("windows", [], "Tokens of a thread: budgets of both models. Default: what the model holds.")
     numbers("least_children", ["0"], "Children at least: budgets of the APR model.")
-    numbers("apr_budgets", [], "Of a conditioned APR model: children that the prompt asks for.")
-    numbers("sosp_budgets", [], "Of a conditioned SoS+ model: tokens that the prompt asks for.")
+    usual = "With --config by default what its demonstrations had most often."
+    numbers("apr_budgets", [], f"Of a conditioned APR model: children that the prompt asks for. {usual}")
+    numbers("sosp_budgets", [], f"Of a conditioned SoS+ model: tokens that the prompt asks for. {usual}")
     flags.DEFINE_integer("depth", 1, "Levels of children.", lower_bound=0, flag_values=values)
     flags.DEFINE_float("temperature", 0.0, "Of the sampling.", lower_bound=0.0, flag_values=values)
     text("problems", None, "A held_out.npy; without it problems are drawn: up to 10, targets up to 30.")
@@ -216,13 +218,16 @@ def _take_from_run(values: flags.FlagValues) -> None:
             values[name].value = value
     if any(values[model].present for model in MODELS):
         return
-    from apr_jax.train.checkpoint import last_step  # here: it brings JAX
+    from apr_jax.train.checkpoint import last_step, load_meta  # here: it brings JAX
 
     last = {model: last_step(run / f"grpo_{model}") or last_step(run / f"sft_{model}") for model in MODELS}
     if not any(last.values()):
         raise FileNotFoundError(f"no checkpoint under {run}: run --stage=sft of it first")
     for model, checkpoint in last.items():
         if checkpoint is not None:
+            asked = re.findall(r"\d+", load_meta(checkpoint)[1].get("condition", ""))
+            if asked and not values[f"{model}_budgets"].present:
+                values[f"{model}_budgets"].value = asked
             values[model].value = str(_exported(checkpoint, run / "latency" / "exports" / model))
 
 

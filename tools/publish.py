@@ -7,6 +7,7 @@ check.json (how the export compares) and figures/; with --model also tokenizer.j
 weights without the optimiser's state, a third of the size. tools.export_hf and `load_model` read them there.
 """
 
+import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -37,6 +38,7 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
         model = next(filter(None, (last_step(run / name) for name in MODELS)), None)
         if model is None:
             raise FileNotFoundError(f"{run} has no APR checkpoint")
+        _check_weights(run, model)
     out.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         shutil.copyfile(run / name, out / Path(name).name)
@@ -45,6 +47,22 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
         _publish_model(model, run / "data" / "tokenizer.json", out)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     print(f"written to {out}: {size / 1e6:.1f} MB")
+
+
+def _check_weights(run: Path, checkpoint: Path) -> None:
+    """Raises UserError where the run's export, and so perhaps its report, is of other weights."""
+    from apr_jax.train.checkpoint import CheckpointError, fingerprint, load_model
+
+    try:
+        exported = json.loads((run / "export" / "check.json").read_text()).get("weights")
+    except ValueError:
+        return
+    try:
+        present = fingerprint(load_model(checkpoint)[0])
+    except CheckpointError as error:
+        raise UserError(error) from None
+    if exported not in (None, present):  # exports of before do not tell
+        raise UserError(f"{run / 'export'} is of other weights than {checkpoint}: run the stages behind them again")
 
 
 def _publish_model(checkpoint: Path, tokenizer: Path, out: Path) -> None:

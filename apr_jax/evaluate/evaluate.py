@@ -1,8 +1,11 @@
-"""Runs problems through a runner, keeps exactly one record per problem, whatever failed, and sums them up.
+"""Runs problems through a runner, keeps exactly one record per problem, and sums them up.
 
-A run may be killed at any moment: records are appended to ``PATH.partial`` as trees end, and a run started
+A failure of the model, such as a malformed spawn, is part of a record, which then counts as wrong. A failure of the
+system (out of memory, a dead server, a bug) is never a record: it ends the evaluation.
+
+An evaluation may end at any moment: records are appended to ``PATH.partial`` as trees end, and one started
 again runs only the problems that have none there. Draws depend on a tree's name alone, so the finished
-file is the same however often the run was stopped.
+file is the same however often the evaluation was stopped.
 """
 
 import asyncio
@@ -10,7 +13,6 @@ import dataclasses
 import json
 import math
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -28,17 +30,18 @@ from apr_jax.threads.metrics import (
     tree_from_json,
     tree_to_json,
 )
-from apr_jax.threads.run import TreeRunner
+from apr_jax.threads.run import TreeRunner, together
 from apr_jax.threads.tree import Block, Spawn, Thread, ThreadTree
 from apr_jax.train.metrics import Progress
 
 NAME_TAG = -1  # first in the names of evaluated trees; training's begin with a step, which is never negative
+SYSTEM_FAILURE = "error:"  # how failures of the system begin in old files, which held them as records
 LOGPROB_DIGITS = 3  # in records: for the viewer, not for training
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What became of one problem. Lengths are tokens; a tree that raised has none and no `tree`."""
+    """The tree of one problem, and whether it is right. Lengths are tokens."""
 
     index: int  # of the problem in its list
     name: str  # what was evaluated
@@ -46,7 +49,7 @@ class Record:
     problem: dict[str, Any]  # Countdown: {"numbers": [...], "target": ...}
     correct: bool
     claimed: bool  # the root returned a result, right or wrong
-    failures: dict[str, int]  # threads by how they failed: "length", "malformed:KIND"; "error:TypeName" once per tree
+    failures: dict[str, int]  # threads by how they failed: "length", "tokens", "malformed:KIND"
     malformed: dict[str, int] = dataclasses.field(default_factory=dict)  # spawns by kind
     guarded: int = 0  # join blocks that a thread began to write itself
     total_tokens: int = 0
@@ -59,10 +62,16 @@ class Record:
     operations_right: int = 0  # of those that threads wrote themselves
     operations: int = 0
     tree: dict[str, Any] | None = None  # as `tree_to_json`; `thread_tree` reads it
+    weights: str = ""  # whose tree it is: `fingerprint` of the model; "": not told
 
     @property
     def thread_tree(self) -> ThreadTree | None:
         return None if self.tree is None else tree_from_json(self.tree)
+
+    @property
+    def system_failure(self) -> str | None:
+        """What ended the run of the tree, as "error:MemoryError": such a record, of an old file, is no result."""
+        return next((kind for kind in self.failures if kind.startswith(SYSTEM_FAILURE)), None)
 
     def line(self) -> str:
         """The record as one line of JSON."""
@@ -78,13 +87,20 @@ class Record:
 
 
 def read_records(path: str | Path) -> list[Record]:
-    """All records of a file. Raises FileNotFoundError, or ValueError that names the broken line."""
+    """All records of a file. Raises FileNotFoundError, and UserError that names the line for one that is broken or is
+    no result."""
     records = []
     for number, line in enumerate(Path(path).read_text().splitlines(), 1):
         try:
-            records.append(Record.read(line))
+            record = Record.read(line)
         except ValueError as error:
             raise UserError(f"{path}, line {number}: {error}") from None
+        if record.system_failure:
+            raise UserError(
+                f"{path}, line {number}: problem {record.index} was not answered but ended by a failure of the system "
+                f"({record.system_failure}): evaluate again, which runs it anew"
+            )
+        records.append(record)
     return records
 
 
@@ -95,32 +111,41 @@ def evaluate(
     *,
     name: str | None = None,
     condition: str = "",
+    weights: str = "",
     progress_title: str | None = None,
     at_once: int = 256,
 ) -> list[Record]:
     """The records of all problems, in their order, as they then stand in `path` (JSON lines).
 
     `name` says what is evaluated, as ``"sft_apr"`` (default: the file's stem). What an earlier run left at
-    `path` is taken over where name, condition and problem are the same, and only there; it knows nothing of
-    weights, so a path is for one checkpoint. `at_once` trees run side by side; it changes no record. A tree
-    that raises becomes a record with the failure "error:TypeName", and the others go on.
+    `path` is taken over where name, condition, problem and weights are the same, and only there. `weights` is the
+    `fingerprint` of the model that decodes: without it a path is for one checkpoint. `at_once` trees run side by side;
+    it changes no record.
+
+    Raises what the runner raises for a tree, when the other trees have been cancelled. That problem then has no
+    record; those of finished trees stay in ``PATH.partial``, and the same call goes on.
     """
     path = Path(path)
     name = path.stem if name is None else name
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     described = [json.loads(json.dumps(dataclasses.asdict(problem))) for problem in problems]
+    mine = (name, condition, weights)
     records: dict[int, Record] = {}
     for source in (path, partial):
         for record in _whole_records(source):
             i = record.index
-            if (record.name, record.condition) == (name, condition) and described[i : i + 1] == [record.problem]:
+            same = (record.name, record.condition, record.weights) == mine
+            if same and described[i : i + 1] == [record.problem]:
                 records.setdefault(i, record)
     missing = [index for index in range(len(problems)) if index not in records]
     if missing:
         # Written anew first: the last line may have been cut by a kill.
         _replace(partial, "".join(record.line() for record in records.values()))
-        blank = [Record(i, name, condition, problem, False, False, {}) for i, problem in enumerate(described)]
+        blank = [
+            Record(i, name, condition, problem, False, False, {}, weights=weights)
+            for i, problem in enumerate(described)
+        ]
         with partial.open("a") as file:
             progress = Progress(progress_title or f"evaluate {name}", len(problems), "problems", len(records))
 
@@ -148,12 +173,12 @@ async def _run(runner: TreeRunner, problems, blanks: Sequence[Record], at_once: 
             try:
                 tree = await runner.run(problems[blank.index], (NAME_TAG, blank.index), blank.condition)
                 record = _record(blank, tree, runner)
-            except Exception as error:  # whatever it is, it is this problem's alone, and it is counted
-                print(f"problem {blank.index}: {type(error).__name__}: {error}", file=sys.stderr)
-                record = dataclasses.replace(blank, failures={f"error:{type(error).__name__}": 1})
+            except Exception as error:
+                error.add_note(f"({blank.name}, problem {blank.index}; the same command goes on from here)")
+                raise
             done(record)
 
-    await asyncio.gather(*map(one, blanks))
+    await together(map(one, blanks))
 
 
 def _record(blank: Record, tree: ThreadTree, runner: TreeRunner) -> Record:
@@ -181,13 +206,16 @@ def _written(thread: Thread, decode: Callable[[list[int]], str]) -> list[str]:
 
 
 def _whole_records(path: Path) -> list[Record]:
-    """The records of a file that a killed run may have left; no file, no records."""
+    """The records of a file that a killed run may have left; no file, no records. A line that was cut short and one
+    that is no result are left out, so that their problems are run again."""
     records = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
-            records.append(Record.read(line))
-        except ValueError:  # cut short: its problem is run again
+            record = Record.read(line)
+        except ValueError:
             continue
+        if not record.system_failure:
+            records.append(record)
     return records
 
 
@@ -265,8 +293,10 @@ def even_edges(values: Iterable[int], count: int = 8, step: int = 64) -> list[in
 
 
 def summarise(records: Sequence[Record]) -> dict:
-    """One evaluation in numbers, JSON-able. Means are per tree that ran; trees that raised have no lengths,
-    but count as wrong in the accuracy, as does every failure."""
+    """One evaluation in numbers, JSON-able; `ran` of `n` problems have a tree, and means are per tree. Every failure of
+    the model counts as wrong. Raises ValueError for a record that is no result (`Record.system_failure`)."""
+    if failed := [record for record in records if record.system_failure]:
+        raise ValueError(f"problem {failed[0].index} is no result: {failed[0].system_failure}")
     n, right = len(records), sum(record.correct for record in records)
     ran = [record for record in records if record.tree is not None]
     low, high = wilson_interval(right, n)
@@ -280,6 +310,7 @@ def summarise(records: Sequence[Record]) -> dict:
     operations = sum(record.operations for record in ran)
     return {
         "name": records[0].name if records else "",
+        "condition": records[0].condition if records else "",
         "n": n,
         "ran": len(ran),
         "right": right,

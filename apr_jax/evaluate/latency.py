@@ -4,8 +4,9 @@ A sample's time is taken apart along the chain of requests that it waited for: a
 last one, or for the child that ended last. Beside it stands what a model of latency predicts for the same tree on a
 machine that runs every thread by itself: sequential tokens times the time of one, and the prefills between them.
 
-A run may be killed at any moment: samples are appended to a file of JSON lines as they end, and a run started again
-measures those that are missing. A sample during which a server failed is measured anew; none is lost or doubled.
+A run may end at any moment: samples are appended to a file of JSON lines as they end, and a run started again
+measures those that are missing. A sample during which a server failed is measured anew; none is lost or doubled. Any
+other failure of the system (out of memory, a bug) ends the run: it is never a sample.
 """
 
 import asyncio
@@ -26,7 +27,7 @@ from apr_jax.evaluate.evaluate import NAME_TAG, wilson_interval
 from apr_jax.rollout.measure import Measurement, Measurements
 from apr_jax.rollout.sglang import ServerError
 from apr_jax.threads.metrics import children, longest_context, sequential_tokens, total_tokens
-from apr_jax.threads.run import TreeRunner
+from apr_jax.threads.run import TreeRunner, together
 from apr_jax.threads.tree import Block, Thread, ThreadTree, map_blocks
 from apr_jax.train.metrics import Progress
 
@@ -68,15 +69,13 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One tree under the clock. Times in seconds; `queue` + `prefill` + `decode` + `overhead` = `latency`. Times and
-    tokens are 0 of a tree that raised, which counts as a wrong answer and in no mean."""
+    """One tree under the clock. Times in seconds; `queue` + `prefill` + `decode` + `overhead` = `latency`."""
 
     setting: dict[str, Any]
     index: int  # of the problem in its list
     problem: dict[str, Any]
     correct: bool
     failures: dict[str, int]
-    ran: bool = True
     began: float = 0.0  # seconds since 1970
     latency: float = 0.0
     first_token: float | None = None  # from the sample's start to the root's first token; None: not known
@@ -117,12 +116,15 @@ class Sample:
 
 
 def read_samples(path: str | Path) -> list[Sample]:
-    """All whole samples of a file, which a killed run may have left; no file, no samples."""
+    """All whole samples of a file, which a killed run may have left; no file, no samples. What is left out here is
+    measured again: a line that was cut short, and in old files a tree that a failure of the system ended."""
     samples = []
     for line in Path(path).read_text(errors="replace").splitlines() if Path(path).exists() else ():
         try:
-            samples.append(Sample(**json.loads(line)))
-        except (ValueError, TypeError):  # cut short: it is measured again
+            row = json.loads(line)
+            if row.pop("ran", True):  # only old files say so
+                samples.append(Sample(**row))
+        except (ValueError, TypeError, AttributeError):
             continue
     return samples
 
@@ -167,7 +169,7 @@ def _tell(message: str) -> None:
 
 async def warm_up(runner: TreeRunner, measurements: Measurements, problems: Sequence[Any]) -> None:
     """Runs trees that nobody measures, all at once."""
-    await _all(runner.run(problem, (WARM_TAG, index)) for index, problem in enumerate(problems))
+    await together(runner.run(problem, (WARM_TAG, index)) for index, problem in enumerate(problems))
     measurements.clear()
 
 
@@ -179,8 +181,9 @@ async def measure(
     and appended to it as they end, `setting.concurrency` at a time.
 
     `recover` is awaited when a server has failed, and returns when it is there again; the samples that the failure
-    touched are measured anew. Raises what it raises, and ServerError where a sample fails TRIES times. A pass without
-    interruption leaves its throughput in ``passes.jsonl`` beside the samples.
+    touched are measured anew. Raises what it raises, ServerError where a sample fails TRIES times, and at once any
+    other error of a tree. The trees beside it are then cancelled; finished samples stay. A pass without interruption
+    leaves its throughput in ``passes.jsonl`` beside the samples.
     """
     path = Path(path)
     described = [json.loads(json.dumps(dataclasses.asdict(problem))) for problem in problems]
@@ -219,7 +222,7 @@ async def measure(
                 right = sum(sample.correct for sample in samples.values())
                 progress.update(len(samples), f"{right} right")
 
-        await _all(map(one, missing))
+        await together(map(one, missing))
     found = [samples[index] for index in range(len(problems))]
     if len(missing) == len(problems) and all(sample.tries == 1 for sample in found):
         whole = {
@@ -241,10 +244,9 @@ async def _sample(
     except ServerError as error:
         measurements.take(name)
         return None, str(error)
-    except Exception as error:  # whatever it is, it is this sample's alone, and it is counted
-        measurements.take(name)
-        _tell(f"sample {blank.index}: {type(error).__name__}: {error}")
-        return dataclasses.replace(blank, ran=False, failures={f"error:{type(error).__name__}": 1}), None
+    except Exception as error:
+        error.add_note(f"(sample {blank.index}; the same command goes on from here)")
+        raise
     latency = time.perf_counter() - start
     calls = measurements.take(name)
     if again := [one for one in calls if one.tries > 1]:
@@ -276,18 +278,6 @@ def _digest(thread: Thread) -> str:
     return hashlib.blake2b(repr(plain).encode(), digest_size=8).hexdigest()
 
 
-async def _all(work: Iterable[Awaitable]) -> None:
-    """Side by side; where one raises, the others have ended before it is known."""
-    tasks = [asyncio.ensure_future(one) for one in work]
-    try:
-        await asyncio.gather(*tasks)
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        raise
-
-
 def _write_whole(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
@@ -307,36 +297,36 @@ def by_setting(samples: Iterable[Sample]) -> list[tuple[Setting, list[Sample]]]:
 
 
 def summarise_latency(samples: Sequence[Sample]) -> dict[str, Any]:
-    """The samples of one setting in numbers, JSON-able: seconds, and shares of them from 0 to 1. Means are over trees
-    that ran."""
-    ran = [sample for sample in samples if sample.ran]
+    """The samples of one setting in numbers, JSON-able: seconds, and shares of them from 0 to 1."""
     right = sum(sample.correct for sample in samples)
     low, high = wilson_interval(right, len(samples))
-    times = sorted(sample.latency for sample in ran)
+    times = sorted(sample.latency for sample in samples)
 
     def mean(values: Iterable[float]) -> float:
-        return sum(values) / max(len(ran), 1)
+        return sum(values) / max(len(samples), 1)
 
     latency = mean(times)
-    told = all(sample.cached_tokens is not None for sample in ran)
-    prompts = sum(sample.prompt_tokens for sample in ran)
+    firsts = [sample.first_token for sample in samples]
+    told = all(sample.cached_tokens is not None for sample in samples)
+    prompts = sum(sample.prompt_tokens for sample in samples)
     return {
-        "n": len(samples), "ran": len(ran), "right": right, "accuracy": right / max(len(samples), 1),
+        "n": len(samples), "right": right, "accuracy": right / max(len(samples), 1),
         "accuracy_low": low, "accuracy_high": high,
         "latency": latency, "latency_median": statistics.median(times) if times else 0.0,
         "latency_90": times[int(0.9 * (len(times) - 1))] if times else 0.0,
-        "first_token": mean(s.first_token for s in ran) if all(s.first_token is not None for s in ran) else None,
-        **{f"{part}_share": mean(getattr(sample, part) for sample in ran) / (latency or 1.0)
+        "first_token": None if None in firsts else mean(firsts),
+        **{f"{part}_share": mean(getattr(sample, part) for sample in samples) / (latency or 1.0)
            for part in ("queue", "prefill", "decode", "overhead")},
-        "cached_share": sum(s.cached_tokens for s in ran) / max(prompts, 1) if told and ran else None,
-        "predicted": mean(sample.predicted for sample in ran),
-        "gap": {part: mean(sample.gap[part] for sample in ran) for part in ("queue", "prefill", "decode", "overhead")},
-        "requests": mean(sample.requests for sample in ran),
-        "output_tokens": mean(sample.output_tokens for sample in ran),
-        "chain_tokens": mean(sample.chain_tokens for sample in ran),
-        "sequential_tokens": mean(sample.sequential_tokens for sample in ran),
-        "total_tokens": mean(sample.total_tokens for sample in ran),
-        "children": mean(sample.children for sample in ran),
+        "cached_share": sum(s.cached_tokens for s in samples) / max(prompts, 1) if told and samples else None,
+        "predicted": mean(sample.predicted for sample in samples),
+        "gap": {part: mean(sample.gap[part] for sample in samples)
+                for part in ("queue", "prefill", "decode", "overhead")},
+        "requests": mean(sample.requests for sample in samples),
+        "output_tokens": mean(sample.output_tokens for sample in samples),
+        "chain_tokens": mean(sample.chain_tokens for sample in samples),
+        "sequential_tokens": mean(sample.sequential_tokens for sample in samples),
+        "total_tokens": mean(sample.total_tokens for sample in samples),
+        "children": mean(sample.children for sample in samples),
         "disturbed": sum(sample.tries > 1 for sample in samples),
         "failures": dict(sorted(sum((Counter(sample.failures) for sample in samples), Counter()).items())),
     }  # fmt: skip

@@ -301,10 +301,10 @@ def greedy_agreement(model: Llama, folder: Path | str, prompts: Sequence[Sequenc
 
 def check_trees(
     model: Llama, tokenizer: Tokenizer, folder: Path | str, protocol: TaskProtocol, problems: Sequence, budget: Budget,
-    progress_title: str = "check trees",
+    progress_title: str = "check trees", condition: str = "",
 ) -> tuple[int, int]:  # fmt: skip
     """(equal, total): how many problems' greedy trees are the same, token for token and thread for thread,
-    from the JAX engine and from transformers."""
+    from the JAX engine and from transformers. `condition` stands first on every root's prompt."""
     from apr_jax.export.oracle import TransformersEngine
 
     engines = (
@@ -312,16 +312,18 @@ def check_trees(
         TransformersEngine(load_transformers(folder), budget.context),
     )
     progress = Progress(progress_title, len(engines) * len(problems), "trees")
-    ours, theirs = (_greedy_trees(engine, tokenizer, protocol, problems, budget, progress) for engine in engines)
+    ours, theirs = (
+        _greedy_trees(engine, tokenizer, protocol, problems, budget, progress, condition) for engine in engines
+    )
     return sum(a == b for a, b in zip(ours, theirs)), len(problems)
 
 
-def _greedy_trees(engine, tokenizer, protocol, problems, budget, progress: Progress) -> list[Thread]:
+def _greedy_trees(engine, tokenizer, protocol, problems, budget, progress: Progress, condition: str) -> list[Thread]:
     """The trees' roots, without log-probabilities, which differ in the last digits."""
     runner = TreeRunner(engine, protocol, tokenizer, budget, Sampling(temperature=0.0))
 
     async def one(index: int, problem):
-        tree = await runner.run(problem, (index,))
+        tree = await runner.run(problem, (index,), condition)
         progress.update(progress.done + 1)
         return tree
 

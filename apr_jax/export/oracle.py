@@ -71,7 +71,9 @@ class TransformersEngine:
             except Exception as error:
                 for request in (*requests, *self._waiting):
                     if not request.future.done():
-                        request.future.set_exception(RuntimeError(f"the engine stopped: {error!r}"))
+                        stopped = RuntimeError(f"the engine stopped: {error!r}")
+                        stopped.__cause__ = error
+                        request.future.set_exception(stopped)
                 self._waiting.clear()
                 raise
             for request, result in zip(requests, decoded):

@@ -180,7 +180,9 @@ class JaxEngine:
         except BaseException as error:
             for request in (*(entry[2] for entry in self._waiting), *self._running.values()):
                 if not request.future.done():
-                    request.future.set_exception(RuntimeError(f"the engine stopped: {error!r}"))
+                    stopped = RuntimeError(f"the engine stopped: {error!r}")
+                    stopped.__cause__ = error
+                    request.future.set_exception(stopped)
             self._waiting.clear()
             self._running.clear()
             # Slots may not hold what they were to be filled with, and a donated cache may be gone.

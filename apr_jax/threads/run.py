@@ -7,7 +7,7 @@ made from them to be parsed and never turned back into the ids of something alre
 import asyncio
 import dataclasses
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from apr_jax.errors import UserError
@@ -152,7 +152,7 @@ class TreeRunner:
                 share = allowance.share(runnable)
                 inherited = (live, call_at) if request.inherit else None
                 first = () if request.inherit else (self.tokenizer.bos,)
-                children = await _gather(
+                children = await together(
                     self._thread(
                         (*first, *self.tokenizer.encode(child)), (*live.name, turn, index), depth + 1, share, counts,
                         inherited,
@@ -280,25 +280,27 @@ class _LiveThread:
         self.engine.free(self.sequence)
 
 
-async def _gather(work) -> list:
-    """As `asyncio.gather`, but where one fails the others stop too, and with them their decoding."""
+async def together(work: Iterable[Awaitable]) -> list:
+    """As `asyncio.gather`; but where one raises, the others are cancelled and have ended before the error is raised."""
     tasks = [asyncio.ensure_future(one) for one in work]
     try:
         return list(await asyncio.gather(*tasks))
     except BaseException:
         for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         raise
 
 
 async def run_all(
     jobs: Sequence[Callable[[], Awaitable[ThreadTree]]], done: Callable[[int, ThreadTree], None] = lambda i, t: None
 ) -> list[ThreadTree]:
-    """All trees, in the order of the jobs whatever order they end in; `done(index, tree)` as each ends."""
+    """All trees, in the order of the jobs whatever order they end in; `done(index, tree)` as each ends. Where one
+    raises, the others are cancelled, and the error is raised when all of them have ended."""
 
     async def one(index: int) -> ThreadTree:
         tree = await jobs[index]()
         done(index, tree)
         return tree
 
-    return list(await asyncio.gather(*(one(index) for index in range(len(jobs)))))
+    return await together(one(index) for index in range(len(jobs)))

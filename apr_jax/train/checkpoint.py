@@ -9,6 +9,7 @@ new step may need the name.
 """
 
 import errno
+import hashlib
 import json
 import sys
 from collections.abc import Iterator
@@ -275,6 +276,17 @@ def _load_step(folder: Path) -> tuple[Llama, dict]:
         raise CheckpointError(f"the checkpoint at {folder} cannot be read: {_first_line(error)}") from error
     nnx.replace_by_pure_dict(weights, restored["weights"])
     return nnx.merge(graphdef, weights), meta
+
+
+def fingerprint(model: Llama) -> str:
+    """16 hexadecimal digits of a model's weights: of their names, shapes, types and contents, and of nothing else. What
+    was computed from a model and is kept in a file says by it which weights it belongs to."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(model))):
+        array = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
 
 
 def _first_line(error: Exception) -> str:

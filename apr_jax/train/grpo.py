@@ -8,7 +8,7 @@ import asyncio
 import dataclasses
 import random
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,9 @@ VALIDATION_TAG = -2  # first in the names of validation's trees; a step's begin 
 class GrpoTrainer:
     """The parts of one GRPO run, and one step of it: `sample`, then `update`. `validate` measures between steps.
 
-    The model is what GRPO begins with: the reference of the divergence, if there is one.
+    The model is what GRPO begins with: the reference of the divergence, if there is one. `conditions` says how many of
+    the demonstrations had which condition first on the root's prompt (`TreeRunner.run`), in a fixed order. Each prompt
+    of a step draws one by these counts, the same for its whole group; validation takes the most frequent one.
     """
 
     def __init__(
@@ -50,7 +52,9 @@ class GrpoTrainer:
         config: GrpoConfig,
         mesh,
         slots: int,
+        conditions: Mapping[str, int] = {},
     ):
+        self.conditions = conditions
         if config.batch_rows % mesh.devices.size:
             raise UserError(f"batch_rows ({config.batch_rows}) must be a multiple of the {mesh.devices.size} devices")
         self.config = config
@@ -91,7 +95,7 @@ class GrpoTrainer:
         runner, G = self._runner(Sampling(self.config.temperature)), self.config.group
 
         def job(prompt: int, rollout: int):
-            return lambda: runner.run(problems[prompt], (step, prompt, rollout))
+            return lambda: runner.run(problems[prompt], (step, prompt, rollout), self.condition(step, prompt))
 
         trees = asyncio.run(run_all([job(prompt, rollout) for prompt in prompts for rollout in range(G)]))
         if self.config.child_credit:
@@ -103,11 +107,18 @@ class GrpoTrainer:
                 ]
         return [trees[start : start + G] for start in range(0, len(trees), G)]
 
+    def condition(self, step: int, prompt: int) -> str:
+        """What stands first on the prompt of a group: a function of the seed, the step and the prompt's number."""
+        if not self.conditions:
+            return ""
+        draw = random.Random(f"{self.config.seed}/{step}/{prompt}/condition")
+        return draw.choices(list(self.conditions), list(self.conditions.values()))[0]
+
     def validate(self, state, problems: Sequence[Any], sampling: Sampling) -> float:
         """The share of problems whose tree is right."""
         self._load(state)
-        runner = self._runner(sampling)
-        jobs = [lambda i=i: runner.run(problems[i], (VALIDATION_TAG, i)) for i in range(len(problems))]
+        runner, condition = self._runner(sampling), most_frequent(self.conditions)
+        jobs = [lambda i=i: runner.run(problems[i], (VALIDATION_TAG, i), condition) for i in range(len(problems))]
         return float(np.mean([tree.info["correct"] for tree in asyncio.run(run_all(jobs))]))
 
     def _load(self, state) -> None:
@@ -180,6 +191,11 @@ class GrpoTrainer:
         return batches, counts | {"train/rows": len(rows)}
 
 
+def most_frequent(conditions: Mapping[str, int]) -> str:
+    """The condition with the highest count, of equal ones the first; "" where there is none."""
+    return max(conditions, key=conditions.__getitem__, default="")
+
+
 def _last(items: Sequence, count: int) -> list:
     return [items[i] for i in range(len(items) - count, len(items))]
 
@@ -239,15 +255,17 @@ class _Best:
 def run_grpo(
     model: Llama, problems: Sequence[Any], protocol: TaskProtocol, tokenizer: Tokenizer, budget: Budget,
     config: GrpoConfig, mesh, slots: int, folder: Path, meta: dict, validation: Sampling = Sampling(0.0),
+    conditions: Mapping[str, int] = {},
 ) -> Llama:  # fmt: skip
     """Trains to the last step, from the newest checkpoint under `folder` where there is one. A step is a
     pure function of (weights, optimiser, step, seed), so a run killed at any moment ends in the same bits.
 
     With `validate_every` some of the problems are held back from sampling and tried with `validation` before the first
-    step, every so many steps and after the last; `folder`/best keeps the weights that did best.
+    step, every so many steps and after the last; `folder`/best keeps the weights that did best. `conditions` as in
+    `GrpoTrainer`.
     """
     sampled, held_back = hold_back(problems, config)
-    trainer = GrpoTrainer(model, protocol, tokenizer, budget, config, mesh, slots)
+    trainer = GrpoTrainer(model, protocol, tokenizer, budget, config, mesh, slots, conditions)
     state = trainer.trainer.init(model)
     meta = {"model": dataclasses.asdict(model.config), **meta}
     checkpoints = Checkpoints(folder / "checkpoints")

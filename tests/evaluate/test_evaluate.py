@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from apr_jax.countdown import CountdownProtocol, ProblemRange, trace
 from apr_jax.countdown.solver import SolverConfig, solve_apr
 from apr_jax.countdown.vocabulary import countdown_tokenizer
+from apr_jax.errors import UserError
 from apr_jax.evaluate.evaluate import (
     NAME_TAG,
     Record,
@@ -95,21 +96,39 @@ def test_operations_are_those_that_threads_wrote_not_those_of_joins(tmp_path):
     assert any("Exploring Operation:" in join for join in joined), "or this test shows nothing"
 
 
-def test_a_problem_that_raises_is_one_wrong_record_and_the_others_go_on(tmp_path, capsys):
+def test_a_failure_of_the_system_ends_the_evaluation_and_is_no_record(tmp_path):
+    """What had ended before stays, nothing is left running, and the same call goes on to the same bytes."""
     path = tmp_path / "apr.jsonl"
-    records = evaluate(make_runner(broken={0, 7}), PROBLEMS, path, name="apr")
     whole = evaluate(make_runner(), PROBLEMS, tmp_path / "whole.jsonl", name="apr")
-    assert len(records) == COUNT
-    for index in range(COUNT):
-        if index in (0, 7):
-            assert records[index].failures == {"error:ZeroDivisionError": 1} and records[index].tree is None
-            assert not records[index].correct
-        else:
-            assert records[index] == whole[index]
-    summary = summarise(records)
-    assert summary["failures"] == {"error:ZeroDivisionError": 2}
-    assert (summary["n"], summary["ran"]) == (COUNT, COUNT - 2)
-    assert "problem 7: ZeroDivisionError: broken on purpose" in capsys.readouterr().err
+    runner = make_runner(broken={7})
+    with pytest.raises(ZeroDivisionError, match="broken on purpose"):
+        evaluate(runner, PROBLEMS, path, name="apr", at_once=4)
+    assert not runner.engine.live, "the trees beside it were cancelled and have given back what they held"
+    kept = read_records(path.with_name("apr.jsonl.partial"))
+    assert not path.exists() and 4 <= len(kept) < COUNT - 1
+    assert all(record == whole[record.index] and record.index != 7 for record in kept)
+    again = make_runner()
+    assert evaluate(again, PROBLEMS, path, name="apr") == whole
+    assert {name[1] for name in again.engine.names} == set(range(COUNT)) - {record.index for record in kept}
+    assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_a_failure_of_the_system_that_an_old_file_holds_is_no_result(tmp_path):
+    """It is not taken over when an evaluation goes on, and nobody reads it as a wrong answer."""
+    path = tmp_path / "apr.jsonl"
+    whole = evaluate(make_runner(), PROBLEMS, path, name="apr")
+    text = path.read_bytes()
+    failed = dataclasses.replace(
+        Record(3, "apr", "", whole[3].problem, False, False, {}), failures={"error:XlaRuntimeError": 1}
+    )
+    path.write_text("".join(record.line() for record in [*whole[:3], failed, *whole[4:]]))
+    with pytest.raises(UserError, match="line 4: problem 3 .*error:XlaRuntimeError"):
+        read_records(path)
+    with pytest.raises(ValueError, match="problem 3 is no result: error:XlaRuntimeError"):
+        summarise([*whole[:3], failed])
+    again = make_runner()
+    assert evaluate(again, PROBLEMS, path, name="apr") == whole
+    assert {name[1] for name in again.engine.names} == {3} and path.read_bytes() == text
 
 
 @pytest.mark.parametrize("share", [0, 0.3, 0.6, 0.9])
@@ -140,6 +159,11 @@ def test_a_finished_file_is_taken_over_and_another_evaluation_is_not(tmp_path):
     other = make_runner()
     records = evaluate(other, PROBLEMS, path, name="apr@2")
     assert other.engine.names and all(record.name == "apr@2" for record in records)
+    trained = make_runner()
+    evaluate(trained, PROBLEMS, path, name="apr@2", weights="a1")
+    assert {name[1] for name in trained.engine.names} == set(range(COUNT)), "those of other weights are not taken over"
+    evaluate(make_runner(broken=range(COUNT)), PROBLEMS, path, name="apr@2", weights="a1")
+    evaluate(make_runner(), PROBLEMS, path, name="apr@2")
     swapped = [PROBLEMS[1], PROBLEMS[0], *PROBLEMS[2:]]
     changed = make_runner()
     evaluate(changed, swapped, path, name="apr@2")
@@ -218,14 +242,14 @@ def test_summary_of_four_records():
         record(0, True, 100, 150, children=2, operations=4, operations_right=4),
         record(1, True, 300, 350, children=4, operations=4, operations_right=2),
         record(2, False, 90, 90, failures={"length": 2, "malformed:empty": 1}, malformed={"empty": 1}, guarded=3),
-        record(3, False, 0, 0, failures={"error:OSError": 1}, tree=None),
+        record(3, False, 80, 80, failures={"tokens": 1}),
     ]
     assert accuracy_by_window(records, [99, 100, 299, 300]) == [(99, 0.0), (100, 0.25), (299, 0.25), (300, 0.5)]
     assert accuracy_by_sequential(records, [100, 400]) == [(100, 0.0), (400, 0.5)]
     summary = summarise(records)
-    assert (summary["n"], summary["ran"], summary["right"], summary["accuracy"]) == (4, 3, 2, 0.5)
-    assert summary["children"] == 2.0 and summary["operations_right"] == 0.75
-    assert summary["failures"] == {"error:OSError": 1, "length": 2, "malformed:empty": 1}
+    assert (summary["n"], summary["ran"], summary["right"], summary["accuracy"]) == (4, 4, 2, 0.5)
+    assert summary["children"] == 1.5 and summary["operations_right"] == 0.75
+    assert summary["failures"] == {"length": 2, "malformed:empty": 1, "tokens": 1}
     assert summary["malformed"] == {"empty": 1} and summary["guarded"] == 3
     assert summary["accuracy_by_window"][-1][1] == summary["accuracy"]
     assert json.loads(json.dumps(summary))["accuracy_low"] == wilson_interval(2, 4)[0]

@@ -204,20 +204,30 @@ def test_other_problems_are_other_samples(tmp_path):
     assert [sample.problem for sample in found] == [{"number": 4}]
 
 
-def test_a_tree_that_raises_is_a_sample_too(tmp_path, capsys):
+def test_a_failure_of_the_engine_ends_the_run_and_is_no_sample(tmp_path, expected):
     class Broken(ContextEngine):
         async def decode(self, sequence, stop, limit, sampling):
             if sequence.name[1] == 2:
                 raise KeyError("no such thing")
             return await super().decode(sequence, stop, limit, sampling)
 
-    measurements = Measurements()
-    engine = TimedEngine(Broken(), "memory", measurements)
-    samples = measured(engine, tmp_path / "s.jsonl", measurements, PROBLEMS[:4])
-    assert [sample.ran for sample in samples] == [True, True, False, True]
-    assert samples[2].failures == {"error:KeyError": 1} and not samples[2].correct
-    summary = summarise_latency(samples)
-    assert (summary["n"], summary["ran"], summary["failures"]["error:KeyError"]) == (4, 3, 1)
+    path, measurements = tmp_path / "s.jsonl", Measurements()
+    broken = Broken()
+    with pytest.raises(KeyError, match="no such thing"):
+        measured(TimedEngine(broken, "memory", measurements), path, measurements)
+    assert [sample.index for sample in read_samples(path)] == [0, 1] and not broken.live
+    check_whole(path, measured(TimedEngine(ContextEngine(), "memory", measurements), path, measurements), expected)
+
+
+def test_a_sample_of_an_old_file_whose_engine_broke_is_measured_again(tmp_path, expected):
+    path, measurements = tmp_path / "s.jsonl", Measurements()
+    engine = TimedEngine(ContextEngine(), "memory", measurements)
+    measured(engine, path, measurements)
+    rows = [{**json.loads(line), "ran": True} for line in path.read_text().splitlines()]
+    rows[5] |= {"ran": False, "failures": {"error:KeyError": 1}, "latency": 0.0}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [sample.index for sample in read_samples(path)] == [0, 1, 2, 3, 4, 6, 7]
+    check_whole(path, measured(engine, path, measurements), expected)
 
 
 # ---------------------------------------------------------------------- servers that fail

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from apr_jax.errors import UserError
 from apr_jax.evaluate.evaluate import read_records
 from experiments.report import _changes, write_report
 
@@ -63,6 +64,23 @@ def test_a_run_that_is_half_done(whole_run, tmp_path):
     text = write_report(tmp_path)
     assert "| APR SFT |" in text and "GRPO" not in text and "Export" not in text
     assert not (tmp_path / "figures" / "grpo_reward.png").exists()
+
+
+def test_an_evaluation_that_was_stopped_says_how_many_trees_ran(whole_run, tmp_path):
+    """It has no row, and the rows say that all of theirs did."""
+    for part in ("data", "evaluate"):
+        shutil.copytree(whole_run.folder / part, tmp_path / part)
+    path = tmp_path / "evaluate" / "grpo_apr.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.with_name("grpo_apr.jsonl.partial").write_text("".join(lines[:5]))
+    path.unlink()
+    text = write_report(tmp_path)
+    assert "evaluation of grpo_apr is not finished: 5 of 12 problems ran" in text
+    assert "| APR SFT+GRPO |" not in text and text.count("n=12 of 12") == 2
+    failed = {**json.loads(lines[4]), "failures": {"error:XlaRuntimeError": 1}, "tree": None}
+    path.write_text("".join([*lines[:4], json.dumps(failed) + "\n", *lines[5:]]))
+    with pytest.raises(UserError, match="grpo_apr.jsonl, line 5: problem 4 .*error:XlaRuntimeError"):
+        write_report(tmp_path)
 
 
 def test_no_records_are_named(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from apr_jax.countdown import CountdownProtocol, Problem, ProblemRange
-from apr_jax.evaluate.evaluate import evaluate
+from apr_jax.evaluate.evaluate import evaluate, read_records
 from apr_jax.rollout.engine import JaxEngine
 from apr_jax.rollout.shapes import ACCELERATOR_SHAPES
 from apr_jax.threads import Block, Spawn
@@ -336,22 +336,28 @@ class Breaking(NonsenseProtocol):
         return request
 
 
-def test_a_tree_that_raises_stops_neither_the_others_nor_the_engine(spawning, mesh, tmp_path):
+def test_a_tree_that_raises_ends_the_evaluation_and_leaves_the_engine_whole(spawning, mesh, tmp_path):
+    """The same engine goes on: with trees that do not raise every record is that of an evaluation in one go."""
     problems = [Problem((1, 2), 100 + i) for i in range(12)]
-    broken = {problem.target for problem in problems[::3]}
-    records = {}
-    for which in ((), broken):
-        engine = JaxEngine(spawning, mesh, slots=4, context=CONTEXT, seed=3, steps=8)
+    engine = JaxEngine(spawning, mesh, slots=4, context=CONTEXT, seed=3, steps=8)
+
+    def records(which, path):
         runner = TreeRunner(engine, Breaking(which), TOKENIZER, BUDGET, Sampling(1.0))
-        path = tmp_path / f"{len(which)}.jsonl"
-        records[bool(which)] = evaluate(runner, problems, path, name="x")
-        assert idle(engine)
-    assert [record.index for record in records[True]] == list(range(12))
-    failed = [record.index for record in records[True] if record.failures == {"error:ZeroDivisionError": 1}]
-    assert len(failed) >= 2
-    for whole, record, problem in zip(records[False], records[True], problems):
-        if problem.target not in broken:
-            assert record == whole and not whole.failures.get("error:ZeroDivisionError")
+        return evaluate(runner, problems, path, name="x", at_once=3)
+
+    with pytest.raises(ZeroDivisionError, match="on purpose"):
+        records({problem.target for problem in problems[3::3]}, tmp_path / "broken.jsonl")
+    assert idle(engine)
+    kept = read_records(tmp_path / "broken.jsonl.partial")
+    assert 0 < len(kept) < len(problems)
+
+    def tokens(found):
+        return [without_logprobs(record.thread_tree) for record in found]
+
+    again, whole = (records((), tmp_path / f"{name}.jsonl") for name in ("broken", "whole"))
+    assert idle(engine) and [record.index for record in again] == list(range(12))
+    assert tokens(again) == tokens(whole)
+    assert tokens(kept) == tokens(whole[record.index] for record in kept)
 
 
 def test_an_engine_goes_on_after_a_run_that_was_broken_off(spawning, trees, mesh):

@@ -364,6 +364,31 @@ def test_an_engine_that_breaks_breaks_its_tree_and_frees_what_it_held():
     assert not engine.live
 
 
+def test_where_a_child_raises_all_other_threads_have_ended_before_it_is_known():
+    """Of its own tree and of the trees beside it: no task is left, and no sequence is held."""
+    scripts = {(7,): BODY + call("0,0", "0,1") + NOT_FOUND, (7, 0, 0): BODY * 9, (8,): BODY * 9}
+
+    def tape(name, prompt):
+        if name == (7, 0, 1):
+            raise MemoryError("no room")
+        return iter(ids(scripts[name]))
+
+    class Slow(FakeEngine):
+        async def decode(self, sequence, *asked):
+            for _ in range(50 if sequence.name in ((7, 0, 0), (8,)) else 0):
+                await asyncio.sleep(0)
+            return await super().decode(sequence, *asked)
+
+    async def work():
+        engine = Slow(tape)
+        taker = runner(engine)
+        with pytest.raises(MemoryError, match="no room"):
+            await run_all([lambda i=i: taker.run(PROBLEM, (i,)) for i in (7, 8)])
+        return engine.live, asyncio.all_tasks() - {asyncio.current_task()}
+
+    assert asyncio.run(work()) == (set(), set())
+
+
 def test_a_window_beyond_the_engine_is_refused():
     with pytest.raises(ValueError, match="5000"):
         runner(scripted({}), context=5000)

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+from apr_jax.evaluate.evaluate import NAME_TAG
 from apr_jax.evaluate.latency import read_samples
 from apr_jax.export.hf import export_hf
+from apr_jax.rollout.sglang import SglangEngine
 from apr_jax.train.checkpoint import save_model
 from tests.rollout.fake_server import FakeServer
 from tests.tiny import TOKENIZER, make_model, spawning_model
@@ -103,6 +105,21 @@ def test_the_last_models_of_a_run_are_measured_on_its_problems(tmp_path, capsys)
     assert "goes with --config=FILE" in refused(capsys, f"--workdir={tmp_path}")
 
 
+def test_a_conditioned_model_of_a_run_is_asked_for_what_its_demonstrations_had_most_often(tmp_path):
+    config = {"window": 128, "budget": {"depth": 1}, "evaluate": {"temperature": 0.0}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = spawning_model(2)
+    meta = {"step": 9, "model": dataclasses.asdict(model.config), "condition": "Sub Call Budget: 4 "}
+    save_model(tmp_path / "sft_apr" / "checkpoints", model, meta)
+    (tmp_path / "data").mkdir()
+    TOKENIZER.save(tmp_path / "data" / "tokenizer.json")
+    np.save(tmp_path / "data" / "held_out.npy", np.array([[1, 2, 3, 4, 10]]))
+    flags = ["--config=experiments/configs/smoke.py", "--count=1", f"--launcher={FAKE}", f"--workdir={tmp_path}"]
+    assert run(*flags) == 0 and run(*flags, "--apr_budgets=2") == 0
+    samples = read_samples(tmp_path / "latency" / "samples.jsonl")
+    assert [sample.setting["condition"] for sample in samples] == ["Sub Call Budget: 4 ", "Sub Call Budget: 2 "]
+
+
 def test_running_servers_are_taken_as_they_are(exports, tmp_path, capsys):
     with FakeServer() as server:
         flags = [f"--apr={exports}/apr", f"--out={tmp_path}", "--windows=128", "--count=2", f"--servers={server.url}"]
@@ -119,6 +136,29 @@ def test_a_server_that_fails_while_it_is_warmed_up(exports, tmp_path, capsys):
         assert capsys.readouterr().err.count("warming up anew: http") == 1
     with FakeServer(["html"] * 99) as server:
         assert "no stream of JSON" in refused(capsys, *flags, "--count=3", f"--servers={server.url}")
+
+
+def test_an_engine_that_breaks_is_no_sample_and_its_servers_are_stopped(exports, tmp_path, capsys, monkeypatch):
+    flags = [f"--apr={exports}/apr", f"--out={tmp_path}", "--windows=128", "--count=3", f"--launcher={FAKE}"]
+    decode, asked = SglangEngine.decode, []
+
+    async def breaks(self, sequence, *rest):
+        if sequence.origin.name[:2] == (NAME_TAG, 1):
+            asked.append(rest)
+            raise ZeroDivisionError("on purpose")
+        return await decode(self, sequence, *rest)
+
+    monkeypatch.setattr(SglangEngine, "decode", breaks)
+    with pytest.raises(ZeroDivisionError):
+        run(*flags)
+    assert len(asked) == 1 and [sample.index for sample in read_samples(tmp_path / "samples.jsonl")] == [0]
+    left = subprocess.run(["pgrep", "-f", f"tests.rollout.fake_server serve {exports}"], capture_output=True, text=True)
+    assert not left.stdout
+    assert run(f"--out={tmp_path}") == 0
+    monkeypatch.setattr(SglangEngine, "decode", decode)
+    assert run(*flags) == 0
+    assert [sample.index for sample in read_samples(tmp_path / "samples.jsonl")] == [0, 1, 2]
+    assert "| 3 of 3 |" in capsys.readouterr().out
 
 
 def test_the_jax_engine_takes_the_same_harness_and_says_so(exports, tmp_path, capsys):

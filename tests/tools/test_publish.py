@@ -10,7 +10,7 @@ from flax import nnx
 
 from apr_jax.countdown.vocabulary import countdown_tokenizer
 from apr_jax.text.hub import find_tokenizer
-from apr_jax.train.checkpoint import Checkpoints, load_model
+from apr_jax.train.checkpoint import Checkpoints, fingerprint, load_model
 from tests.tiny import make_model
 from tools import publish
 
@@ -56,6 +56,15 @@ def test_the_last_model_and_the_report(run_folder, tmp_path):
     whole = sum(path.stat().st_size for path in (run_folder / "grpo_apr").rglob("*") if path.is_file())
     assert stored < whole / 2
     assert json.loads((out / "checkpoints" / "2" / "meta" / "metadata").read_text())["step"] == 2
+
+
+def test_a_report_of_other_weights_is_not_published_beside_them(run_folder, tmp_path, capsys):
+    check = run_folder / "export" / "check.json"
+    check.write_text(json.dumps({"model": "grpo_apr", "weights": fingerprint(make_model(seed=0))}))
+    assert call(run_folder, tmp_path / "out", "--model") == 1 and not (tmp_path / "out").exists()
+    assert "is of other weights than" in capsys.readouterr().err
+    check.write_text(json.dumps({"model": "grpo_apr", "weights": fingerprint(make_model(seed=1))}))
+    assert call(run_folder, tmp_path / "out", "--model") == 0
 
 
 def test_the_report_alone(run_folder, tmp_path):

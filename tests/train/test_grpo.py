@@ -12,8 +12,9 @@ from flax import nnx
 
 from apr_jax.countdown import Problem
 from apr_jax.errors import UserError
+from apr_jax.threads.engine import Sampling
 from apr_jax.threads.run import Budget
-from apr_jax.train.grpo import GrpoTrainer, run_grpo
+from apr_jax.train.grpo import VALIDATION_TAG, GrpoTrainer, run_grpo
 from apr_jax.train.objective import AGGREGATES
 from apr_jax.train.pack import lay_out
 from apr_jax.train.reward import Prices, rollout_metrics
@@ -156,6 +157,44 @@ def test_it_learns_what_is_rewarded():
             break
         state, _ = trainer.update(state, groups)
     assert rewards[0] < 0.5 and min(rewards[-2:]) > 0.9, rewards
+
+
+def test_a_condition_is_drawn_for_each_prompt_as_often_as_demonstrations_had_it():
+    """The same for a whole group, and a function of seed, step and prompt alone; validation takes the most frequent."""
+    conditions = {"": 1, "Sub Call Budget: 2 ": 6, "Sub Call Budget: 5 ": 3}
+    model = spawning_model(1)
+
+    def trainer_of(conditions, seed=0):
+        config = make_config(seed=seed)
+        trainer = GrpoTrainer(model, NonsenseProtocol(2), TOKENIZER, BUDGET, config, data_mesh(2), 16, conditions)
+        return trainer, trainer.trainer.init(model)
+
+    def begun(tree):
+        return TOKENIZER.decode(tree.root.blocks[0].content).removesuffix(f"{number}\n")
+
+    trainer, state = trainer_of(conditions)
+    groups, _ = trainer.sample(state, 1, range(3))
+    for number, group in enumerate(groups):
+        assert {begun(tree) for tree in group} == {trainer.condition(1, number)}
+    drawn = [trainer.condition(step, prompt) for step in range(1, 201) for prompt in range(10)]
+    for condition, count in conditions.items():
+        assert drawn.count(condition) == pytest.approx(200 * count, abs=90)  # three standard deviations are 66
+    other, _ = trainer_of(conditions)
+    assert drawn == [other.condition(step, prompt) for step in range(1, 201) for prompt in range(10)]
+    reseeded, _ = trainer_of(conditions, seed=1)
+    assert drawn != [reseeded.condition(step, prompt) for step in range(1, 201) for prompt in range(10)]
+    opened, seen = trainer.engine.open, {}
+
+    def noted(ids, name):
+        seen[tuple(name)] = TOKENIZER.decode(ids)
+        return opened(ids, name)
+
+    trainer.engine.open = noted
+    trainer.validate(state, [21, 22], Sampling(0.0))
+    roots = [seen[VALIDATION_TAG, index] for index in range(2)]
+    assert roots == ["Sub Call Budget: 2 21\n", "Sub Call Budget: 2 22\n"]
+    plain, _ = trainer_of({})
+    assert plain.condition(1, 0) == ""
 
 
 class SomeAreHopeless(NonsenseProtocol):

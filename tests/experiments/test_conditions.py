@@ -1,0 +1,152 @@
+"""Models trained with a condition are evaluated, trained by GRPO and checked with one, from the command line."""
+
+import json
+import shutil
+from collections import Counter
+
+import pytest
+
+from apr_jax.countdown import CountdownProtocol
+from apr_jax.countdown.imported import import_dataset
+from apr_jax.evaluate.evaluate import NAME_TAG, read_records
+from apr_jax.text.tokenizer import Tokenizer
+from apr_jax.threads import map_blocks
+from apr_jax.threads.run import TreeRunner
+from apr_jax.threads.store import TreeStore
+from apr_jax.threads.tree import ThreadTree
+from apr_jax.train.checkpoint import load_meta
+from apr_jax.train.grpo import VALIDATION_TAG
+from experiments.dataset import load_conditions, load_problems
+from tests.experiments.conftest import SMOKE
+
+CHANGES = (
+    "--config.apr.conditioned=true", "--config.sosp.conditioned=true", "--config.problems.held_out=4",
+    "--config.sft.steps=3", "--config.grpo.steps=2", "--config.grpo.validate_every=2", "--config.grpo.validation=3",
+    "--config.grpo.prompts=3", "--config.export.check_trees=2",
+)  # fmt: skip
+
+
+def prompt_of(tree, tokenizer):
+    return tokenizer.decode(tree.root.blocks[0].content)
+
+
+def counted(folder, style):
+    """How many demonstrations' prompts begin with which condition, as their text says."""
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    prompts = [prompt_of(tree, tokenizer) for tree in TreeStore(folder / f"{style}_train")]
+    word = {"apr": "Sub Call Budget: ", "sosp": "Token Budget: "}[style]
+    assert all(prompt.startswith(word) for prompt in prompts)
+    return Counter(f"{word}{prompt.removeprefix(word).split(maxsplit=1)[0]} " for prompt in prompts)
+
+
+@pytest.fixture(scope="module")
+def conditioned(tmp_path_factory):
+    """A run folder, and by stage the (name, condition) of every tree that it ran."""
+    folder, ran = tmp_path_factory.mktemp("conditioned") / "run", {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jax.config.update", lambda *_: None)
+        run = TreeRunner.run
+
+        def noted(self, problem, name, condition=""):
+            ran[stage].append((tuple(name), condition))
+            return run(self, problem, name, condition)
+
+        patch.setattr(TreeRunner, "run", noted)
+        from experiments.run import main
+
+        for stage in ("data", "sft", "grpo", "evaluate", "export", "report"):
+            ran[stage] = []
+            assert main(["run", SMOKE, f"--workdir={folder}", f"--stage={stage}", *CHANGES]) == 0
+    return folder, ran
+
+
+def test_conditions_are_counted_from_the_demonstrations(conditioned, whole_run):
+    for style in ("apr", "sosp"):
+        folder = conditioned[0] / "data"
+        found = load_conditions(folder, style, Tokenizer.load(folder / "tokenizer.json"))
+        assert found == counted(folder, style)
+        budgets = [int(condition.split()[-1]) for condition in found]
+        assert budgets == sorted(budgets) and (style == "sosp" or len(budgets) > 1)
+        plain = whole_run.folder / "data"
+        trees = json.loads((plain / "manifest.json").read_text())[f"{style}_train"]["trees"]
+        assert load_conditions(plain, style, Tokenizer.load(plain / "tokenizer.json")) == {"": trees}
+
+
+def test_an_imported_data_set_tells_them_by_its_prompts(conditioned, tmp_path):
+    data = conditioned[0] / "data"
+    tokenizer = Tokenizer.load(data / "tokenizer.json")
+    problems, trees = load_problems(data / "train.npy"), TreeStore(data / "apr_train")
+
+    def text(tree):
+        root = map_blocks(tree.root, lambda block: type(block)(tokenizer.decode(block.content), block.sampled))
+        return ThreadTree(root, {key: tree.info[key] for key in ("numbers", "target", "solved", "style")})
+
+    held_out = load_problems(data / "held_out.npy")
+    made_elsewhere = [(problems[tree.info["index"]], text(tree)) for tree in trees]
+    import_dataset(made_elsewhere, held_out, tmp_path / "theirs", window=256)
+    found = load_conditions(tmp_path / "theirs", "apr", tokenizer)
+    kept = TreeStore(tmp_path / "theirs" / "apr_train")
+    assert found == Counter(prompt_of(tree, tokenizer).split("Moving")[0] for tree in kept) and len(found) > 1
+    assert load_conditions(tmp_path / "theirs", "sosp", tokenizer) == {}
+
+
+def test_every_stage_puts_them_on_its_prompts(conditioned):
+    folder, ran = conditioned
+    known = {style: counted(folder / "data", style) for style in ("apr", "sosp")}
+    usual = {style: max(counts, key=counts.get) for style, counts in known.items()}
+    groups = {}
+    for name, condition in ran["grpo"]:
+        if name[0] == VALIDATION_TAG:
+            assert condition == usual["apr"]
+        else:
+            groups.setdefault(name[:2], set()).add(condition)
+    assert sum(name[0] == VALIDATION_TAG for name, _ in ran["grpo"]) == 2 * 3
+    assert set(groups) == {(step, prompt) for step in (1, 2) for prompt in range(3)}
+    assert all(len(conditions) == 1 and conditions <= set(known["apr"]) for conditions in groups.values())
+    assert len(set().union(*groups.values())) > 1
+    assert {condition for name, condition in ran["evaluate"] if name[0] == NAME_TAG} == set(usual.values())
+    assert ran["export"] and {condition for _, condition in ran["export"]} == {usual["apr"]}
+    tokenizer = Tokenizer.load(folder / "data" / "tokenizer.json")
+    for name in ("sft_sosp", "sft_apr", "grpo_apr"):
+        condition = usual[name.partition("_")[2]]
+        for at in ("", "@1"):
+            records = read_records(folder / "evaluate" / f"{name}{at}.jsonl")
+            assert len(records) == 4 and {record.condition for record in records} == {condition}
+            assert all(prompt_of(record.thread_tree, tokenizer).startswith(condition) for record in records)
+        assert load_meta(folder / name / "checkpoints")[1]["condition"] == condition
+    check = json.loads((folder / "export" / "check.json").read_text())
+    assert check["trees_equal"] == check["trees"] == 2
+    told = json.loads((folder / "summary.json").read_text())
+    assert (told["SoS+ SFT"]["condition"], told["APR SFT"]["condition"]) == (usual["sosp"], usual["apr"])
+
+
+def test_conditions_that_are_asked_for_have_records_and_a_table_each(conditioned, tmp_path, main):
+    folder = tmp_path / "run"
+    shutil.copytree(conditioned[0], folder)
+    before = (folder / "evaluate" / "sft_apr.jsonl").read_bytes()
+    ask = ("--config.evaluate.apr_budgets=7,2", "--stage=evaluate,report")
+    done = main(SMOKE, f"--workdir={folder}", *CHANGES, *ask)
+    assert done.code == 0, done.err
+    assert (folder / "evaluate" / "sft_apr.jsonl").read_bytes() == before
+    told = json.loads((folder / "summary.json").read_text())
+    for budget, suffix in ((7, ""), (2, " with Sub Call Budget: 2")):
+        condition = CountdownProtocol("apr").condition(budget)
+        for name, title in (("sft_apr", "APR SFT"), ("grpo_apr", "APR SFT+GRPO")):
+            records = read_records(folder / "evaluate" / f"{name}+{budget}.jsonl")
+            assert len(records) == 4 and {record.condition for record in records} == {condition}
+            assert len(read_records(folder / "evaluate" / f"{name}+{budget}@1.jsonl")) == 4
+            assert told[title + suffix]["condition"] == condition
+    assert "With Sub Call Budget: 2:\n\n| model |" in done.out
+    assert "At temperature 1, with Sub Call Budget: 2:\n\n| model |" in done.out
+    assert "Prompts of APR SFT, APR SFT+GRPO began with 'Sub Call Budget: 7'." in done.out
+    again = main(SMOKE, f"--workdir={folder}", *CHANGES, *ask)
+    assert again.code == 0 and again.err == ""
+
+
+def test_budgets_that_cannot_be_asked_for_are_refused(whole_run, tmp_path, refused):
+    shutil.copytree(whole_run.folder, tmp_path / "run")
+    command = (SMOKE, f"--workdir={tmp_path / 'run'}", "--stage=evaluate")
+    line = refused(*command, "--config.evaluate.sosp_budgets=512")
+    assert "evaluate.sosp_budgets" in line and "had none" in line and "sosp.conditioned=true" in line
+    for given in ("-1", "1.5", "3,3", "many", "nan", "1e999"):
+        assert "evaluate.apr_budgets is" in refused(*command, f"--config.evaluate.apr_budgets={given}")
