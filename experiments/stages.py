@@ -31,7 +31,7 @@ from apr_jax.countdown.dataset import read_manifest, write_text
 from apr_jax.errors import UserError
 from apr_jax.evaluate.evaluate import evaluate
 from apr_jax.export.hf import check_export, check_trees, export_hf
-from apr_jax.model.llama import Llama, LlamaConfig, parameter_count
+from apr_jax.model.llama import Llama, LlamaConfig, abstract_llama, parameter_count
 from apr_jax.rollout.engine import JaxEngine
 from apr_jax.text.hub import find_tokenizer, load_tokenizer
 from apr_jax.text.tokenizer import Tokenizer
@@ -194,13 +194,13 @@ class Run:
                 )  # fmt: skip
 
     def export(self) -> None:
-        models = self.models()
-        name = next((name for name in ("grpo_apr", "sft_apr") if name in models), None)
+        saved = self.saved()
+        name = next((name for name in ("grpo_apr", "sft_apr") if name in saved), None)
         if name is None:
             if "apr" not in self.styles:
                 return
             raise FileNotFoundError(f"no APR checkpoint under {self.workdir}: run --stage=sft first")
-        model, meta = models[name]
+        model, meta = load_model(saved[name])
         folder = self.workdir / "export"
         described = {"model": name, "step": meta["step"]}
         if _read_json(folder / "check.json").items() >= described.items():
@@ -295,14 +295,18 @@ class Run:
                 f"number {index}: set tokenizer.name to {path}"
             )
 
-    def models(self) -> dict[str, tuple[Llama, dict]]:
-        """Every trained model of these styles with its meta, by the name of its stage: sft_sosp, sft_apr, ... Of GRPO
+    def saved(self) -> dict[str, Path]:
+        """The folder of every trained model of these styles, by the name of its stage: sft_sosp, sft_apr, ... Of GRPO
         with validation what validated best."""
         names = (f"{kind}_{style}" for kind in ("sft", "grpo") for style in self.styles)
-        return {name: load_model(step) for name in names if (step := last_step(self.workdir / name))}
+        return {name: step for name in names if (step := last_step(self.workdir / name))}
+
+    def models(self) -> dict[str, tuple[Llama, dict]]:
+        """The models of `saved` with their meta."""
+        return {name: load_model(step) for name, step in self.saved().items()}
 
     def _meta(self, config: LlamaConfig, style: str, kind: str) -> dict:
-        total, inner = parameter_count(Llama(config, rngs=nnx.Rngs(0)))
+        total, inner = parameter_count(abstract_llama(config))
         return {
             "model": dataclasses.asdict(config), "style": style, "stage": kind, "config": self.settings.config,
             "parameters": total, "parameters_without_embeddings": inner,

@@ -27,10 +27,11 @@ from typing import Any
 
 import numpy as np
 
+from apr_jax.checks import SEED, at_least, check_fields, from_to_below
 from apr_jax.countdown.problem import Problem, ProblemRange
 from apr_jax.countdown.recipe import COUNTED, DROPPED, Recipe, count_tree
 from apr_jax.countdown.search import SolverConfig
-from apr_jax.countdown.vocabulary import countdown_tokenizer
+from apr_jax.countdown.vocabulary import SMALLEST_MAX_NUMBER, countdown_tokenizer
 from apr_jax.errors import UserError
 from apr_jax.text.hub import load_tokenizer
 from apr_jax.text.tokenizer import Tokenizer
@@ -60,9 +61,13 @@ class DatasetConfig:
     validation: int = VALIDATION  # held-out problems whose trees measure the validation loss
     seed: int = 0
 
+    BOUNDS = (
+        at_least(1, "train", "held_out"), at_least(0, "validation"), at_least(SMALLEST_MAX_NUMBER, "max_number"),
+        from_to_below(0, 1, "unseen_targets"), *SEED,
+    )  # fmt: skip
+
     def __post_init__(self):
-        if not 0 <= self.unseen_targets < 1:
-            raise UserError(f"unseen_targets is from 0 to less than 1, was given {self.unseen_targets}")
+        check_fields(self)
 
     def described(self) -> dict[str, Any]:
         """As JSON gives it back."""

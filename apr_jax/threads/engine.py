@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence as Ids
 from typing import Protocol
 
+from apr_jax.checks import check_fields
 from apr_jax.errors import UserError
 
 
@@ -17,6 +18,7 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self):
+        check_fields(self)
         if self.temperature < 0:
             raise UserError(f"temperature is 0 or more, was given {self.temperature}")
         if self.top_k < 0:
