@@ -60,6 +60,7 @@ def from_to_below(least: float, limit: float, *fields: str) -> Bound:
     return Bound(fields, f"from {least} to less than {limit}", lambda value: least <= value < limit)
 
 
+LARGEST = 2**63  # no integer is as large: arrays and files hold no larger ones
 SEED = (at_least(0, "seed"), less_than(2**31, "seed"))  # of every config that has one
 
 
@@ -83,7 +84,8 @@ def check_type(name: str, value: Any, annotation: Any) -> None:
     """Raises FieldError where a value is not what an annotation says; annotations other than those of `describe` are
     not looked at."""
     if not _fits(value, annotation):
-        raise FieldError(name, f"is {describe(annotation)}, was given {_short(value)}")
+        large = isinstance(value, int) and abs(value) >= LARGEST
+        raise FieldError(name, f"is {describe(annotation)}{' of 64 bits' if large else ''}, was given {_short(value)}")
 
 
 def describe(annotation: Any) -> str:
@@ -114,7 +116,7 @@ def _annotations(kind: type) -> dict[str, Any]:
 
 def _fits(value: Any, annotation: Any) -> bool:
     if annotation is int:
-        return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        return isinstance(value, numbers.Integral) and not isinstance(value, bool) and abs(value) < LARGEST
     if annotation is float:
         return isinstance(value, numbers.Real) and not isinstance(value, bool) and _finite(value)
     if isinstance(annotation, types.UnionType):

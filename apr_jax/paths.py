@@ -1,7 +1,9 @@
-"""Paths as users give them on a command line or in a setting."""
+"""Paths as users give them on a command line or in a setting, and the JSON files that lie there."""
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 from apr_jax.errors import UserError
 
@@ -19,3 +21,14 @@ def expand_home(given: str) -> str:
 def user_path(given: str) -> Path:
     """`expand_home` as a path."""
     return Path(expand_home(given))
+
+
+def read_json(path: Path, mend: str) -> dict[str, Any]:
+    """The JSON object of a file. Raises UserError, with what to do (`mend`), where it holds none."""
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:  # no JSON, or no text
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is broken: {mend}")
+    return found

@@ -49,7 +49,7 @@ def load_pieces(folder: Path, style: str, part: str, children: int = 0, seed: in
         store = TreeStore(folder / f"{style}_{part}")
     except FileNotFoundError:
         raise FileNotFoundError(f"no traces at {folder / f'{style}_{part}'}: run --stage=data first") from None
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{error}: delete it and run --stage=data again") from None
     if not children:
         return StoredPieces(store)
@@ -70,7 +70,7 @@ def load_problems(path: Path) -> Sequence[Problem]:
         raise FileNotFoundError(f"no problems at {path}: run --stage=data first")
     try:
         return ProblemFile(path)
-    except (ValueError, EOFError):
+    except UserError:
         raise UserError(f"{path} is broken: delete it and run --stage=data again") from None
 
 

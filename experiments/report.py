@@ -6,6 +6,7 @@ from pathlib import Path
 
 from apr_jax.countdown.dataset import write_text
 from apr_jax.evaluate.evaluate import Record, paired_difference, read_records, summarise
+from apr_jax.paths import read_json
 from experiments import figures
 from experiments.dataset import load_manifest
 
@@ -48,7 +49,7 @@ def write_report(workdir: Path, also_at: Sequence[float] = ()) -> str:
             summaries |= {f"{title} at temperature {temperature:g}": one for title, one in found.items()}
     check = workdir / "export" / "check.json"
     if check.exists():
-        found = json.loads(check.read_text())
+        found = read_json(check, "delete it and run --stage=export again")
         lines += ["", f"Export of {found['model']} against transformers: " + ", ".join(
             f"{name.replace('_', ' ')} {value:.2g}" if isinstance(value, float) else f"{name.replace('_', ' ')} {value}"
             for name, value in found.items() if name not in ("model", "step")
@@ -124,7 +125,7 @@ def _row(title: str, s: dict, trained: float) -> str:
 def _step(workdir: Path, name: str) -> float:
     """The step of the weights that were evaluated: the last, or with validation the best."""
     stamp = workdir / "evaluate" / f"{name}.stamp.json"
-    return json.loads(stamp.read_text())["step"] if stamp.exists() else float("inf")
+    return read_json(stamp, "delete it and run --stage=evaluate again")["step"] if stamp.exists() else float("inf")
 
 
 def _trained(rows: list[dict], last: float) -> float:

@@ -5,6 +5,7 @@ the start, before anything is built.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -206,6 +207,7 @@ class Settings:
         return self.budget if style == "apr" else dataclasses.replace(self.budget, least_children=0)
 
 
+@functools.cache
 def setting_types() -> dict[str, Any]:
     """The type of every setting by its full name, as an annotation: int, tuple[float, ...]."""
 

@@ -32,6 +32,7 @@ from apr_jax.errors import UserError
 from apr_jax.evaluate.evaluate import evaluate
 from apr_jax.export.hf import check_export, check_trees, export_hf
 from apr_jax.model.llama import Llama, LlamaConfig, abstract_llama, parameter_count
+from apr_jax.paths import read_json
 from apr_jax.rollout.engine import JaxEngine
 from apr_jax.text.hub import find_tokenizer, load_tokenizer
 from apr_jax.text.tokenizer import Tokenizer
@@ -96,10 +97,7 @@ class Run:
         path = self.workdir / "config.json"
         mine = json.loads(json.dumps(self.settings.config))
         if path.exists():
-            try:
-                theirs = json.loads(path.read_text())
-            except ValueError:
-                raise UserError(f"{path} is broken: delete it, if the config is the one it was begun with") from None
+            theirs = read_json(path, "delete it, if the config is the one it was begun with")
             theirs = _completed(theirs, json.loads(json.dumps(default_config().to_dict())))
             begun = {name for name, folders in UNTIL.items() if any(any(self.workdir.glob(f)) for f in folders)}
             if differences := list(_differences(theirs, mine, free=UNTIL.keys() - begun)):
@@ -200,11 +198,12 @@ class Run:
             if "apr" not in self.styles:
                 return
             raise FileNotFoundError(f"no APR checkpoint under {self.workdir}: run --stage=sft first")
-        model, meta = load_model(saved[name])
+        _, meta = load_meta(saved[name])
         folder = self.workdir / "export"
         described = {"model": name, "step": meta["step"]}
         if _read_json(folder / "check.json").items() >= described.items():
             return  # the check is the last thing written
+        model, meta = load_model(saved[name])
         export_hf(model, self.tokenizer, folder, meta, self.settings.export_dtype)
         held_out = load_problems(self.workdir / "data" / "held_out.npy")
         pieces = load_pieces(self.workdir / "data", "apr", "validation")

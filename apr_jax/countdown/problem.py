@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from apr_jax.checks import FieldError, check_fields
+from apr_jax.checks import FieldError, at_least, check_fields
 from apr_jax.errors import UserError
 
 
@@ -144,12 +144,12 @@ class ProblemRange:
     min_target: int = 10
     max_target: int = 100
 
+    BOUNDS = (at_least(1, "max_number"),)
+
     def __post_init__(self):
         check_fields(self)
         if not 2 <= self.count <= 6:
             raise UserError(f"numbers per problem are 2 to 6, was given {self.count}")
-        if self.max_number < 1:
-            raise UserError(f"the largest number is at least 1, was given {self.max_number}")
         if not 2 <= self.min_target <= self.max_target:
             raise UserError(f"targets need 2 <= lowest <= highest, was given {self.min_target} to {self.max_target}")
         if self.max_target > (largest := max(2, self.max_number) ** self.count):

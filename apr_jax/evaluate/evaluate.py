@@ -70,20 +70,20 @@ class Record:
 
     @classmethod
     def read(cls, line: str) -> "Record":
-        """Raises ValueError where the line is no whole record."""
+        """Raises UserError where the line is no whole record."""
         try:
             return cls(**json.loads(line))
-        except TypeError as error:
+        except (ValueError, TypeError) as error:  # no JSON, or other fields
             raise UserError(f"no record: {error}") from None
 
 
 def read_records(path: str | Path) -> list[Record]:
-    """All records of a file. Raises FileNotFoundError, or ValueError that names the broken line."""
+    """All records of a file. Raises FileNotFoundError, or UserError that names the broken line."""
     records = []
     for number, line in enumerate(Path(path).read_text().splitlines(), 1):
         try:
             records.append(Record.read(line))
-        except ValueError as error:
+        except UserError as error:
             raise UserError(f"{path}, line {number}: {error}") from None
     return records
 
@@ -186,7 +186,7 @@ def _whole_records(path: Path) -> list[Record]:
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
             records.append(Record.read(line))
-        except ValueError:  # cut short: its problem is run again
+        except UserError:  # cut short: its problem is run again
             continue
     return records
 

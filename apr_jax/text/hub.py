@@ -42,14 +42,14 @@ class HubTokenizer:
 
 def load_tokenizer(name: str) -> Tokenizer | HubTokenizer:
     """Our tokenizer from its tokenizer.json, or any other by that file, its folder or its hub name. Raises
-    ValueError, and FileNotFoundError for a whole path that leads nowhere."""
+    UserError, and FileNotFoundError for a whole path that leads nowhere."""
     path = Path(name)
     if path.is_absolute() and not path.exists():
         raise FileNotFoundError(f"no tokenizer at {path}")
     if path.is_file():
         try:
             return Tokenizer.load(path)
-        except ValueError:
+        except UserError:
             if path.name != FILE or not path.with_name("tokenizer_config.json").is_file():
                 raise
         name = str(path.parent)

@@ -75,11 +75,11 @@ class SftRun:
 
     def report(self, step: int, sums: dict) -> float:
         """Reads what a step left on the device, and writes it where it is the step's turn; the flags that were raised.
-        Raises FloatingPointError where too many steps were skipped."""
+        Raises UserError where too many steps were skipped."""
         config = self.config
         values = {name: float(value) for name, value in jax.device_get(sums).items()}
         if values["skipped"] > config.most_skipped:
-            raise FloatingPointError(
+            raise UserError(
                 f"the gradients of {values['skipped']:.0f} steps up to step {step} were not finite (most_skipped is "
                 f"{config.most_skipped}): begin in a new folder with lower rates or another seed"
             )
@@ -127,7 +127,7 @@ def run_sft(
 
     `meta` is saved beside the weights, with the step and the last one (`steps`). A step is read when the next one is on
     its way, so that the device never waits for the host. A step whose gradient is not finite is counted and changes
-    nothing. Raises FloatingPointError after too many of those, and `Terminated`, after a save, where the process got a
+    nothing. Raises UserError after too many of those, and `Terminated`, after a save, where the process got a
     SIGTERM.
     """
     parts = mesh.size * config.microbatches
