@@ -1,6 +1,6 @@
 """The command line of `experiments.run`: its flags, the config file, and the settings changed by hand.
 
-Whatever is wrong raises ValueError or OSError in one line that says what was given and what is allowed.
+Whatever is wrong raises UserError or OSError in one line that says what was given and what is allowed.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ import importlib.util
 import math
 import re
 import traceback
+import typing
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,11 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
+from apr_jax.checks import describe
 from apr_jax.errors import UserError
-from experiments.settings import STAGES, STYLES, Settings, default_config, read_settings
+from apr_jax.paths import user_path
+from apr_jax.train.checkpoint import check_folder
+from experiments.settings import STAGES, STYLES, Settings, default_config, read_settings, setting_types
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = ROOT / "experiments" / "configs"
@@ -34,6 +38,7 @@ FLAGS_HELP = f"""\
   --coordinator=HOST:PORT --processes=N --process=I
                        this is process I of N (from 0) that train together, on `devices` in all and one run folder
                        that all of them see: stages {", ".join(SHARED_STAGES)}
+  --debug              shows the whole traceback of any error
   --help               shows this"""
 
 
@@ -51,6 +56,7 @@ class Command:
     coordinator: str = ""  # where the first of several processes listens; "": there is one
     processes: int = 1
     process: int = 0
+    debug: bool = False  # whether every error keeps its traceback
 
 
 def parse(argv: Sequence[str]) -> Command | None:
@@ -65,13 +71,14 @@ def parse(argv: Sequence[str]) -> Command | None:
         flags.DEFINE_list(name, "all", "", flag_values=values)
     flags.DEFINE_multi_string("sweep", [], "", flag_values=values)
     flags.DEFINE_boolean("help", False, "", short_name="h", flag_values=values)
+    flags.DEFINE_boolean("debug", False, "", flag_values=values)
     try:
         rest = values([argv[0], *(arg for arg in argv[1:] if not _is_change(arg))])[1:]
     except flags.UnrecognizedFlagError as error:
         raise UserError(
             f"no such flag: --{error.flagname}{_nearest(error.flagname, values, '--')}; flags are "
-            f"--config, --stage, --styles, --workdir, --sweep, --coordinator, --processes, --process and --help, "
-            f"settings are given as --config.a.b=value"
+            f"--config, --stage, --styles, --workdir, --sweep, --coordinator, --processes, --process, --debug and "
+            f"--help, settings are given as --config.a.b=value"
         ) from None
     except flags.Error as error:
         raise UserError(" ".join(str(error).split())) from None
@@ -87,7 +94,8 @@ def parse(argv: Sequence[str]) -> Command | None:
         change_setting(config, change)
     settings = read_settings(config)
     _check_processes(values, stages, settings)
-    workdir = Path(values.workdir or Path("runs") / settings.name)
+    workdir = user_path(values.workdir or str(Path("runs") / settings.name))
+    check_folder(workdir)
     for folder in (workdir, *workdir.parents):
         if folder.exists():
             if not folder.is_dir():
@@ -95,12 +103,12 @@ def parse(argv: Sequence[str]) -> Command | None:
             break
     return Command(
         values.config, changes, settings, stages, styles, workdir, tuple(values.sweep),
-        values.coordinator or "", values.processes, values.process,
+        values.coordinator or "", values.processes, values.process, values.debug,
     )  # fmt: skip
 
 
 def _some(flag: str, given: Sequence[str], names: tuple[str, ...]) -> tuple[str, ...]:
-    """What a list flag chooses of `names`. Raises ValueError."""
+    """What a list flag chooses of `names`. Raises UserError."""
     if "all" in given:
         return names
     allowed = f"--{flag} is all or some of {', '.join(names)}"
@@ -112,7 +120,7 @@ def _some(flag: str, given: Sequence[str], names: tuple[str, ...]) -> tuple[str,
 
 
 def _check_processes(values: flags.FlagValues, stages: Sequence[str], settings: Settings) -> None:
-    """Raises ValueError for what several processes cannot run together."""
+    """Raises UserError for what several processes cannot run together."""
     if values.processes < 1:
         raise UserError(f"--processes is at least 1, was given {values.processes}")
     if values.coordinator and not re.fullmatch(r".+:\d+", values.coordinator):
@@ -143,7 +151,7 @@ def _is_change(arg: str) -> bool:
 def load_config(name: str) -> ConfigDict:
     """What get_config() of a file returns; ``FILE:WORD`` gives it WORD. Any error in the file is its writer's."""
     file, sign, word = name.partition(":")
-    path = Path(file)
+    path = user_path(file)
     if not path.is_file():
         raise FileNotFoundError(f"no config file {file!r}: give {_presets()}, or a file of your own")
     if path.suffix != ".py":
@@ -180,27 +188,31 @@ def change_setting(config: ConfigDict, change: str) -> None:
     holder = config
     for name in sections:
         holder = holder[name]
-    old = holder[last]
+    holder[last] = read_value(key, given, holder[last])
+
+
+def read_value(key: str, given: str, example: Any = None) -> Any:
+    """A setting's value as its type; an `example` helps to say what a list is like. Raises UserError."""
+    kind = setting_types()[key]
     try:
-        holder[last] = _read(given, old)
+        return _read(given, kind)
     except ValueError:
-        kind = f"a list like {','.join(map(str, old))}" if isinstance(old, tuple) else _KINDS[type(old)]
-        raise UserError(f"{key} is {kind}, was given {given!r}") from None
+        says = describe(kind).replace("tuple", "list")
+        if isinstance(example, tuple) and example:
+            says = f"a list like {','.join(map(str, example))}"
+        raise UserError(f"{key} is {says}, was given {given!r}") from None
 
 
-_KINDS = {bool: "true or false", int: "an integer", float: "a number"}
-
-
-def _read(given: str, old: Any) -> Any:
-    """`given` as the type of `old`; raises ValueError."""
-    if isinstance(old, bool):
+def _read(given: str, kind: Any) -> Any:
+    """`given` as a setting's type, int or tuple[float, ...]; raises ValueError."""
+    if kind is bool:
         if given.lower() not in ("true", "false"):
             raise ValueError(given)
         return given.lower() == "true"
-    if isinstance(old, tuple):
+    if typing.get_origin(kind) is tuple:
         items = [item.strip(" '\"") for item in given.strip(" ()[]").split(",")]
-        return tuple(_read(item, old[0] if old else "") for item in items if item)
-    value = type(old)(given)
+        return tuple(_read(item, typing.get_args(kind)[0]) for item in items if item)
+    value = kind(given)
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(given)
     return value

@@ -87,7 +87,7 @@ def load_pieces(folder: Path, style: str, part: str, children: int = 0, seed: in
                 f"the data set at {folder} has no {style} traces: give --styles={','.join(there)}, or import them, too"
             ) from None
         raise FileNotFoundError(f"no traces at {folder / f'{style}_{part}'}: run --stage=data first") from None
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{error}: {_mend(folder)}") from None
     if not children:
         return StoredPieces(store)
@@ -108,7 +108,7 @@ def load_problems(path: Path) -> Sequence[Problem]:
         raise FileNotFoundError(f"no problems at {path}: run --stage=data first")
     try:
         return ProblemFile(path)
-    except (ValueError, EOFError):
+    except UserError:
         raise UserError(f"{path} is broken: {_mend(path.parent)}") from None
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from apr_jax.countdown.dataset import write_text
 from apr_jax.errors import UserError
 from apr_jax.evaluate.evaluate import Record, paired_difference, read_records, summarise
+from apr_jax.paths import read_json
 from apr_jax.train.checkpoint import fingerprint, last_step, load_model
 from experiments import figures
 from experiments.dataset import load_manifest
@@ -89,7 +90,7 @@ def write_report(
             summaries |= {f"{title} {where}": one for title, one in found.items()}
     check = workdir / "export" / "check.json"
     if check.exists():
-        found = json.loads(check.read_text())
+        found = read_json(check, "delete it and run --stage=export again")
         if found.get("weights") != (_present(workdir / found["model"], weights) or found.get("weights")):
             lines += ["", f"The export is of other weights than {found['model']} has now: run --stage=export again."]
         else:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import jax
 
+from apr_jax.errors import debug_asked, with_causes
 from apr_jax.train.termination import Terminated
 from experiments.command import FLAGS_HELP, Command, parse, reason
 from experiments.compilation import use_cache
@@ -52,7 +53,7 @@ def start(command: Command) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """The exit code: 0, 1 after one line on stderr, 130 after an interrupt, 143 after a SIGTERM and a save. A bug keeps
-    its traceback."""
+    its traceback, with --debug any error."""
     try:
         command = parse(argv)
         if command is None:
@@ -70,6 +71,8 @@ def main(argv: Sequence[str]) -> int:
             jax.distributed.shutdown()  # waits for the others: the first one serves them
         return 143
     except Exception as error:
+        if debug_asked(argv):
+            raise with_causes(error)
         if (line := reason(error)) is None:
             raise
         print(f"error: {line}", file=sys.stderr)

@@ -5,14 +5,19 @@ the start, before anything is built.
 """
 
 import dataclasses
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import ml_collections
 
+from apr_jax.checks import FieldError, check_type, check_values
+from apr_jax.countdown.dataset import DatasetConfig
 from apr_jax.countdown.problem import ProblemRange
 from apr_jax.countdown.solver import SolverConfig
 from apr_jax.errors import UserError
 from apr_jax.model.llama import PRESETS, LlamaConfig
+from apr_jax.paths import expand_home
 from apr_jax.threads.engine import Sampling
 from apr_jax.threads.run import Budget
 from apr_jax.train.objective import GrpoConfig
@@ -25,23 +30,14 @@ RECIPE = ("search", "correct_only", "conditioned")  # settings of a style that a
 STAGES = ("data", "sft", "grpo", "evaluate", "export", "report")
 
 
-# The least value of what nothing else checks.
+# The least value of what no part's own config holds; of sizes and limits 0 means another than their number.
 LEAST = {
-    "seed": 0, "devices": 1, "fsdp": 1, "window": 32, "problems.train": 1, "problems.held_out": 1,
-    "tokenizer.max_number": 9, "sosp.max_value": 0, "apr.max_value": 0,
+    "devices": 1, "fsdp": 1, "window": 32, "sosp.max_value": 0, "apr.max_value": 0, "apr.children": 0,
     "model.width": 0, "model.layers": 0, "model.heads": 0, "model.kv_heads": 0, "model.feed_forward": 0,
-    "sft.steps": 0, "sft.tokens": 0, "sft.batch_rows": 1, "sft.microbatches": 1, "sft.save_every": 1,
-    "sft.log_every": 1, "sft.validate_every": 0, "sft.most_skipped": 0,
-    "grpo.steps": 0, "grpo.prompts": 1, "grpo.inner_steps": 1, "grpo.batch_rows": 1, "grpo.slots": 1,
-    "grpo.clip_low": 0, "grpo.clip_high": 0, "grpo.kl": 0, "grpo.save_every": 1, "grpo.importance_cap": 0,
-    "grpo.child_credit": 0, "grpo.fresh_rounds": 0, "grpo.validate_every": 0, "grpo.validation": 1,
-    "budget.threads": 1, "budget.depth": 0, "budget.tokens": 0, "budget.least_children": 0,
-    "evaluate.slots": 1, "export.check_trees": 0,
-} | {
-    f"{stage}.optimizer.{name}": 0
-    for stage in ("sft", "grpo")
-    for name in ("peak_rate", "muon_rate", "start_rate", "end_rate", "warmup_steps", "weight_decay", "clip", "beta2")
+    "grpo.slots": 1, "budget.tokens": 0, "evaluate.slots": 1, "export.check_trees": 0,
 }  # fmt: skip
+# What a setting that is an empty tuple by default has elements of.
+ELEMENTS = {"sosp.beam_weights": float, "apr.beam_weights": float, "evaluate.also_at": float}
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -214,75 +210,47 @@ class Settings:
         return self.budget if style == "apr" else dataclasses.replace(self.budget, least_children=0)
 
 
+@functools.cache
+def setting_types() -> dict[str, Any]:
+    """The type of every setting by its full name, as an annotation: int, tuple[float, ...]."""
+
+    def of(name: str, default: Any) -> Any:
+        if not isinstance(default, tuple):
+            return type(default)
+        return tuple[ELEMENTS[name] if name in ELEMENTS else type(default[0]), ...]
+
+    return {name: of(name, default) for name, default in _leaves(default_config().to_dict())}
+
+
 def read_settings(config: ml_collections.ConfigDict) -> Settings:
-    """Raises ValueError, in one line that says what was given and what is allowed."""
+    """Raises UserError, in one line that says what was given and what is allowed."""
     c = config.to_dict()
+    _check_types(c)
 
-    def at_least(name: str, value: int, least: int) -> int:
-        if value < least:
-            raise UserError(f"{name} is at least {least}, was given {value}")
-        return value
-
-    def build(section: str, kind, *given, **values):
+    def build(section: str, kind, *given, names: dict[str, str] = {}, **values):  # noqa: B006
+        """`kind` of these values; an error says a field by its setting's full name (`names`: where that is not of
+        the section)."""
         try:
             return kind(*given, **values)
-        except (ValueError, TypeError) as error:
+        except FieldError as error:
+            raise UserError(f"{names.get(error.field, f'{section}.{error.field}')} {error.says}") from None
+        except UserError as error:
             raise UserError(f"{section}: {error}") from None
 
     for name, least in LEAST.items():
-        value = config
-        for part in name.split("."):
-            value = value[part]
-        at_least(name, value, least)
+        _at_least(name, _value(c, name), least)
     devices, window = c["devices"], c["window"]
-    for name in ("sft.batch_rows", "grpo.batch_rows", "grpo.slots", "evaluate.slots"):
-        section, key = name.split(".")
-        if (value := c[section][key]) % devices:
-            raise UserError(f"{name} is a multiple of devices ({devices}), was given {value}")
-    if devices % c["fsdp"]:
-        raise UserError(f"fsdp divides devices ({devices}), was given {c['fsdp']}")
-    if c["sft"]["batch_rows"] % (devices * c["sft"]["microbatches"]):
-        raise UserError(
-            f"sft.batch_rows is a multiple of devices times sft.microbatches ({devices} x {c['sft']['microbatches']}), "
-            f"was given {c['sft']['batch_rows']}"
-        )
-    for section in ("sft", "grpo"):
-        at_least(f"{section}.row_length", c[section]["row_length"], window)
-    held_back = c["grpo"]["validation"] if c["grpo"]["validate_every"] else 0
-    if c["grpo"]["prompts"] + held_back > c["problems"]["train"]:
-        also = f" less the {held_back} of grpo.validation" if held_back else ""
-        raise UserError(
-            f"grpo.prompts is at most problems.train ({c['problems']['train']}){also}, was given {c['grpo']['prompts']}"
-        )
     if c["sosp"]["search"] not in ("sosp", "sos"):
         raise UserError(f"sosp.search is sosp or sos, was given {c['sosp']['search']!r}")
-    if c["apr"]["depth"] > c["budget"]["depth"]:
-        raise UserError(
-            f"apr.depth is at most budget.depth ({c['budget']['depth']}), what a model may open, was given "
-            f"{c['apr']['depth']}"
-        )
-    for style, names in (("sosp", ("beam",)), ("apr", ("beam", "sub_beam"))):
-        for name in names:
-            if len(c[style][name]) != 2:
-                raise UserError(f"{style}.{name} is two numbers, lowest and highest, was given {c[style][name]}")
     if unknown := set(c["grpo"]["styles"]) - set(STYLES):
         raise UserError(f"grpo.styles is a choice of {', '.join(STYLES)}, was given {', '.join(sorted(unknown))}")
-    if c["sft"]["loss_tokens"] not in ("sampled", "all"):
-        raise UserError(f"sft.loss_tokens is sampled or all, was given {c['sft']['loss_tokens']!r}")
     if c["export"]["dtype"] not in ("float32", "bfloat16"):
         raise UserError(f"export.dtype is float32 or bfloat16, was given {c['export']['dtype']!r}")
 
-    if c["seed"] >= 2**31:
-        raise UserError(f"seed is less than {2**31}, was given {c['seed']}")
-    for stage in ("sft", "grpo"):
-        if (beta2 := c[stage]["optimizer"]["beta2"]) >= 1:
-            raise UserError(f"{stage}.optimizer.beta2 is from 0 to less than 1, was given {beta2}")
-    largest = max(2, c["problems"]["max_number"]) ** min(c["problems"]["count"], 6)
-    if c["problems"]["max_target"] > largest:
-        raise UserError(
-            f"problems.max_target is at most {largest}, no more can be made of {c['problems']['count']} numbers up to "
-            f"{c['problems']['max_number']}, was given {c['problems']['max_target']}"
-        )
+    problems = {field.name: c["problems"][field.name] for field in dataclasses.fields(ProblemRange)}
+    data = {name: c["problems"][name] for name in ("train", "held_out", "repeats", "unseen_targets")}
+    build("problems", check_values, DatasetConfig, **data)
+    build("tokenizer", check_values, DatasetConfig, max_number=c["tokenizer"]["max_number"])
 
     def solver(style: str) -> SolverConfig:
         values = {key: value for key, value in c[style].items() if key not in ("children", *RECIPE)}
@@ -290,16 +258,18 @@ def read_settings(config: ml_collections.ConfigDict) -> Settings:
         return build(style, SolverConfig, **values)
 
     solvers = {style: solver(style) for style in STYLES}
-    model = _model_sizes(c["model"])
-    model["context"] = -(-max(window, c["grpo"]["row_length"]) // 128) * 128
-    build("model", LlamaConfig, vocab_size=8, **model)
 
     def section(name: str, kind, leave_out: tuple[str, ...] = ()):
         values = {key: value for key, value in c[name].items() if key not in leave_out}
         values["optimizer"] = build(f"{name}.optimizer", OptimizerConfig, **values["optimizer"])
         if "prices" in values:
             values["prices"] = build(f"{name}.prices", Prices, **values["prices"])
-        return build(name, kind, **values, seed=c["seed"])
+        return build(name, kind, **values, seed=c["seed"], names={"seed": "seed"})
+
+    sft, grpo = section("sft", SftConfig), section("grpo", GrpoConfig, ("styles", "slots"))
+    model = _model_sizes(c["model"])
+    model["context"] = -(-max(window, grpo.row_length) // 128) * 128
+    build("model", LlamaConfig, vocab_size=8, **model)
 
     def sampling(temperature: float) -> Sampling:
         return build("evaluate", Sampling, temperature, c["evaluate"]["top_k"], c["evaluate"]["top_p"])
@@ -321,21 +291,13 @@ def read_settings(config: ml_collections.ConfigDict) -> Settings:
             pass
         raise UserError(f"evaluate.{name} is whole numbers from 0, each once, was given {given}")
 
-    problems = {field.name: c["problems"][field.name] for field in dataclasses.fields(ProblemRange)}
-    if not 0 <= c["problems"]["unseen_targets"] < 1:
-        raise UserError(
-            f"problems.unseen_targets is from 0 to less than 1, was given {c['problems']['unseen_targets']}"
-        )
-    return Settings(
+    settings = Settings(
         config=c, name=c["name"], seed=c["seed"], devices=devices, fsdp=c["fsdp"], window=window,
-        problems=build("problems", ProblemRange, **problems),
-        train=c["problems"]["train"], held_out=c["problems"]["held_out"],
-        repeats=c["problems"]["repeats"], unseen_targets=c["problems"]["unseen_targets"],
+        problems=build("problems", ProblemRange, **problems), **data,
         solvers=solvers, recipes={style: {key: c[style][key] for key in RECIPE if key in c[style]} for style in STYLES},
-        children=at_least("apr.children", c["apr"]["children"], 0),
-        max_number=c["tokenizer"]["max_number"], tokenizer=c["tokenizer"]["name"], model=model,
-        checkpoint=c["model"]["checkpoint"],
-        sft=section("sft", SftConfig), grpo=section("grpo", GrpoConfig, ("styles", "slots")),
+        children=c["apr"]["children"],
+        max_number=c["tokenizer"]["max_number"], tokenizer=expand_home(c["tokenizer"]["name"]), model=model,
+        checkpoint=expand_home(c["model"]["checkpoint"]), sft=sft, grpo=grpo,
         grpo_styles=tuple(c["grpo"]["styles"]), grpo_slots=c["grpo"]["slots"],
         budget=build("budget", Budget, context=window, **c["budget"] | {"tokens": c["budget"]["tokens"] or None}),
         evaluate_sampling=sampling(temperatures[0]), evaluate_also={t: sampling(t) for t in temperatures[1:]},
@@ -343,6 +305,68 @@ def read_settings(config: ml_collections.ConfigDict) -> Settings:
         evaluate_slots=c["evaluate"]["slots"], export_dtype=c["export"]["dtype"],
         export_check_trees=c["export"]["check_trees"],
     )  # fmt: skip
+    _check_together(settings)
+    return settings
+
+
+def _check_types(c: dict[str, Any]) -> None:
+    """Raises UserError where a tree of settings lacks one, has one too many, or one of another type."""
+    known, given = setting_types(), dict(_leaves(c))
+    for name, kind in known.items():
+        if name not in given:
+            raise UserError(f"the setting {name} is missing: start from default_config()")
+        check_type(name, given[name], kind)
+    if unknown := given.keys() - known.keys():
+        raise UserError(f"no setting {min(unknown, key=str)}")
+
+
+def _check_together(settings: Settings) -> None:
+    """Raises UserError for settings that do not go together."""
+    c, devices, window = settings.config, settings.devices, settings.window
+    for name in ("sft.batch_rows", "grpo.batch_rows", "grpo.slots", "evaluate.slots"):
+        if (value := _value(c, name)) % devices:
+            raise UserError(f"{name} is a multiple of devices ({devices}), was given {value}")
+    if devices % settings.fsdp:
+        raise UserError(f"fsdp divides devices ({devices}), was given {settings.fsdp}")
+    if settings.sft.batch_rows % (devices * settings.sft.microbatches):
+        raise UserError(
+            f"sft.batch_rows is a multiple of devices times sft.microbatches ({devices} x "
+            f"{settings.sft.microbatches}), was given {settings.sft.batch_rows}"
+        )
+    for name in ("sft.row_length", "grpo.row_length"):
+        _at_least(name, _value(c, name), window)
+    held_back = settings.grpo.validation if settings.grpo.validate_every else 0
+    if settings.grpo.prompts + held_back > settings.train:
+        also = f" less the {held_back} of grpo.validation" if held_back else ""
+        raise UserError(
+            f"grpo.prompts is at most problems.train ({settings.train}){also}, was given {settings.grpo.prompts}"
+        )
+    if settings.solvers["apr"].depth > settings.budget.depth:
+        raise UserError(
+            f"apr.depth is at most budget.depth ({settings.budget.depth}), what a model may open, was given "
+            f"{settings.solvers['apr'].depth}"
+        )
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise UserError(f"{name} is at least {least}, was given {value}")
+
+
+def _value(tree: dict[str, Any], name: str) -> Any:
+    """The setting of a full name."""
+    for part in name.split("."):
+        tree = tree[part]
+    return tree
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(full name, value) of every setting; an empty section is a value."""
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _model_sizes(section: dict[str, Any]) -> dict[str, Any]:

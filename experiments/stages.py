@@ -34,7 +34,8 @@ from apr_jax.countdown.dataset import read_manifest, write_text
 from apr_jax.errors import UserError
 from apr_jax.evaluate.evaluate import evaluate
 from apr_jax.export.hf import check_export, check_trees, export_hf
-from apr_jax.model.llama import Llama, LlamaConfig, parameter_count
+from apr_jax.model.llama import Llama, LlamaConfig, abstract_llama, parameter_count
+from apr_jax.paths import read_json
 from apr_jax.rollout.engine import JaxEngine
 from apr_jax.text.hub import find_tokenizer, load_tokenizer
 from apr_jax.text.tokenizer import Tokenizer
@@ -107,10 +108,7 @@ class Run:
         path = self.workdir / "config.json"
         mine = json.loads(json.dumps(self.settings.config))
         if path.exists():
-            try:
-                theirs = json.loads(path.read_text())
-            except ValueError:
-                raise UserError(f"{path} is broken: delete it, if the config is the one it was begun with") from None
+            theirs = read_json(path, "delete it, if the config is the one it was begun with")
             theirs = _completed(theirs, json.loads(json.dumps(default_config().to_dict())))
             begun = {name for name, folders in UNTIL.items() if any(any(self.workdir.glob(f)) for f in folders)}
             if differences := list(_differences(theirs, mine, free=UNTIL.keys() - begun)):
@@ -247,17 +245,17 @@ class Run:
                 )  # fmt: skip
 
     def export(self) -> None:
-        steps = self._last_steps()
-        name = next((name for name in ("grpo_apr", "sft_apr") if name in steps), None)
+        saved = self.saved()
+        name = next((name for name in ("grpo_apr", "sft_apr") if name in saved), None)
         if name is None:
             if "apr" not in self.styles:
                 return
             raise FileNotFoundError(f"no APR checkpoint under {self.workdir}: run --stage=sft first")
         self._check_finished(name, "; python -m tools.export_hf exports any checkpoint")
-        model, meta = load_model(steps[name].parent)
+        model, meta = load_model(saved[name].parent)
         folder = self.workdir / "export"
-        self._weights[steps[name]] = fingerprint(model)
-        described = {"model": name, "step": meta["step"], "weights": self._weights[steps[name]]}
+        self._weights[saved[name]] = fingerprint(model)
+        described = {"model": name, "step": meta["step"], "weights": self._weights[saved[name]]}
         if _read_json(folder / "check.json").items() >= described.items():
             return  # the check is the last thing written
         export_hf(model, self.tokenizer, folder, meta, self.settings.export_dtype)
@@ -366,14 +364,15 @@ class Run:
                 f"not: set tokenizer.name to {path}"
             )
 
-    def models(self) -> dict[str, tuple[Llama, dict]]:
-        """Every trained model of these styles with its meta, by the name of its stage: sft_sosp, sft_apr, ... Of GRPO
+    def saved(self) -> dict[str, Path]:
+        """The folder of every trained model of these styles, by the name of its stage: sft_sosp, sft_apr, ... Of GRPO
         with validation what validated best."""
-        return {name: load_model(step.parent) for name, step in self._last_steps().items()}
-
-    def _last_steps(self) -> dict[str, Path]:
         names = (f"{kind}_{style}" for kind in ("sft", "grpo") for style in self.styles)
         return {name: step for name in names if (step := last_step(self.workdir / name))}
+
+    def models(self) -> dict[str, tuple[Llama, dict]]:
+        """The models of `saved` with their meta."""
+        return {name: load_model(step.parent) for name, step in self.saved().items()}
 
     def _reached(self, name: str) -> tuple[int, int]:
         """(the newest step that a stage has saved, its last step). They differ while it is trained."""
@@ -391,7 +390,7 @@ class Run:
             raise UserError(f"{name} stands at step {reached} of {steps}: finish --stage={stage} first{also}")
 
     def _meta(self, config: LlamaConfig, style: str, kind: str) -> dict:
-        total, inner = parameter_count(Llama(config, rngs=nnx.Rngs(0)))
+        total, inner = parameter_count(abstract_llama(config))
         return {
             "model": dataclasses.asdict(config), "style": style, "stage": kind, "config": self.settings.config,
             "parameters": total, "parameters_without_embeddings": inner,

@@ -7,12 +7,12 @@ import sys
 from collections.abc import Sequence
 
 from apr_jax.errors import UserError
-from experiments.command import Command, parse
+from experiments.command import Command, parse, read_value
 
 
 def expand(command: Command) -> list[tuple[str, list[str]]]:
     """(folder, command line) of every point, each one parsed, so that a wrong value stops the sweep at its
-    start. Raises ValueError."""
+    start. Raises UserError."""
     axes: dict[str, list[str]] = {}
     for sweep in command.sweeps:
         key, sign, values = sweep.partition("=")
@@ -25,21 +25,26 @@ def expand(command: Command) -> list[tuple[str, list[str]]]:
             raise UserError(f"--sweep={sweep} has the value {min(twice)} twice")
         if "/" in values:
             raise UserError(f"--sweep={sweep}: a value names a folder, so it holds no '/'")
-    points = []
+    points, read = [], set()
     for values in itertools.product(*axes.values()):
         changes = [f"{key}={value}" for key, value in zip(axes, values)]
         folder = command.workdir / ",".join(changes)
         line = [
             f"--config={command.file}", *(f"--config.{change}" for change in (*command.changes, *changes)),
             f"--stage={','.join(command.stages)}", f"--styles={','.join(command.styles)}", f"--workdir={folder}",
+            *(["--debug"] if command.debug else []),
         ]  # fmt: skip
         parse(["run", *line])
+        # Two ways to write one value, as 0.001 and 1e-3, would run one point twice.
+        if (same := tuple(read_value(*change.split("=", 1)) for change in changes)) in read:
+            raise UserError(f"--sweep has the point {folder.name} twice, written in two ways")
+        read.add(same)
         points.append((folder.name, line))
     return points
 
 
 def run_each(command: Command, points: Sequence[tuple[str, list[str]]]) -> None:
-    """Runs the points one after the other, each as the command it would be by hand. Raises RuntimeError that
+    """Runs the points one after the other, each as the command it would be by hand. Raises UserError that
     names those that failed, after all others have run."""
     failed = []
     for number, (name, line) in enumerate(points, 1):

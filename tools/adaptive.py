@@ -29,10 +29,9 @@ from apr_jax.train.grpo import run_grpo
 from apr_jax.train.objective import GrpoConfig
 from apr_jax.train.optimizer import OptimizerConfig
 from apr_jax.train.reward import Prices
-from apr_jax.train.step import data_mesh
 from experiments import figures
 from tools import command
-from tools.factors import train_pupil
+from tools.factors import BATCH_ROWS, SLOTS, batch_mesh, train_pupil
 
 HELD_OUT = 200  # problems of 1,000
 BUDGET = Budget(384)
@@ -60,12 +59,12 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     random.Random(0).shuffle(problems)
     train, held_out = problems[HELD_OUT:], problems[:HELD_OUT]
     trees = [solve_sum(problem, parts) for problem in train for parts in CUTS]
-    mesh = data_mesh(jax.device_count())
+    mesh = batch_mesh()
     models = {"before": train_pupil(trees, tokenizer, mesh, sft_steps, workdir / "sft", {}, row=BUDGET.context)}
-    slots = 64 * mesh.size
+    slots = 2 * SLOTS
     for name, prices in PRICES.items():
         config = GrpoConfig(
-            steps=steps, prompts=12, group=8, batch_rows=4 * mesh.size, row_length=BUDGET.context, inner_steps=1,
+            steps=steps, prompts=12, group=8, batch_rows=BATCH_ROWS, row_length=BUDGET.context, inner_steps=1,
             prices=prices, aggregate="constant", normalise=False, save_every=10,
             optimizer=OptimizerConfig(name="muon", peak_rate=1e-3, muon_rate=5e-3, warmup_steps=1, schedule="constant"),
         )  # fmt: skip

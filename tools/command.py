@@ -8,30 +8,40 @@ from pathlib import Path
 
 from absl import flags
 
-from apr_jax.errors import UserError
+from apr_jax.errors import UserError, debug_asked, with_causes
+from apr_jax.paths import expand_home
 
 
 def run(doc: str, define: Callable[[flags.FlagValues], None], work: Callable[..., None], argv: Sequence[str]) -> int:
     """Parses `argv` (the program's name first), calls ``work(values, arguments)``, returns the exit code.
 
     Each call has its own `FlagValues`, so that tools may share names and run within one process. UserError
-    and OSError are a user's: one line on stderr and code 1. Anything else is ours and keeps its traceback.
+    and OSError are a user's: one line on stderr and code 1. Anything else is ours and keeps its traceback, with --debug
+    any error does. A flag or argument that begins with ~ is read as a path in a home folder.
     """
     values = flags.FlagValues()
     define(values)
-    flags.DEFINE_boolean("help", False, "Show this and stop.", flag_values=values)
+    flags.DEFINE_boolean("help", False, "Show this and stop.", short_name="h", flag_values=values)
+    flags.DEFINE_boolean("debug", False, "Show the whole traceback of any error.", flag_values=values)
     try:
         arguments = values(list(argv))[1:]
         if values["help"].value:
             print(f"{doc.strip()}\n\nFlags:\n{_flag_help(values)}")
             return 0
-        work(values, arguments)
+        for name in values:
+            if isinstance(given := values[name].value, str):
+                values[name].value = expand_home(given)
+        work(values, [expand_home(argument) for argument in arguments])
         sys.stdout.flush()
-    except flags.Error as error:
-        return fail(f"{_first_line(error)} (--help lists the flags)")
     except BrokenPipeError:  # the reader, a pager perhaps, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (UserError, OSError) as error:
+    except Exception as error:
+        if debug_asked(argv):
+            raise with_causes(error)
+        if isinstance(error, flags.Error):
+            return fail(f"{_first_line(error)} (--help lists the flags)")
+        if not isinstance(error, UserError | OSError):
+            raise
         return fail(_first_line(error))
     return 0
 
@@ -63,7 +73,7 @@ def _first_line(error: Exception) -> str:
 
 def _flag_help(values: flags.FlagValues) -> str:
     lines = []
-    for name in values:
+    for name in dict.fromkeys(values[name].name for name in values):  # short names left out
         flag = values[name]
         default = "" if flag.default in (None, False) else f" (default {flag.default})"
         shown = f"--{name}" if flag.boolean else f"--{name}=..."

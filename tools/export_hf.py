@@ -13,33 +13,31 @@ foreign model's does, only logits are compared.
 import functools
 import random
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags, logging
 
 from apr_jax.errors import UserError
+from tools import command
 
 RANDOM_IDS = 64  # tokens of the sequences whose logits are compared
 LOGIT_TOLERANCE = 1e-3
 
 
-def make_flags() -> flags.FlagValues:
-    values = flags.FlagValues()  # its own: other commands, imported in one process, have an --out too
-    common = {"flag_values": values}
-    text = functools.partial(flags.DEFINE_string, default=None, **common)
-    number = functools.partial(flags.DEFINE_integer, **common)
+def _define(values: flags.FlagValues) -> None:
+    text = functools.partial(flags.DEFINE_string, default=None, flag_values=values)
+    number = functools.partial(flags.DEFINE_integer, flag_values=values)
     text("checkpoint", help="Folder of a saved step, or the folder of all steps of a stage.")
     text("out", help="Folder to write. An earlier export there is replaced; a folder of anything else is refused.")
-    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the stored weights.", **common)
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the stored weights.", flag_values=values)
     text("tokenizer", help="The tokenizer.json. Default: looked for from the checkpoint's folder up, and in data/.")
     number("check", 20, "Countdown trees to compare after the export; 0: no check.", lower_bound=0)
     number("window", None, "Tokens of one thread in the check. Default: the run's, else 768.", lower_bound=32)
-    flags.DEFINE_bool("help", False, "Shows this.", short_name="h", **common)
-    return values
 
 
 def run(checkpoint: str, out: str, dtype: str, tokenizer: str | None, check: int, window: int | None) -> None:
-    """Raises CheckpointError, ExportError, OSError or ValueError, each with a line that says what to do."""
+    """Raises UserError or OSError, each with a line that says what to do."""
     folder = Path(checkpoint).absolute()
     if not folder.is_dir():
         raise FileNotFoundError(f"no checkpoint at {folder}")
@@ -106,25 +104,17 @@ def _problems(path: Path, count: int) -> list:
     return [ProblemRange().draw(rng) for _ in range(count)]
 
 
-def main(argv: list[str]) -> int:
-    """The exit code: 0, or 1 after one line on stderr."""
-    values = make_flags()
-    try:
-        rest = values(argv)[1:]
-        if values.help:
-            print(f"{__doc__}{values.get_help()}")
-            return 0
-        if rest:
-            raise UserError(f"no such argument: {rest[0]!r}; options are given as --name=value, see --help")
-        for name in ("checkpoint", "out"):
-            if not values[name].value:
-                raise UserError(f"--{name} is needed, see --help")
-        run(**{name: values[name].value for name in ("checkpoint", "out", "dtype", "tokenizer", "check", "window")})
-    except (flags.Error, ValueError, OSError, RuntimeError, KeyError) as error:
-        text = str(error).strip().splitlines()
-        print(f"error: {text[0] if text else type(error).__name__}", file=sys.stderr)
-        return 1
-    return 0
+def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
+    if arguments:
+        raise UserError(f"no such argument: {arguments[0]!r}; options are given as --name=value, see --help")
+    for name in ("checkpoint", "out"):
+        if not values[name].value:
+            raise UserError(f"--{name} is needed, see --help")
+    run(**{name: values[name].value for name in ("checkpoint", "out", "dtype", "tokenizer", "check", "window")})
+
+
+def main(argv: Sequence[str]) -> int:
+    return command.run(__doc__, _define, _work, argv)
 
 
 if __name__ == "__main__":

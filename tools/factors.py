@@ -36,6 +36,8 @@ from tools import command
 LARGEST = 60  # number
 HELD_OUT = 100  # problems
 WINDOW = 128  # tokens
+BATCH_ROWS = 8  # of one update, on any number of devices: what is learned must not depend on the machine
+SLOTS = 64
 
 
 def _define(values: flags.FlagValues) -> None:
@@ -54,14 +56,19 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     random.Random(0).shuffle(problems)
     train, held_out = problems[HELD_OUT:], problems[:HELD_OUT]
     trees = [solve(one, inherit) for one in train]
-    mesh = data_mesh(jax.device_count())
+    mesh = batch_mesh()
     model = train_pupil(trees, tokenizer, mesh, steps, workdir / "sft", {"inherit": inherit})
 
-    engine = JaxEngine(model, mesh, slots=32 * mesh.size, context=WINDOW)
+    engine = JaxEngine(model, mesh, slots=SLOTS, context=WINDOW)
     runner = TreeRunner(engine, protocol, tokenizer, Budget(WINDOW, depth=3), Sampling(0.0))
     records = evaluate(runner, held_out, workdir / "evaluate.jsonl", name="factors")
     summary = summarise(records)
     print(json.dumps(summary))
+
+
+def batch_mesh() -> Mesh:
+    """As many of the devices as divide `BATCH_ROWS`."""
+    return data_mesh(max(devices for devices in range(1, jax.device_count() + 1) if BATCH_ROWS % devices == 0))
 
 
 def train_pupil(
@@ -74,7 +81,7 @@ def train_pupil(
     optimizer = OptimizerConfig(
         name="muon", peak_rate=3e-3, muon_rate=0.02, warmup_steps=20, schedule="linear", end_rate=0.02
     )
-    config = SftConfig(steps=steps, batch_rows=4 * mesh.size, row_length=row, optimizer=optimizer, log_every=100)
+    config = SftConfig(steps=steps, batch_rows=BATCH_ROWS, row_length=row, optimizer=optimizer, log_every=100)
     return run_sft(model, pieces, pieces[:64], config, mesh, folder, {"stage": "sft", **meta})
 
 

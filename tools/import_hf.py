@@ -52,7 +52,7 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     from apr_jax.export.imported import import_hf, read_positions
     from apr_jax.model.llama import parameter_count
     from apr_jax.text.hub import GENERATION, HubTokenizer, load_tokenizer, with_ends
-    from apr_jax.train.checkpoint import CheckpointError, save_model
+    from apr_jax.train.checkpoint import save_model
 
     logging.set_verbosity(logging.ERROR)  # Orbax tells of every file
     with replaced(values["out"].value, _foreign, "import") as part:
@@ -70,10 +70,7 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
             "source": _source(values["model"].value), "parameters": total, "parameters_without_embeddings": inner,
             "max_position_embeddings": read_positions(folder),
         }  # fmt: skip
-        try:
-            save_model(part, model, meta)
-        except CheckpointError as error:
-            raise UserError(error) from None
+        save_model(part, model, meta)
         if isinstance(tokenizer, HubTokenizer):
             tokenizer.backend.save_pretrained(part)
         else:

@@ -31,6 +31,7 @@ from apr_jax.countdown.dataset import write_text
 from apr_jax.errors import UserError
 from apr_jax.evaluate.costs import Costs, calibrate
 from apr_jax.evaluate.latency import TRIES, Setting, measure, read_samples, warm_up
+from apr_jax.paths import read_json
 from apr_jax.rollout.measure import Measurements, TimedEngine
 from apr_jax.rollout.placement import PLACEMENTS
 from apr_jax.rollout.servers import Servers, StartedServers
@@ -140,7 +141,7 @@ async def _pass(plan: Plan, export: Export, setting: Setting, budget: Budget, se
 async def _costs(plan: Plan, setting: Setting, engine: Engine, measurements: Measurements, words: int) -> Costs:
     """Of this model on this engine, measured once: passes and restarts are predicted by the same."""
     path = plan.out / "costs.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
+    known = read_json(path, "delete it, it is measured again") if path.exists() else {}
     key = f"{setting.model} {setting.weights} {setting.engine}"
     if key not in known:
         known[key] = dataclasses.asdict(await calibrate(engine, measurements, words))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import os
 import random
 import re
@@ -19,6 +18,7 @@ from apr_jax.countdown import CountdownProtocol
 from apr_jax.countdown.dataset import ProblemFile, write_text
 from apr_jax.countdown.problem import Problem, ProblemRange
 from apr_jax.errors import UserError
+from apr_jax.paths import read_json
 from apr_jax.rollout.placement import PLACEMENTS
 from apr_jax.text.hub import HubTokenizer, load_tokenizer
 from apr_jax.text.tokenizer import Tokenizer
@@ -208,7 +208,7 @@ def _take_from_run(values: flags.FlagValues) -> None:
     run = Path(values["workdir"].value or Path("runs") / preset.name)
     if not (run / "config.json").is_file():
         raise FileNotFoundError(f"no run in {run}: give --workdir=FOLDER, or run experiments.run first")
-    config = json.loads((run / "config.json").read_text())
+    config = read_json(run / "config.json", "run experiments.run again with the run's settings")
     found = {
         "out": str(run / "latency"), "windows": [str(config["window"])], "depth": config["budget"]["depth"],
         "temperature": config["evaluate"]["temperature"], "problems": str(run / "data" / "held_out.npy"),
@@ -241,6 +241,9 @@ def _exported(checkpoint: Path, folder: Path) -> Path:
             text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"},
         )  # fmt: skip
         if made.returncode:
-            raise UserError(made.stderr.strip().rpartition("error: ")[2] or f"{checkpoint} could not be exported")
+            _, sign, why = made.stderr.strip().rpartition("error: ")
+            if not sign or "Traceback" in made.stderr:
+                raise RuntimeError(f"{checkpoint} could not be exported:\n{made.stderr}")
+            raise UserError(why)
         write_text(stamp, of)
     return folder

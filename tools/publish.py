@@ -66,15 +66,12 @@ def _check_weights(run: Path, checkpoint: Path) -> None:
 
 
 def _publish_model(checkpoint: Path, tokenizer: Path, out: Path) -> None:
-    from apr_jax.train.checkpoint import CheckpointError, load_model, save_model
+    from apr_jax.train.checkpoint import load_model, save_model
 
     logging.set_verbosity(logging.ERROR)  # Orbax tells of every file
-    try:
-        model, meta = load_model(checkpoint)
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)
-        save_model(out / "checkpoints", model, meta)
-    except CheckpointError as error:
-        raise UserError(error) from None
+    model, meta = load_model(checkpoint)
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    save_model(out / "checkpoints", model, meta)
     shutil.copyfile(tokenizer, out / "tokenizer.json")
 
 

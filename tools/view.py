@@ -49,14 +49,14 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
 
 
 def find_record(path: Path, index: int) -> Record:
-    """Raises FileNotFoundError or ValueError, in one line."""
+    """Raises FileNotFoundError or UserError, in one line."""
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     count = 0
     for line in _lines(path):
         try:
             record = Record.read(line)
-        except ValueError as error:
+        except UserError as error:
             raise UserError(f"{path}, line {count + 1} is no record: {error}") from None
         count += 1
         if record.index == index:

@@ -85,7 +85,7 @@ def _children(children: Sequence[Any], call: str, index: int, depth: int) -> tup
             prompt, thread = _thread(child, depth + 1)
             if node is None or prompt.node != node:
                 raise UserError(f"it is of {prompt.text.splitlines()[0]!r}, its parent called {lines[number][:80]!r}")
-        except ValueError as error:
+        except UserError as error:
             raise UserError(f"child {number} of call {index}: {error}") from None
         threads.append(thread)
     return tuple(threads)
@@ -185,7 +185,7 @@ def _read(path: Path, entry: Callable[[Any], Any]) -> Iterator[Any]:
         for number, row in enumerate(_entries(file, path)):
             try:
                 yield entry(row)
-            except ValueError as error:
+            except UserError as error:
                 raise UserError(f"{path}, entry {number}: {error}") from None
 
 

@@ -30,11 +30,13 @@ from typing import Any
 
 import numpy as np
 
+from apr_jax.checks import SEED, at_least, check_fields, from_to_below
 from apr_jax.countdown.problem import Problem, ProblemRange
 from apr_jax.countdown.recipe import COUNTED, DROPPED, Recipe, count_tree
 from apr_jax.countdown.search import SolverConfig
-from apr_jax.countdown.vocabulary import countdown_tokenizer
+from apr_jax.countdown.vocabulary import SMALLEST_MAX_NUMBER, countdown_tokenizer
 from apr_jax.errors import UserError
+from apr_jax.paths import read_json
 from apr_jax.text.hub import load_tokenizer
 from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.threads import ThreadTree
@@ -65,9 +67,13 @@ class DatasetConfig:
     validation: int = VALIDATION  # held-out problems whose trees measure the validation loss
     seed: int = 0
 
+    BOUNDS = (
+        at_least(1, "train", "held_out"), at_least(0, "validation"), at_least(SMALLEST_MAX_NUMBER, "max_number"),
+        from_to_below(0, 1, "unseen_targets"), *SEED,
+    )  # fmt: skip
+
     def __post_init__(self):
-        if not 0 <= self.unseen_targets < 1:
-            raise UserError(f"unseen_targets is from 0 to less than 1, was given {self.unseen_targets}")
+        check_fields(self)
 
     def described(self) -> dict[str, Any]:
         """As JSON gives it back."""
@@ -88,11 +94,15 @@ class DatasetConfig:
 
 
 class ProblemFile(Sequence[Problem]):
-    """The problems of a .npy file, read where they lie: memory does not grow with their number."""
+    """The problems of a .npy file, read where they lie: memory does not grow with their number. Raises UserError where
+    the file holds none."""
 
     def __init__(self, path: Path):
-        self._rows = np.load(path, mmap_mode="r")
-        if self._rows.ndim != 2 or self._rows.shape[1] < 2:
+        try:
+            self._rows = np.load(path, mmap_mode="r")
+        except (ValueError, EOFError):  # no .npy, or one cut short
+            raise UserError(f"{path} is no whole .npy file of problems") from None
+        if not isinstance(self._rows, np.ndarray) or self._rows.ndim != 2 or self._rows.shape[1] < 2:
             raise UserError(f"{path} holds no problems")
 
     def __len__(self) -> int:
@@ -126,7 +136,8 @@ def make_dataset(
     folder.mkdir(parents=True, exist_ok=True)
     begun = folder / "config.json"
     if begun.exists():
-        _check_same(json.loads(begun.read_text()), config.described(), folder)
+        theirs = read_json(begun, "delete it, if the data set was begun with these settings")
+        _check_same(theirs, config.described(), folder)
     else:
         write_text(begun, json.dumps(config.described(), indent=1))
     if not config.tokenizer and not (folder / "tokenizer.json").exists():
@@ -151,14 +162,9 @@ def make_dataset(
 
 
 def read_manifest(folder: Path) -> dict | None:
-    """None where the data set is not finished. Raises ValueError where the file is broken."""
+    """None where the data set is not finished. Raises UserError where the file is broken."""
     path = folder / "manifest.json"
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text())
-    except ValueError:
-        raise UserError(f"{path} is broken: delete it, and it is made again from what lies beside it") from None
+    return read_json(path, "delete it, and it is made again from what lies beside it") if path.exists() else None
 
 
 def write_text(path: Path, text: str) -> None:

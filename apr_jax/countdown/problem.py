@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from apr_jax.checks import FieldError, at_least, check_fields
 from apr_jax.errors import UserError
 
 
@@ -143,13 +144,19 @@ class ProblemRange:
     min_target: int = 10
     max_target: int = 100
 
+    BOUNDS = (at_least(1, "max_number"),)
+
     def __post_init__(self):
+        check_fields(self)
         if not 2 <= self.count <= 6:
             raise UserError(f"numbers per problem are 2 to 6, was given {self.count}")
-        if self.max_number < 1:
-            raise UserError(f"the largest number is at least 1, was given {self.max_number}")
         if not 2 <= self.min_target <= self.max_target:
             raise UserError(f"targets need 2 <= lowest <= highest, was given {self.min_target} to {self.max_target}")
+        if self.max_target > (largest := max(2, self.max_number) ** self.count):
+            raise FieldError(
+                "max_target", f"is at most {largest}, no more can be made of {self.count} numbers up to "
+                f"{self.max_number}, was given {self.max_target}",
+            )  # fmt: skip
 
     def draw(self, rng: random.Random) -> Problem:
         """A target at random, then numbers at random until they reach it. Raises ValueError where none do."""
@@ -186,8 +193,8 @@ class ProblemRange:
     def _numbers(self, rng: random.Random) -> tuple[int, ...]:
         return tuple(rng.randint(1, self.max_number) for _ in range(self.count))
 
-    def _out_of_reach(self, target: int) -> ValueError:
-        return ValueError(
+    def _out_of_reach(self, target: int) -> UserError:
+        return UserError(
             f"none of {MOST_DRAWS} draws of {self.count} numbers up to {self.max_number} reached the target {target}: "
             "lower max_target or raise max_number"
         )

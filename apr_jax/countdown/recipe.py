@@ -4,6 +4,7 @@ import dataclasses
 import random
 from collections import Counter
 
+from apr_jax.checks import at_least, check_fields
 from apr_jax.countdown import trace
 from apr_jax.countdown.problem import Problem
 from apr_jax.countdown.protocol import CountdownProtocol
@@ -36,9 +37,12 @@ class Recipe:
     search: str = ""  # which of SOLVERS; "": the style's own
     correct_only: bool = False
     conditioned: bool = False
-    seed: int = 0
+    seed: int | str = 0  # part of each tree's seed; in a data set a text with the part's name
+
+    BOUNDS = (at_least(1, "window"), at_least(0, "piece"))
 
     def __post_init__(self):
+        check_fields(self)
         CountdownProtocol(self.style)  # raises for an unknown one
         if self.search and self.search not in SOLVERS:
             raise UserError(f"search is one of {', '.join(sorted(SOLVERS))}, was given {self.search!r}")

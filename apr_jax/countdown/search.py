@@ -12,6 +12,7 @@ import random
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from apr_jax.checks import FieldError, at_least, check_fields
 from apr_jax.countdown import trace
 from apr_jax.countdown.problem import combine
 from apr_jax.errors import UserError
@@ -55,7 +56,14 @@ class SolverConfig:
     depth: int = 1
     strategies: tuple[str, ...] = ("dfs", "bfs")
 
+    BOUNDS = (at_least(1, "max_value"),)
+
     def __post_init__(self):
+        for name in ("beam", "sub_beam"):
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(value) != 2:
+                raise FieldError(name, f"is two numbers, lowest and highest, was given {value}")
+        check_fields(self)
         if self.heuristic not in HEURISTICS:
             raise UserError(f"heuristic is one of {sorted(HEURISTICS)}, was given {self.heuristic!r}")
         for name in ("beam", "sub_beam"):

@@ -22,11 +22,12 @@ PHRASES = (
 LINE_END_AFTER_NUMBERS = r"(?<=[0-9])\]\n"
 NODE_STEP = r",[0-9](?![0-9])"  # ",3" of "#0,3"; kept apart from numbers, which it is not
 NUMBER = r"[0-9]+"
+SMALLEST_MAX_NUMBER = 9  # smaller numbers are characters already
 
 
 def countdown_tokenizer(max_number: int) -> Tokenizer:
     """One token for every number up to `max_number`; a larger one is spelled in digits."""
-    if max_number < 9:
+    if max_number < SMALLEST_MAX_NUMBER:
         raise UserError(f"numbers up to 9 are characters, so max_number is at least 9, was given {max_number}")
     words = ["]\n", *(f",{step}" for step in range(10)), *(str(number) for number in range(10, max_number + 1))]
     return Tokenizer.build(PHRASES, (LINE_END_AFTER_NUMBERS, NODE_STEP, NUMBER), words)

@@ -79,10 +79,10 @@ class Record:
 
     @classmethod
     def read(cls, line: str) -> "Record":
-        """Raises ValueError where the line is no whole record."""
+        """Raises UserError where the line is no whole record."""
         try:
             return cls(**json.loads(line))
-        except TypeError as error:
+        except (ValueError, TypeError) as error:  # no JSON, or other fields
             raise UserError(f"no record: {error}") from None
 
 
@@ -93,7 +93,7 @@ def read_records(path: str | Path) -> list[Record]:
     for number, line in enumerate(Path(path).read_text().splitlines(), 1):
         try:
             record = Record.read(line)
-        except ValueError as error:
+        except UserError as error:
             raise UserError(f"{path}, line {number}: {error}") from None
         if record.system_failure:
             raise UserError(
@@ -212,7 +212,7 @@ def _whole_records(path: Path) -> list[Record]:
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
             record = Record.read(line)
-        except ValueError:
+        except UserError:
             continue
         if not record.system_failure:
             records.append(record)

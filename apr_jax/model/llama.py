@@ -6,6 +6,8 @@ has L; `apr_jax.export.hf` unstacks them into the Hugging Face names.
 
 import dataclasses
 import functools
+import math
+from collections import Counter
 from collections.abc import Callable
 
 import jax
@@ -13,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from apr_jax.checks import above, at_least, check_fields
 from apr_jax.errors import UserError
 
 Array = jax.Array
@@ -49,7 +52,13 @@ class LlamaConfig:
     remat: str = "none"  # see REMAT
     scan: bool = False  # one compiled layer for all, where no cache is carried; see `Llama.hidden`
 
+    BOUNDS = (
+        at_least(1, "vocab_size", "width", "layers", "heads", "kv_heads", "feed_forward", "context"),
+        at_least(0, "norm_epsilon"), above(0, "rope_theta"),
+    )  # fmt: skip
+
     def __post_init__(self):
+        check_fields(self)
         for name, allowed in (("attention", ATTENTIONS), ("remat", tuple(REMAT))):
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name} is one of {', '.join(allowed)}, was given {getattr(self, name)!r}")
@@ -223,8 +232,15 @@ def rotate(x_BxTxNxH: Array, rotation: tuple[Array, Array]) -> Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BxTxNxH.dtype)
 
 
+def abstract_llama(config: LlamaConfig) -> Llama:
+    """A model of shapes in the place of arrays: to count, or to be filled with weights."""
+    return nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+
+
 def parameter_count(model: Llama) -> tuple[int, int]:
-    """(all parameters, those outside the embedding and the head)."""
-    total = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
-    tables = model.embed_VxD[...].size + (0 if model.head_DxV is None else model.head_DxV[...].size)
-    return total, total - tables
+    """(all parameters, those outside the embedding and the head). The model may be abstract."""
+    sizes = Counter()
+    for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        sizes[path[0]] += math.prod(leaf.shape)
+    total = sum(sizes.values())
+    return total, total - sizes["embed_VxD"] - sizes["head_DxV"]

@@ -64,7 +64,7 @@ def load_tokenizer(name: str) -> Tokenizer | HubTokenizer:
     if path.is_file():
         try:
             tokenizer = Tokenizer.load(path)
-        except ValueError:
+        except UserError:
             if path.name != FILE or not path.with_name("tokenizer_config.json").is_file():
                 raise
         else:

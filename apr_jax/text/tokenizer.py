@@ -46,8 +46,10 @@ class Tokenizer:
         self._vocabulary = stored["model"]["vocab"]
         try:
             self._cut = re.compile(stored["pre_tokenizer"]["pattern"]["Regex"]).findall
-        except (KeyError, TypeError):
-            raise UserError("the tokenizer does not split text by one regular expression") from None
+        except (KeyError, TypeError, re.error):  # re.error: an expression of another language, as \p{L}
+            raise UserError("the tokenizer does not split text by one regular expression that Python reads") from None
+        if not isinstance(self._vocabulary, dict):
+            raise UserError("the tokenizer's model has no table of tokens by their text")
 
     def _special(self, name: str) -> int:
         found = self.backend.token_to_id(name)
@@ -74,7 +76,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Raises FileNotFoundError, or ValueError where the file is no tokenizer of ours."""
+        """Raises FileNotFoundError, or UserError where the file is no tokenizer of ours."""
         if not Path(path).is_file():
             raise FileNotFoundError(f"no tokenizer at {path}")
         try:

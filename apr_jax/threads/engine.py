@@ -1,11 +1,10 @@
 """What a runner asks of an engine: token ids in, token ids out; no text, no task, no tree."""
 
 import dataclasses
-import math
-import numbers
 from collections.abc import Sequence as Ids
 from typing import Protocol
 
+from apr_jax.checks import check_fields
 from apr_jax.errors import UserError
 
 LEAST_TEMPERATURE = 1e-6  # below it float32 overflows for some logits, and SGLang decodes greedily
@@ -32,13 +31,14 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self):
-        if not 0 <= self.temperature < math.inf:
+        check_fields(self)
+        if self.temperature < 0:
             raise UserError(f"temperature is 0 or more, was given {self.temperature}")
         if 0 < self.temperature < LEAST_TEMPERATURE:
             raise UserError(
                 f"temperature is 0 (greedy) or at least {LEAST_TEMPERATURE:g}, was given {self.temperature}"
             )
-        if not isinstance(self.top_k, numbers.Integral) or self.top_k < 0:
+        if self.top_k < 0:
             raise UserError(f"top_k is 0 (all) or more, was given {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p is above 0 and at most 1, was given {self.top_p}")

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+from apr_jax.checks import check_fields
 from apr_jax.errors import UserError
 from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.threads.engine import Decoded, Engine, Sampling
@@ -39,6 +40,7 @@ class Budget:
     malformed: str = "stop"
 
     def __post_init__(self):
+        check_fields(self)
         for name, least in (("context", 1), ("threads", 1), ("depth", 0), ("tokens", 1), ("least_children", 0)):
             value = getattr(self, name)
             if value is not None and value < least:

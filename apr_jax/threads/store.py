@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import tensorstore as ts
 
+from apr_jax.errors import UserError
 from apr_jax.threads.tree import Block, Spawn, Thread, ThreadTree
 
 # What a block is to its thread. A call leaves the thread's context where its join comes in. A child that inherits its
@@ -245,7 +246,7 @@ def _open(path: Path, context: ts.Context) -> ts.TensorStore:
 
 
 def _broken(path: Path, error: ValueError) -> ValueError:
-    return ValueError(f"{path} is broken: {str(error).splitlines()[0][:200]}")
+    return UserError(f"{path} is broken: {str(error).splitlines()[0][:200]}")
 
 
 def _starts(counts: np.ndarray) -> np.ndarray:

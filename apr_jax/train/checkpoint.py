@@ -23,18 +23,28 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from apr_jax.errors import UserError
-from apr_jax.model.llama import Llama, LlamaConfig
+from apr_jax.model.llama import Llama, LlamaConfig, abstract_llama
 
 
 class CheckpointError(UserError):
     """A checkpoint that is missing, broken or of another shape; the message names the folder."""
 
 
+def check_folder(folder: Path | str) -> Path:
+    """The whole path of a folder to save in. Raises CheckpointError where Orbax would save there what it cannot read
+    again: it takes * ? [ in a path for a pattern, and its files' library takes no backslash."""
+    folder = Path(folder).absolute()
+    if wrong := sorted(set("*?[\\") & set(str(folder))):
+        raise CheckpointError(f"checkpoints need a path without {' '.join(wrong)}, was given {folder}: take another")
+    return folder
+
+
 class Checkpoints:
-    """The checkpoints of one stage: `state`, any pytree of arrays, and `meta`, a JSON dictionary."""
+    """The checkpoints of one stage: `state`, any pytree of arrays, and `meta`, a JSON dictionary. Raises
+    CheckpointError where the folder's path is one that `check_folder` refuses."""
 
     def __init__(self, folder: Path, keep: int = 2):
-        self.folder = Path(folder).absolute()
+        self.folder = check_folder(folder)
         self._saving: int | None = None  # the step whose files may still be on their way
         self._hopeless: CheckpointError | None = None  # where all steps are broken
         self._leave_out_broken()
@@ -220,6 +230,8 @@ def load_meta(folder: Path | str) -> tuple[LlamaConfig, dict]:
 def _step_folders(folder: Path | str) -> list[Path]:
     """A step's folder itself; of a folder of steps the whole ones, the newest first. Raises CheckpointError."""
     folder = Path(folder).absolute()
+    if "\\" in str(folder):
+        raise CheckpointError(f"checkpoints cannot be read from a path with a backslash, was given {folder}: rename it")
     if not folder.is_dir():
         raise CheckpointError(f"no checkpoint at {folder}")
     if (folder / "state").is_dir():
@@ -262,10 +274,13 @@ def load_model(folder: Path | str) -> tuple[Llama, dict]:
 def _load_step(folder: Path) -> tuple[Llama, dict]:
     config, meta = _read_meta(folder)
     try:
-        model = Llama(config, rngs=nnx.Rngs(0))
-        graphdef, weights = nnx.split(model)
+        graphdef, weights = nnx.split(abstract_llama(config))
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            like = jax.tree.map(ocp.utils.to_shape_dtype_struct, {"weights": nnx.to_pure_dict(weights)})
+            here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])  # whatever devices it was saved from
+            like = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+                {"weights": nnx.to_pure_dict(weights)},
+            )
             restored = reader.restore(
                 folder / "state",
                 args=ocp.args.PyTreeRestore(

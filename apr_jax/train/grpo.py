@@ -155,7 +155,10 @@ class GrpoTrainer:
             between(inner + 1)
         sums = {name: float(value) for name, value in sums.items()}
         if sums["skipped"]:
-            raise NotFiniteError(f"a loss or gradient of the GRPO updates up to {int(state.step)} is not finite")
+            raise NotFiniteError(
+                f"a loss or gradient of the GRPO updates up to {int(state.step)} is not finite: begin in a new folder "
+                "with lower rates or another seed"
+            )
         for name in ("clipped_low", "clipped_high", "importance", "kl", "entropy"):
             metrics[f"train/{name}"] = sums[name] / sums["trained"]
         metrics |= {"train/gradient_norm": sums["gradient_norm"], "train/sampled_tokens": sums["trained"]}

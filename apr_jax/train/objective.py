@@ -35,6 +35,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from apr_jax.checks import SEED, above, at_least, between, check_fields
 from apr_jax.errors import UserError
 from apr_jax.model.llama import Llama
 from apr_jax.threads import Thread, ThreadTree
@@ -74,16 +75,19 @@ class GrpoConfig:
     validate_every: int = 0  # steps; 0: never. The best weights are kept beside the last
     validation: int = 200  # training problems that no step samples, for that
 
+    BOUNDS = (
+        at_least(0, "steps", "clip_high", "kl", "importance_cap", "child_credit", "fresh_rounds", "validate_every"),
+        at_least(1, "prompts", "batch_rows", "row_length", "inner_steps", "save_every", "validation"),
+        between(0, 1, "clip_low"), above(0, "temperature"), *SEED,
+    )  # fmt: skip
+
     def __post_init__(self):
+        check_fields(self)
         for name, choices in (("aggregate", AGGREGATES), ("kl_estimator", KL_ESTIMATORS)):
             if (value := getattr(self, name)) not in choices:
                 raise UserError(f"{name} is one of {', '.join(choices)}, was given {value!r}")
         if self.group < 2:
             raise UserError(f"a group needs at least 2 rollouts to compare, was given {self.group}")
-        if self.temperature <= 0:
-            raise UserError(f"rollouts need a temperature above 0, was given {self.temperature}")
-        if self.validate_every and self.validation < 1:
-            raise UserError(f"validation needs at least 1 problem, was given {self.validation}")
 
 
 def advantages(rewards: Sequence[float], normalise: bool) -> np.ndarray:

@@ -11,6 +11,7 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers
 
+from apr_jax.checks import at_least, check_fields, from_to_below
 from apr_jax.errors import UserError
 
 
@@ -52,7 +53,13 @@ class OptimizerConfig:
     beta2: float = 0.999
     frozen: str = ""  # a regular expression: parameters whose names it finds keep their values; "": none
 
+    BOUNDS = (
+        at_least(0, "peak_rate", "muon_rate", "start_rate", "end_rate", "warmup_steps", "weight_decay", "clip"),
+        from_to_below(0, 1, "beta2"),
+    )
+
     def __post_init__(self):
+        check_fields(self)
         try:
             re.compile(self.frozen)
         except re.error as error:

@@ -10,6 +10,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 
+from apr_jax.checks import check_fields
 from apr_jax.errors import UserError
 from apr_jax.threads import TaskProtocol, ThreadTree
 from apr_jax.threads.metrics import (
@@ -36,8 +37,9 @@ class Prices:
     wrong: float = 0.0  # answer of a root, or a child with credit of its own, that ended well: else worth what none is
 
     def __post_init__(self):
+        check_fields(self)
         for name, value in vars(self).items():
-            if not 0 <= value < float("inf"):
+            if value < 0:
                 raise UserError(f"a price is a number from 0 on, was given {value} for {name}")
 
 

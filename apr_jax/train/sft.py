@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 
+from apr_jax.checks import SEED, FieldError, at_least, check_fields
 from apr_jax.errors import UserError
 from apr_jax.model.flops import peak_flops, training_flops
 from apr_jax.model.llama import Llama
@@ -39,6 +40,16 @@ class SftConfig:
     log_every: int = 10  # steps
     validate_every: int = 0  # steps; 0: at the end alone
     most_skipped: int = 10  # steps without an update, their loss or gradient not being finite, before the run stops
+
+    BOUNDS = (
+        at_least(0, "steps", "tokens", "validate_every", "most_skipped"),
+        at_least(1, "batch_rows", "row_length", "microbatches", "save_every", "log_every"), *SEED,
+    )  # fmt: skip
+
+    def __post_init__(self):
+        check_fields(self)
+        if self.loss_tokens not in ("sampled", "all"):
+            raise FieldError("loss_tokens", f"is sampled or all, was given {self.loss_tokens!r}")
 
 
 class SftRun:

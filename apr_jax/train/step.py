@@ -225,8 +225,12 @@ class Trainer:
     def model(self, state: TrainState) -> Llama:
         """The model as trained so far, whole on every device, with buffers of its own: the next update donates the
         state's."""
-        whole = jax.jit(lambda weights: jax.tree.map(jnp.copy, weights), out_shardings=self._at(P()))
-        return self.rebuild(whole(state.weights))
+        return self.rebuild(self._whole(state.weights))
+
+    @functools.cached_property
+    def _whole(self):
+        """Copies of weights, whole on every device; kept, since a jit made anew at each call compiles at each call."""
+        return jax.jit(lambda weights: jax.tree.map(jnp.copy, weights), out_shardings=self._at(P()))
 
     def put(self, rows: Rows) -> dict[str, Array]:
         """This process' rows, split over its devices: with one process the whole batch."""

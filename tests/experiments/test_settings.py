@@ -1,11 +1,16 @@
 """Settings: every preset is right, changes are read by type, wrong ones are refused in one line."""
 
-import pytest
+import math
 
+import pytest
+from ml_collections import ConfigDict
+
+from apr_jax.errors import UserError
 from apr_jax.threads.engine import Sampling
 from apr_jax.threads.run import Budget
 from experiments.command import PRESETS, change_setting, load_config
-from experiments.settings import default_config, read_settings
+from experiments.dataset import dataset_config
+from experiments.settings import default_config, read_settings, setting_types
 
 
 @pytest.fixture
@@ -56,6 +61,8 @@ def test_budgets_and_sampling_reach_those_who_run_trees(config):
         ("model.scan=maybe", "model.scan is true or false, was given 'maybe'"),
         ("apr.promising=nan", "apr.promising is a number, was given 'nan'"),
         ("apr.beam=4,x", "apr.beam is a list like 2,5, was given '4,x'"),
+        ("sosp.beam_weights=1,x", "sosp.beam_weights is a list of numbers, was given '1,x'"),
+        ("evaluate.also_at=0.5,nan", "evaluate.also_at is a list like 1.0, was given '0.5,nan'"),
     ],
 )
 def test_wrong_changes_are_refused(config, change, says):
@@ -150,3 +157,79 @@ def test_a_config_file_gets_the_word_behind_its_colon(tmp_path):
 
 def test_the_defaults_are_right():
     assert read_settings(default_config()).config["name"] == "experiment"
+
+
+# ---------------------------------------------------------------------- hostile values
+
+HOSTILE = (
+    None, math.nan, math.inf, -math.inf, -1, "", "x", (), [], {}, True, 1.5, 0, 10**400, b"x", (None,), (math.nan,),
+    ("x",), (-1, -1), ((1, 2),), object(), {"a": 1}, "0\n1",
+)  # fmt: skip
+
+
+def put(config, key, value):
+    """A config with another value of a setting or a section, whatever its type."""
+    tree = holder = config.to_dict()
+    *sections, last = key.split(".")
+    for name in sections:
+        holder = holder[name]
+    holder[last] = value
+    return ConfigDict(tree)
+
+
+@pytest.mark.parametrize("section", ["", *(name for name, value in default_config().items() if hasattr(value, "keys"))])
+def test_any_value_of_any_setting_is_accepted_or_refused_in_one_line(section):
+    """Whatever a config file holds: no other error, neither here nor in what the data stage makes of it."""
+    names = [name for name in setting_types() if name.rpartition(".")[0].partition(".")[0] == section]
+    accepted = 0
+    for name in [*names, *([section, f"{section}.optimizer"] if section in ("sft", "grpo") else [section])]:
+        for value in HOSTILE if name else ():
+            try:
+                dataset_config(read_settings(put(default_config(), name, value)))
+                accepted += 1
+            except UserError as error:
+                assert "\n" not in str(error) and len(str(error)) < 300
+    assert accepted <= 6 * len(names)  # texts and switches take some of them
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, None, "x", True, ()])
+@pytest.mark.parametrize("name", ["sft.optimizer.peak_rate", "grpo.temperature", "evaluate.top_p", "apr.promising"])
+def test_a_wrong_number_is_refused_by_setting_value_and_what_is_allowed(config, name, value):
+    with pytest.raises(UserError) as refused:
+        read_settings(put(config, name, value))
+    assert str(refused.value) == f"{name} is a number, was given {value!r}"
+
+
+def test_an_integer_is_a_number(config):
+    for name, value in (("sft.optimizer.peak_rate", 1), ("evaluate.also_at", (1, 2)), ("apr.promising", 1)):
+        config = put(config, name, value)
+    settings = read_settings(config)
+    assert settings.sft.optimizer.peak_rate == 1 and sorted(settings.evaluate_also) == [1, 2]
+
+
+def test_every_empty_tuple_has_elements_of_a_type():
+    assert setting_types()["apr.beam_weights"] == setting_types()["evaluate.also_at"] == tuple[float, ...]
+    assert setting_types()["apr.beam"] == tuple[int, ...] and setting_types()["sosp.strategies"] == tuple[str, ...]
+
+
+def test_lists_that_are_empty_by_default_are_read_as_numbers():
+    config = load_config(str(PRESETS / "laptop.py"))
+    change_setting(config, "evaluate.also_at=0.5,1")
+    assert list(read_settings(config).evaluate_also) == [0.5, 1.0]
+    config = load_config(str(PRESETS / "paper.py"))
+    change_setting(config, "apr.beam_weights=" + ",".join("1" * 10))
+    assert read_settings(config).solvers["apr"].beam_weights == (1,) * 10
+    change_setting(config, "apr.beam_weights=1,2")
+    with pytest.raises(UserError, match=r"apr: beam_weights are none or 10, .* was given \(1.0, 2.0\)"):
+        read_settings(config)
+
+
+def test_paths_in_settings_begin_at_a_home_folder(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for change in ("model.checkpoint=~/given", "tokenizer.name=~/words"):
+        change_setting(config, change)
+    settings = read_settings(config)
+    assert (settings.checkpoint, settings.tokenizer) == (f"{tmp_path}/given", f"{tmp_path}/words")
+    change_setting(config, "model.checkpoint=~nobody-of-this-name/given")
+    with pytest.raises(UserError, match="~nobody-of-this-name has no home folder"):
+        read_settings(config)

@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
+from apr_jax.errors import UserError
 from apr_jax.train.checkpoint import CheckpointError, Checkpoints, load_meta, load_model, newest_step
 from apr_jax.train.metrics import MetricsLog
 from apr_jax.train.pack import lay_out
@@ -155,7 +156,7 @@ def test_steps_that_are_not_finite_change_nothing_are_counted_and_end_the_run(tm
     before = bits(broken)
     assert bits(run_sft(broken, pieces, [], config, data_mesh(2), tmp_path / "counted", {})) == before
     assert [line["skipped"] for line in lines(tmp_path / "counted")] == [1, 2, 3, 4]
-    with pytest.raises(FloatingPointError, match="3 steps up to step 3 were not finite .most_skipped is 2"):
+    with pytest.raises(UserError, match="3 steps up to step 3 were not finite .most_skipped is 2"):
         run_sft(broken, pieces, [], dataclasses.replace(config, most_skipped=2), data_mesh(2), tmp_path / "run", {})
     assert not saved(tmp_path / "run")
 

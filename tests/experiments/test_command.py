@@ -1,0 +1,174 @@
+"""The command line under hostile use: paths, sweeps, config files, diverged training, --debug, and what an export
+loads."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import jax
+import pytest
+
+from apr_jax.errors import UserError
+from experiments import stages
+from tests.experiments.conftest import ROOT, SMOKE, finish, start
+
+START = "from experiments.configs import laptop\n\ndef get_config():\n    c = laptop.get_config()\n"
+LAPTOP = SMOKE.replace("smoke", "laptop")
+PAPER = SMOKE.replace("smoke", "paper")
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A home folder, and another one to work in."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def normals(monkeypatch):
+    """Counts the random arrays that are really made."""
+    made, normal = [], jax.random.normal
+
+    def counted(key, *arguments, **options):
+        if not isinstance(key, jax.core.Tracer):
+            made.append(arguments)
+        return normal(key, *arguments, **options)
+
+    monkeypatch.setattr(jax.random, "normal", counted)
+    return made
+
+
+# ---------------------------------------------------------------------- paths
+
+
+@pytest.mark.parametrize("name", ["r[1]", "a\\b", "x*", "what?", "[!x]", "sub[1]/run"])
+@pytest.mark.parametrize("stage", ["data", "all"])
+def test_a_folder_whose_checkpoints_could_not_be_read_is_refused_at_once(refused, tmp_path, name, stage):
+    line = refused(SMOKE, f"--workdir={tmp_path / name}", f"--stage={stage}")
+    assert name.split("/")[0] in line and not list(tmp_path.iterdir())
+
+
+def test_so_is_a_point_of_a_sweep(refused, tmp_path):
+    assert "name=r[1]" in refused(SMOKE, f"--workdir={tmp_path}", "--sweep=name=r[1],r2")
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_names_train_and_are_read_again(whole_run, main, tmp_path):
+    folder = tmp_path / "a b{c}$d;ü~%41'q"
+    shutil.copytree(whole_run.folder / "data", folder / "data")
+    command = (SMOKE, f"--workdir={folder}", "--styles=sosp", "--config.sft.steps=2")
+    for stage in ("sft", "evaluate"):
+        done = main(*command, f"--stage={stage}")
+        assert done.code == 0, done.err
+
+
+def test_a_workdir_in_a_home_folder(home, main, refused):
+    small = (f"--config={ROOT}/experiments/configs/smoke.py", "--config.problems.train=20", "--config.grpo.prompts=2")
+    assert main(*small, "--workdir=~/runs/x", "--stage=data").code == 0
+    assert (home / "runs" / "x" / "data" / "manifest.json").is_file() and not list(Path.cwd().iterdir())
+    assert "~no-such-user" in refused(*small, "--workdir=~no-such-user/x")
+
+
+def test_a_config_file_and_a_checkpoint_in_a_home_folder(home, refused):
+    (home / "mine.py").write_text(START + "    c.model.checkpoint = '~/given'\n    return c\n")
+    assert f"{home}/given" in refused("--config=~/mine.py", "--stage=sft")
+
+
+# ---------------------------------------------------------------------- settings
+
+
+def test_further_temperatures_and_beam_weights_are_numbers(refused, tmp_path):
+    """Read right, a command gets as far as what it lacks."""
+    where = (f"--workdir={tmp_path}", "--stage=report")
+    assert "no records under" in refused(LAPTOP, *where, "--config.evaluate.also_at=0.5,1")
+    ten = ",".join("1" * 10)
+    assert json.loads((tmp_path / "config.json").read_text())["evaluate"]["also_at"] == [0.5, 1.0]
+    line = refused(PAPER, f"--workdir={tmp_path}/paper", "--config.apr.beam_weights=1,2")
+    assert "apr: beam_weights are none or 10" in line and "(1.0, 2.0)" in line
+    assert "was given '1,x'" in refused(PAPER, f"--workdir={tmp_path}/paper", "--config.apr.beam_weights=1,x")
+    assert "apr.depth" in refused(PAPER, *where, f"--config.apr.beam_weights={ten}", "--config.apr.depth=2")
+
+
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        ("c.sft.optimizer.peak_rate = float('nan')", "sft.optimizer.peak_rate is a number, was given nan"),
+        ("c.evaluate.temperature = float('inf')", "evaluate.temperature is a number, was given inf"),
+        ("c.sft.steps = None", "sft.steps is an integer, was given None"),
+        ("c.model.scan = None", "model.scan is true or false, was given None"),
+        ("c.evaluate.also_at = (1, 'x')", "evaluate.also_at is a tuple of numbers, was given (1, 'x')"),
+        ("c.grpo.styles = (3,)", "grpo.styles is a tuple of texts, was given (3,)"),
+        ("c.sft = None", "sft is a section of settings"),
+        ("c.sft.steps = 10**30", "sft.steps is an integer of 64 bits, was given 1000"),
+    ],
+)
+def test_a_config_file_with_wrong_values_is_refused(refused, tmp_path, line, says):
+    (tmp_path / "mine.py").write_text(f"{START}    {line}\n    return c\n")
+    assert says in refused(f"--config={tmp_path}/mine.py", f"--workdir={tmp_path}/run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("sweep", ["grpo.kl=0.001,1e-3", "seed=1,2,01", "apr.beam=(2,3),(2, 3)", "fsdp=1,+1"])
+def test_a_sweep_with_one_value_written_in_two_ways_is_refused(refused, tmp_path, sweep):
+    assert "twice" in refused(SMOKE, f"--workdir={tmp_path}", f"--sweep={sweep}", "--stage=report")
+
+
+# ---------------------------------------------------------------------- errors
+
+
+def test_diverged_training_is_told_in_one_line(whole_run, main, tmp_path):
+    shutil.copytree(whole_run.folder / "data", tmp_path / "data")
+    rates = ("--config.sft.optimizer.peak_rate=1e38", "--config.sft.optimizer.muon_rate=1e38")
+    done = main(SMOKE, f"--workdir={tmp_path}", "--stage=sft", "--styles=sosp", "--config.sft.most_skipped=0", *rates)
+    assert done.code == 1 and "Traceback" not in done.err
+    assert re.fullmatch(r"error: .* not finite .*lower rates or another seed", done.err.splitlines()[-1])
+
+
+@pytest.mark.parametrize("arguments", [["--config.sft.stepz=3"], ["--stagee=x"], ["--workdir=r[1]"], ["--sweep=seed"]])
+def test_debug_keeps_the_traceback_of_what_a_user_can_mend(main, arguments):
+    with pytest.raises(UserError):
+        main(SMOKE, *arguments, "--debug")
+    assert main(SMOKE, *arguments).code == 1
+
+
+def test_debug_shows_the_causes_on_stderr(tmp_path):
+    (tmp_path / "wrong.py").write_text("def get_config():\n    return {}['x']\n")
+    done = finish(start(f"--config={tmp_path}/wrong.py", "--debug"))
+    assert done.code == 1 and "Traceback" in done.err and "KeyError: 'x'" in done.err and "UserError" in done.err
+    plain = finish(start(f"--config={tmp_path}/wrong.py"))
+    assert plain.code == 1 and plain.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("file", ["export/check.json", "evaluate/sft_apr.stamp.json", "data/config.json"])
+@pytest.mark.parametrize("text", ["[]", '{"a": '])
+def test_a_broken_file_of_a_run_is_named(whole_run, refused, tmp_path, file, text):
+    folder = tmp_path / "copy"
+    shutil.copytree(whole_run.folder, folder, ignore=shutil.ignore_patterns("checkpoints", "tensorboard", "figures"))
+    (folder / file).write_text(text)
+    if file == "data/config.json":
+        (folder / "data" / "manifest.json").unlink()  # without it the data set counts as begun
+    stage = "data" if file == "data/config.json" else "report"
+    assert f"{file} is broken: delete it" in refused(SMOKE, f"--workdir={folder}", f"--stage={stage}")
+
+
+# ---------------------------------------------------------------------- what is loaded
+
+
+def test_an_export_loads_the_model_that_it_exports(whole_run, main, monkeypatch, normals, tmp_path):
+    loaded, load = [], stages.load_model
+    monkeypatch.setattr(stages, "load_model", lambda step: loaded.append(Path(step)) or load(step))
+    folder = tmp_path / "run"
+    shutil.copytree(whole_run.folder, folder, ignore=shutil.ignore_patterns("export", "tensorboard"))
+    for path in (folder / "sft_sosp" / "checkpoints" / "40" / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    for _ in range(2):  # the second has nothing to do
+        done = main(SMOKE, f"--workdir={folder}", "--stage=export", "--config.export.check_trees=0")
+        assert done.code == 0, done.err
+    assert loaded == [folder / "grpo_apr" / "checkpoints" / "2"]
+    assert json.loads((folder / "export" / "check.json").read_text())["model"] == "grpo_apr"
+    assert not normals  # nor makes random weights to be replaced

@@ -1,0 +1,154 @@
+"""What all tools' command lines share: bugs and mendable errors apart, --debug, home folders, and one batch on any
+machine."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from apr_jax.errors import UserError
+from apr_jax.train.checkpoint import save_model
+from tests.tiny import TOKENIZER, make_model
+from tools import adaptive, data, export_hf, factors, import_hf, latency, publish, solve, view
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+TOOLS = (adaptive, data, export_hf, factors, import_hf, latency, publish, solve, view)
+WRONG = {  # a command that a user can mend, and one that is right as far as it looks
+    adaptive: ["x"], data: [], export_hf: ["--out=x"], factors: ["x"], import_hf: ["--out=x"], latency: ["x"],
+    publish: ["x"], solve: ["3"], view: ["nowhere.jsonl"],
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def cores(monkeypatch):
+    monkeypatch.setattr("tools.command.use_all_cores", lambda: None)  # the tests' own devices stay
+
+
+def name(tool):
+    return tool.__name__
+
+
+@pytest.mark.parametrize("tool", TOOLS, ids=name)
+def test_debug_keeps_the_traceback_of_any_error(tool, capsys):
+    assert tool.main(["tool", *WRONG[tool]]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1
+    with pytest.raises((UserError, OSError)):
+        tool.main(["tool", *WRONG[tool], "--debug"])
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("tool", TOOLS, ids=name)
+def test_help_names_debug(tool, capsys):
+    for flag in ("--help", "-h"):
+        assert tool.main(["tool", flag]) == 0
+        assert "  --debug " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("bug", [KeyError("x"), RuntimeError("x"), ValueError("x"), TypeError("x")], ids=repr)
+@pytest.mark.parametrize("tool", TOOLS, ids=name)
+def test_a_bug_is_not_taken_for_bad_input(tool, bug, monkeypatch):
+    def work(values, arguments):
+        raise bug
+
+    monkeypatch.setattr(tool, "_work", work)
+    with pytest.raises(type(bug)):
+        tool.main(["tool"])
+
+
+def test_a_bug_inside_an_export_is_not_taken_for_bad_input(tmp_path, monkeypatch):
+    def load(folder):
+        return {}["a bug"]
+
+    monkeypatch.setattr("apr_jax.train.checkpoint.load_model", load)
+    TOKENIZER.save(tmp_path / "tokenizer.json")
+    with pytest.raises(KeyError):
+        export_hf.main(["export_hf", f"--checkpoint={tmp_path}", f"--out={tmp_path}/out"])
+
+
+def test_files_in_a_home_folder(tmp_path, monkeypatch, capsys):
+    home, here = tmp_path / "home", tmp_path / "here"
+    here.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    model = make_model()
+    save_model(home / "run", model, {"model": dataclasses.asdict(model.config), "style": "apr", "step": 1})
+    TOKENIZER.save(home / "words.json")
+    line = ["--checkpoint=~/run", "--out=~/exported", "--tokenizer=~/words.json", "--check=0"]
+    assert export_hf.main(["export_hf", *line]) == 0, capsys.readouterr().err
+    assert import_hf.main(["import_hf", "--model=~/exported", "--out=~/again"]) == 0, capsys.readouterr().err
+    assert {path.name for path in home.iterdir()} == {"run", "words.json", "exported", "again"}
+    capsys.readouterr()
+    assert view.main(["view", "~/nowhere.jsonl"]) == 1
+    assert f"{home}/nowhere.jsonl" in capsys.readouterr().err
+    assert export_hf.main(["export_hf", "--checkpoint=~no-such-user/run", "--out=x"]) == 1
+    assert "~no-such-user has no home folder" in capsys.readouterr().err
+    assert not list(here.iterdir())
+
+
+def test_an_import_to_where_no_checkpoint_can_be_read_is_refused(tmp_path, capsys):
+    model = make_model()
+    save_model(tmp_path / "run", model, {"model": dataclasses.asdict(model.config), "style": "apr", "step": 1})
+    TOKENIZER.save(tmp_path / "run" / "tokenizer.json")
+    line = [f"--checkpoint={tmp_path}/run", f"--out={tmp_path}/hf[1]", "--check=2", "--window=96"]
+    assert export_hf.main(["export_hf", *line]) == 0, capsys.readouterr().err  # an export may lie there
+    capsys.readouterr()
+    assert import_hf.main(["import_hf", f"--model={tmp_path}/hf[1]", f"--out={tmp_path}/r[1]"]) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "without [" in err and not (tmp_path / "r[1]").exists()
+
+
+def test_a_tokenizer_in_another_language_of_expressions_is_refused(tmp_path, capsys):
+    text = (TOKENIZER.backend.to_str()).replace('"Regex":"', '"Regex":"\\\\p{L}|')
+    (tmp_path / "words.json").write_text(text)
+    model = make_model()
+    save_model(tmp_path / "run", model, {"model": dataclasses.asdict(model.config), "style": "apr", "step": 1})
+    line = [f"--checkpoint={tmp_path}/run", f"--out={tmp_path}/out", f"--tokenizer={tmp_path}/words.json"]
+    assert export_hf.main(["export_hf", *line]) == 1
+    assert "one regular expression that Python reads" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bytes_", [b"", b"no array", b"\x93NUMPY\x01\x00"])
+def test_a_file_that_holds_no_problems_is_named(bytes_, tmp_path, capsys):
+    model = make_model()
+    save_model(tmp_path / "run", model, {"model": dataclasses.asdict(model.config), "style": "apr", "step": 1})
+    TOKENIZER.save(tmp_path / "tokenizer.json")
+    (tmp_path / "held_out.npy").write_bytes(bytes_)
+    assert export_hf.main(["export_hf", f"--checkpoint={tmp_path}/run", f"--out={tmp_path}/out", "--check=1"]) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "held_out.npy is no whole .npy file" in err
+
+
+TRAINING = """
+import sys
+from pathlib import Path
+from unittest.mock import patch
+import jax
+jax.config.update("jax_num_cpu_devices", 4)
+import numpy as np
+from flax import nnx
+from apr_jax.tags import WORDS, solve, spans, tag_tokenizer
+from tools import adaptive, factors
+
+trees = [solve(one, False) for one in spans(60)[:60]]
+found, sizes = [], []
+for cores in (1, 2, 3, 4):
+    with patch("jax.device_count", return_value=cores):
+        mesh = factors.batch_mesh()
+    sizes.append(mesh.size)
+    if cores != 3:
+        folder = Path(sys.argv[1]) / str(cores)
+        model = factors.train_pupil(trees, tag_tokenizer(WORDS, 60), mesh, 2, folder, {})
+        found.append([np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model))])
+assert sizes == [1, 2, 2, 4], sizes
+print(max(float(abs(a - b).max()) for other in found[1:] for a, b in zip(found[0], other, strict=True)))
+"""
+
+
+def test_what_a_pupil_learns_depends_on_no_number_of_cores(tmp_path):
+    """A batch of fixed size: on 1, 2 and 4 devices the same weights up to rounding."""
+    done = subprocess.run([sys.executable, "-c", TRAINING, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.splitlines()[-1]) < 1e-4
