@@ -37,7 +37,10 @@ LEAST = {
     "grpo.slots": 1, "budget.tokens": 0, "evaluate.slots": 1, "export.check_trees": 0,
 }  # fmt: skip
 # What a setting that is an empty tuple by default has elements of.
-ELEMENTS = {"sosp.beam_weights": float, "apr.beam_weights": float, "evaluate.also_at": float}
+ELEMENTS = {
+    "sosp.beam_weights": float, "apr.beam_weights": float, "evaluate.also_at": float,
+    "evaluate.sosp_budgets": int, "evaluate.apr_budgets": int,
+}  # fmt: skip
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -283,13 +286,9 @@ def read_settings(config: ml_collections.ConfigDict) -> Settings:
 
     def budgets(name: str) -> tuple[int, ...]:
         given = c["evaluate"][name]
-        try:
-            numbers = [int(float(one)) for one in given]
-            if all(float(one) == number >= 0 for one, number in zip(given, numbers)) and len({*numbers}) == len(given):
-                return tuple(numbers)
-        except (ValueError, TypeError, OverflowError):
-            pass
-        raise UserError(f"evaluate.{name} is whole numbers from 0, each once, was given {given}")
+        if min(given, default=0) < 0 or len({*given}) < len(given):
+            raise UserError(f"evaluate.{name} is whole numbers from 0, each once, was given {given}")
+        return given
 
     settings = Settings(
         config=c, name=c["name"], seed=c["seed"], devices=devices, fsdp=c["fsdp"], window=window,
