@@ -2,7 +2,6 @@
 
 import json
 import socket
-import time
 
 import pytest
 
@@ -11,7 +10,7 @@ from tests.experiments.conftest import finish, start
 
 @pytest.mark.parametrize("broken", ["config", "range"])
 def test_the_others_end_with_the_cause_when_the_first_fails_in_the_data_stage(tmp_path, broken):
-    """They waited for a manifest that nobody would write."""
+    """They waited for a manifest that nobody would write, until JAX aborted them with a stack dump."""
     if broken == "config":
         (tmp_path / "data").mkdir()
         (tmp_path / "data" / "config.json").write_text(json.dumps({"seed": 99}))
@@ -27,9 +26,7 @@ def test_the_others_end_with_the_cause_when_the_first_fails_in_the_data_stage(tm
         free.bind(("localhost", 0))
         address = f"--coordinator=localhost:{free.getsockname()[1]}"
     line = (f"--workdir={tmp_path}", "--stage=data,sft", "--processes=2", address, *changes)
-    began = time.monotonic()
     first, other = (finish(one) for one in [start(*line, f"--process={i}") for i in range(2)])
-    assert time.monotonic() - began < 80, "before JAX's own limit for a process that is gone"
     assert first.code == other.code == 1
     for done in (first, other):
         (error,) = [text for text in done.err.splitlines() if text.startswith("error: ")]
