@@ -6,7 +6,8 @@ A run folder holds:
     versions.json                  device and packages, `earlier` ones where a run went on elsewhere
     data/                          problems, traces, tokenizer.json, manifest.json
     sft_STYLE/ grpo_STYLE/         checkpoints/, metrics.jsonl, tensorboard/; of GRPO with validation best/
-    evaluate/MODEL.jsonl           one record per held-out problem, in their order; MODEL.stamp.json: of which weights
+    evaluate/MODEL.jsonl           one record per held-out problem, in their order; MODEL+BUDGET@TEMPERATURE.jsonl where
+                                   those were asked for; MODEL.stamp.json: of which weights
     export/                        the last APR model in Hugging Face format
     report.md summary.json figures/
 """

@@ -312,9 +312,8 @@ def check_trees(
         TransformersEngine(load_transformers(folder), budget.context),
     )
     progress = Progress(progress_title, len(engines) * len(problems), "trees")
-    ours, theirs = (
-        _greedy_trees(engine, tokenizer, protocol, problems, budget, progress, condition) for engine in engines
-    )
+    asked = (tokenizer, protocol, problems, budget, progress, condition)
+    ours, theirs = (_greedy_trees(engine, *asked) for engine in engines)
     return sum(a == b for a, b in zip(ours, theirs)), len(problems)
 
 
