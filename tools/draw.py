@@ -122,7 +122,7 @@ class Drawing:
         return "\n".join(self._thread_lines(self.tree.root, "root", "", lines)) + "\n"
 
     def _thread_lines(self, thread: Thread, label: str, indent: str, lines: int) -> Iterator[str]:
-        size = sum(len(block) for item in thread.blocks for block in _own_blocks(item))
+        size = sum(len(block) for item in thread.blocks for block in own_blocks(item))
         yield f"{indent}{label}: {size:,} {self.unit}, {self.outcome(thread)}"
         count = 0
         indent += "  "
@@ -222,7 +222,7 @@ class Drawing:
         return "".join(parts)
 
 
-def _own_blocks(item: Block | Spawn) -> tuple[Block, ...]:
+def own_blocks(item: Block | Spawn) -> tuple[Block, ...]:
     return (item,) if isinstance(item, Block) else (*item.call, item.join)
 
 

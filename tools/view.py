@@ -9,7 +9,7 @@ behind ":" were put there by the system (prompts, joins), lines behind "|" were 
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from absl import flags
@@ -17,10 +17,11 @@ from absl import flags
 from apr_jax.countdown import CountdownProtocol
 from apr_jax.errors import UserError
 from apr_jax.evaluate.evaluate import Record
+from apr_jax.text.hub import HubTokenizer, load_tokenizer
 from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.threads import ThreadTree
 from tools import command
-from tools.draw import Drawing
+from tools.draw import Drawing, own_blocks
 
 
 def _define(values: flags.FlagValues) -> None:
@@ -36,16 +37,26 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     path = Path(arguments[0])
     record = find_record(path, values["index"].value)
     title, verdict = describe(record), "right" if record.correct else "wrong"
-    tree = record.thread_tree
+    try:
+        tree = record.thread_tree
+    except UserError as error:
+        raise UserError(f"{title}: {error}") from None
     if tree is None:
         raise UserError(f"{title}: no tree, the run of it failed with {', '.join(record.failures)}")
-    decode = None if _is_text(tree) else find_tokenizer(path, values["tokenizer"].value).decode
-    drawing = Drawing(tree, decode, CountdownProtocol().result)
+    decode = None if _is_text(tree) else _decode(tree, find_tokenizer(path, values["tokenizer"].value))
+    try:
+        drawing = Drawing(tree, decode, CountdownProtocol().result)
+        if values["html"].value:
+            text = drawing.page(title, verdict, record.correct)
+        else:
+            text = f"{title}: {verdict}\n{drawing.costs()}\n\n{drawing.terminal(values['lines'].value)}"
+    except RecursionError:
+        raise UserError(f"{title}: threads are nested too deep to be drawn") from None
     if values["html"].value:
-        Path(values["html"].value).write_text(drawing.page(title, verdict, record.correct), encoding="utf-8")
+        Path(values["html"].value).write_text(text, encoding="utf-8")
         print(f"wrote {values['html'].value}")
     else:
-        print(f"{title}: {verdict}\n{drawing.costs()}\n\n{drawing.terminal(values['lines'].value)}", end="")
+        print(text, end="")
 
 
 def find_record(path: Path, index: int) -> Record:
@@ -69,22 +80,33 @@ def _lines(path: Path) -> Iterator[str]:
         yield from (line for line in file if line.strip())
 
 
-def find_tokenizer(path: Path, given: str | None) -> Tokenizer:
+def find_tokenizer(path: Path, given: str | None) -> Tokenizer | HubTokenizer:
     """The tokenizer given, else the nearest tokenizer.json in the folders above `path` or their data/."""
     if given is not None:
-        return Tokenizer.load(given)
+        return load_tokenizer(str(Path(given).absolute()))
     for folder in path.resolve().parents:
         for place in (folder / "tokenizer.json", folder / "data" / "tokenizer.json"):
             if place.is_file():
-                return Tokenizer.load(place)
+                return load_tokenizer(str(place))
     raise FileNotFoundError(f"no tokenizer.json above {path}: give --tokenizer=FILE")
 
 
 def describe(record: Record) -> str:
-    if {"numbers", "target"} <= set(record.problem):
+    if isinstance(record.problem.get("numbers"), list) and "target" in record.problem:
         numbers = " ".join(map(str, record.problem["numbers"]))
         return f"{record.name}, problem {record.index}: {numbers} to {record.problem['target']}"
     return f"{record.name}, problem {record.index}"
+
+
+def _decode(tree: ThreadTree, tokenizer: Tokenizer | HubTokenizer) -> Callable[[Sequence[int]], str]:
+    """The tokenizer's. Raises UserError where the tree has an id that the tokenizer has not."""
+    blocks = [block for thread in tree.threads() for item in thread.blocks for block in own_blocks(item)]
+    largest = max((token for block in blocks for token in block.content), default=0)
+    if largest >= len(tokenizer):
+        raise UserError(
+            f"the tree has the token {largest}, the tokenizer {len(tokenizer)} tokens: name its own by --tokenizer=FILE"
+        )
+    return tokenizer.decode
 
 
 def _is_text(tree: ThreadTree) -> bool:

@@ -16,7 +16,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from apr_jax.errors import UserError
 from apr_jax.threads.metrics import (
@@ -79,18 +79,23 @@ class Record:
 
     @classmethod
     def read(cls, line: str) -> "Record":
-        """Raises UserError where the line is no whole record."""
+        """Raises UserError where the line is no whole record; its tree is read by `thread_tree`."""
         try:
-            return cls(**json.loads(line))
-        except (ValueError, TypeError) as error:  # no JSON, or other fields
+            record = cls(**json.loads(line))
+        except (ValueError, TypeError, RecursionError) as error:  # no JSON, or other fields
             raise UserError(f"no record: {error}") from None
+        for field in dataclasses.fields(cls):
+            kind, value = get_origin(field.type) or field.type, getattr(record, field.name)
+            if field.name != "tree" and not (isinstance(value, kind) and isinstance(value, bool) == (kind is bool)):
+                raise UserError(f"no record: {field.name} is {str(value)[:40]!r}, no {kind.__name__}")
+        return record
 
 
 def read_records(path: str | Path) -> list[Record]:
     """All records of a file. Raises FileNotFoundError, and UserError that names the line for one that is broken or is
     no result."""
     records = []
-    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+    for number, line in enumerate(Path(path).read_text(errors="replace").splitlines(), 1):
         try:
             record = Record.read(line)
         except UserError as error:

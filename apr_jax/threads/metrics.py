@@ -146,22 +146,52 @@ def tree_to_json(tree: ThreadTree, digits: int | None = None) -> dict[str, Any]:
 
 
 def tree_from_json(obj: dict[str, Any]) -> ThreadTree:
-    """The tree that `tree_to_json` wrote; ids become tuples. Raises ValueError for anything else."""
+    """The tree that `tree_to_json` wrote; ids become tuples. Raises UserError for anything else: of another shape or
+    type, with text and ids in one tree, with ids below 0, without a prompt of the root, or nested past Python's limit.
+    """
 
     def block(row: dict[str, Any]) -> Block:
-        content = row["content"] if isinstance(row["content"], str) else tuple(row["content"])
-        given = {name: tuple(row[name]) for name in ("logprobs", "model_logprobs") if name in row}
-        return Block(content, row["sampled"], **given)
+        content = _of_type(row, "content", str, list)
+        if not isinstance(content, str):
+            content = tuple(_of_type({"a token": token}, "a token", int) for token in content)
+            if any(token < 0 for token in content):
+                raise ValueError(f"a token is {min(content)}")
+        kinds.add(type(content))
+        given = {
+            name: tuple(_of_type({name: value}, name, int, float) for value in _of_type(row, name, list))
+            for name in ("logprobs", "model_logprobs")
+            if name in row
+        }
+        return Block(content, _of_type(row, "sampled", bool), **given)
 
     def item(row: dict[str, Any]) -> Block | Spawn:
         if "join" not in row:
             return block(row)
-        return Spawn(tuple(map(block, row["call"])), tuple(map(thread, row["children"])), block(row["join"]))
+        call, children = _of_type(row, "call", list), _of_type(row, "children", list)
+        return Spawn(tuple(map(block, call)), tuple(map(thread, children)), block(row["join"]))
 
     def thread(row: dict[str, Any]) -> Thread:
-        return Thread(tuple(map(item, row["blocks"])), row.get("failure"), row.get("inherits", False))
+        failure = None if row.get("failure") is None else _of_type(row, "failure", str)
+        inherits = "inherits" in row and _of_type(row, "inherits", bool)
+        return Thread(tuple(map(item, _of_type(row, "blocks", list))), failure, inherits)
 
+    kinds: set[type] = set()
     try:
-        return ThreadTree(thread(obj["root"]), dict(obj["info"]))
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        tree = ThreadTree(thread(obj["root"]), dict(_of_type(obj, "info", dict)))
+    except RecursionError:
+        raise UserError("this is no thread tree as JSON: its threads are nested too deep") from None
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise UserError(f"this is no thread tree as JSON: {type(error).__name__} {error}") from None
+    if len(kinds) > 1:
+        raise UserError("this is no thread tree as JSON: some blocks hold text, some token ids")
+    if not tree.root.blocks or isinstance(tree.root.blocks[0], Spawn):
+        raise UserError("this is no thread tree as JSON: its root has no prompt")
+    return tree
+
+
+def _of_type(row: dict[str, Any], name: str, *types: type) -> Any:
+    """What stands in a JSON object under a name. Raises KeyError, and TypeError for a value of another type."""
+    value = row[name]
+    if not isinstance(value, types) or isinstance(value, bool) and bool not in types:
+        raise TypeError(f"{name} is {str(value)[:40]!r}, no {' or '.join(one.__name__ for one in types)}")
+    return value

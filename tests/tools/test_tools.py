@@ -186,6 +186,81 @@ def test_view_refuses_in_one_line(run_folder, tmp_path_factory, capsys):
     assert "--tokenizer" in refused(capsys, view, alone)
 
 
+def damaged(value, rng):
+    """A JSON value with one thing in it replaced, taken out or doubled."""
+    if not isinstance(value, (dict, list)) or not value or rng.random() < 0.05:
+        return rng.choice(
+            [None, True, -1, 0.5, 10**12, 10**30, "", "x", [], {}, [[]], [None], float("nan"), {"join": 1}]
+        )
+    changed = dict(value) if isinstance(value, dict) else list(value)
+    key = rng.choice(list(value)) if isinstance(value, dict) else rng.randrange(len(value))
+    what = rng.random()
+    if what < 0.1:
+        del changed[key]
+    elif what < 0.2 and isinstance(changed, list):
+        changed.insert(key, changed[key])
+    else:
+        changed[key] = damaged(value[key], rng)
+    return changed
+
+
+def test_damaged_records_are_drawn_or_refused_in_one_line(run_folder, capsys):
+    path, rng, codes = run_folder / "evaluate" / "sft_apr.jsonl", random.Random(0), []
+    rows = [json.loads(line) for line in path.read_text().splitlines()[:2]]
+    rows.append(rows[0] | {"tree": metrics.tree_to_json(solver_tree())})
+    for number in range(400):
+        row = rng.choice(rows)
+        row = row | {"tree": damaged(row["tree"], rng)} if number % 2 else damaged(row, rng)
+        path.write_text(json.dumps(row) + "\n")
+        index = row["index"] if isinstance(row, dict) and type(row.get("index")) is int and 0 <= row["index"] < 9 else 0
+        html = [f"--html={run_folder / 'tree.html'}"] if number % 3 else []
+        codes.append(call(view, path, f"--index={index}", *html))
+        out, err = capsys.readouterr()
+        assert "Traceback" not in out + err and err.count("\n") == codes[-1], (err, row)
+        assert codes[-1] == 0 or err.startswith("error: "), (err, row)
+    assert set(codes) == {0, 1} and codes.count(1) > 100
+
+
+TREE = {"info": {}, "root": {"blocks": [{"sampled": False, "content": [5]}, {"sampled": True, "content": [6, 7]}]}}
+DAMAGED = {
+    "logprobs of another number": ({"logprobs": [-1.0]}, "1 log-probabilities for 2 tokens"),
+    "logprobs that are none": ({"logprobs": [None, -1.0]}, "logprobs is 'None'"),
+    "a token below 0": ({"content": [6, -7]}, "a token is -7"),
+    "a token that is none": ({"content": [6, "a"]}, "a token is 'a'"),
+    "a token of another vocabulary": ({"content": [6, 900]}, "the tree has the token 900, the tokenizer"),
+    "a token past any vocabulary": ({"content": [6, 10**30]}, "the tree has the token 1000"),
+    "text among ids": ({"content": "seven"}, "some blocks hold text, some token ids"),
+    "no writer": ({"sampled": None}, "sampled is 'None'"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_tree_is_refused_by_what_is_wrong(name, run_folder, capsys):
+    path, (change, said) = run_folder / "evaluate" / "sft_apr.jsonl", DAMAGED[name]
+    row, tree = json.loads(path.read_text().splitlines()[0]), json.loads(json.dumps(TREE))
+    tree["root"]["blocks"][1] |= change
+    path.write_text(json.dumps(row | {"tree": tree}) + "\n")
+    assert said in refused(capsys, view, path)
+
+
+def test_a_tree_without_a_prompt_or_nested_without_end_is_refused(run_folder, capsys):
+    path = run_folder / "evaluate" / "sft_apr.jsonl"
+    row, block = json.loads(path.read_text().splitlines()[0]), TREE["root"]["blocks"][0]
+    for blocks in ([], [{"call": [], "children": [], "join": block}]):
+        path.write_text(json.dumps(row | {"tree": {"info": {}, "root": {"blocks": blocks}}}) + "\n")
+        assert "its root has no prompt" in refused(capsys, view, path)
+    for levels in (200, 400, 30_000):  # where drawing, where reading and where JSON itself gives up
+        thread = '{"blocks": [' + json.dumps(block)
+        nested = "".join(f'{thread}, {{"call": [], "join": {json.dumps(block)}, "children": [' for _ in range(levels))
+        tree = f'{{"info": {{}}, "root": {nested}{thread}]}}{"]}]}" * levels}}}'
+        path.write_text(json.dumps(row | {"tree": None}).replace('"tree": null', f'"tree": {tree}') + "\n")
+        code = call(view, path)
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err and err.count("\n") == code
+        assert (code, "nested too deep" in err or "recursion" in err) in ((0, False), (1, True)), err
+    assert code == 1
+
+
 # ---------------------------------------------------------------------- solve
 
 
