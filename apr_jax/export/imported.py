@@ -167,7 +167,7 @@ def read_config(folder: Path) -> LlamaConfig:
         by_width = LlamaConfig(**sizes)
         # Left to the width where it says the same, so that an exported config comes back as it was.
         return by_width if by_width.hidden == feed_forward else LlamaConfig(**sizes, feed_forward=feed_forward)
-    except ValueError as error:
+    except UserError as error:
         raise HfFolderError(f"{path}: {error}") from None
 
 

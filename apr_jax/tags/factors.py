@@ -8,7 +8,6 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
-from apr_jax.errors import UserError
 from apr_jax.tags.protocol import tag_spawn
 from apr_jax.threads.tree import Block, Thread, ThreadTree
 
@@ -28,7 +27,7 @@ class Span:
 
     def __post_init__(self):
         if not 2 <= self.first <= self.last:
-            raise UserError(f"candidates need 2 <= first <= last, was given {self.first} to {self.last}")
+            raise ValueError(f"candidates need 2 <= first <= last, was given {self.first} to {self.last}")
 
     @property
     def divisor(self) -> int | None:

@@ -14,7 +14,6 @@ import itertools
 import re
 from collections.abc import Sequence
 
-from apr_jax.errors import UserError
 from apr_jax.tags.protocol import tag_spawn
 from apr_jax.threads.tree import Block, Thread, ThreadTree
 
@@ -34,7 +33,7 @@ class RangeSum:
 
     def __post_init__(self):
         if not (10 <= self.first < 25 and 55 <= self.last < 100 and 0 <= self.start < 10):
-            raise UserError(
+            raise ValueError(
                 f"a sum begins with 10 to 24, ends with 55 to 99 and has a start of 0 to 9, was given {vars(self)}"
             )
 
@@ -73,7 +72,7 @@ def solve_sum(problem: RangeSum, parts: int) -> ThreadTree:
     """The tree of text of a solver that gives `parts` parts of the range to children, or with 1 adds up itself. Raises
     ValueError for a number of parts without cuts."""
     if parts not in CUTS:
-        raise UserError(f"parts are {', '.join(map(str, CUTS))}, was given {parts}")
+        raise ValueError(f"parts are {', '.join(map(str, CUTS))}, was given {parts}")
     prompt = Block(SumTask().root_prompt(problem), sampled=False)
     if parts == 1:
         return ThreadTree(Thread((prompt, _added(problem.first, problem.last, problem.start))), {"parts": 1})

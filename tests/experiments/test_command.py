@@ -112,7 +112,7 @@ def test_a_config_file_with_wrong_values_is_refused(refused, tmp_path, line, say
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("sweep", ["grpo.kl=0.001,1e-3", "seed=1,2,01", "apr.beam=(2,3),(2, 3)", "fsdp=1,+1"])
+@pytest.mark.parametrize("sweep", ["grpo.kl=0.001,1e-3", "seed=1,2,01", "sosp.beam=(2,3),(2, 3)", "fsdp=1,+1"])
 def test_a_sweep_with_one_value_written_in_two_ways_is_refused(refused, tmp_path, sweep):
     assert "twice" in refused(SMOKE, f"--workdir={tmp_path}", f"--sweep={sweep}", "--stage=report")
 
