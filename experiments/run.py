@@ -14,11 +14,17 @@ What can be set is listed, with its defaults, in experiments/settings.py.
 
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+
+from apr_jax import interrupt
+
+if __name__ == "__main__":  # the imports take seconds
+    signal.signal(signal.SIGINT, interrupt.end_at_once)
 
 import jax
 
@@ -52,7 +58,13 @@ def start(command: Command) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """The exit code: 0, 1 after one line on stderr, 130 after an interrupt, 143 after a SIGTERM and a save. A bug keeps
-    its traceback."""
+    its traceback. A second interrupt ends the process at once."""
+    with interrupt.Interrupt():
+        code = _main(argv)
+        return 130 if interrupt.given() else code
+
+
+def _main(argv: Sequence[str]) -> int:
     try:
         command = parse(argv)
         if command is None:
@@ -61,20 +73,27 @@ def main(argv: Sequence[str]) -> int:
             run_each(command, expand(command))
         else:
             start(command)
+        interrupt.check()
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
-        return 130
+        return _stopped()
     except Terminated as notice:
         print(f"stopped by SIGTERM: {notice}; the same command goes on from here", file=sys.stderr)
         if jax.process_count() > 1:
             jax.distributed.shutdown()  # waits for the others: the first one serves them
         return 143
     except Exception as error:
+        if interrupt.given():  # what has become of it inside JAX
+            return _stopped()
         if (line := reason(error)) is None:
             raise
         print(f"error: {line}", file=sys.stderr)
         return 1
     return 0
+
+
+def _stopped() -> int:
+    print("\nstopped; the same command goes on from here", file=sys.stderr)
+    return 130
 
 
 def cli() -> None:
@@ -84,7 +103,8 @@ def cli() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", "Error (writing|reading) persistent compilation cache")  # a run does without
     closed = "Event loop is closed"  # TensorStore's writes that were under way when the save had failed
-    sys.unraisablehook = lambda found: closed in str(found.exc_value) or sys.__unraisablehook__(found)
+    lost = lambda error: isinstance(error, KeyboardInterrupt) or closed in str(error)  # noqa: E731  the first is noted
+    sys.unraisablehook = lambda found: lost(found.exc_value) or sys.__unraisablehook__(found)
     code = main(sys.argv)
     sys.stdout.flush()
     if code:

@@ -26,6 +26,7 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
+from apr_jax import interrupt
 from apr_jax.countdown import CountdownProtocol
 from apr_jax.countdown.dataset import read_manifest, write_text
 from apr_jax.errors import UserError
@@ -81,6 +82,7 @@ class Run:
 
     def run(self, stages: Sequence[str]) -> None:
         for stage in stages:
+            interrupt.check()
             getattr(self, stage)()
 
     def _agree(self) -> None:

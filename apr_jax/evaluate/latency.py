@@ -21,6 +21,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from apr_jax import interrupt
 from apr_jax.evaluate.costs import Costs, predict
 from apr_jax.evaluate.evaluate import NAME_TAG, wilson_interval
 from apr_jax.rollout.measure import Measurement, Measurements
@@ -242,6 +243,7 @@ async def _sample(
         measurements.take(name)
         return None, str(error)
     except Exception as error:  # whatever it is, it is this sample's alone, and it is counted
+        interrupt.check()  # no sample's error
         measurements.take(name)
         _tell(f"sample {blank.index}: {type(error).__name__}: {error}")
         return dataclasses.replace(blank, ran=False, failures={f"error:{type(error).__name__}": 1}), None
