@@ -15,10 +15,10 @@ What can be set is listed, with its defaults, in experiments/settings.py.
 import logging
 import os
 import signal
+import socket
 import sys
 import warnings
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 from apr_jax import interrupt
@@ -28,6 +28,8 @@ if __name__ == "__main__":  # the imports take seconds
 
 import jax
 
+from apr_jax.devices import set_cpu_devices
+from apr_jax.errors import UserError
 from apr_jax.train.termination import Terminated
 from experiments.command import FLAGS_HELP, Command, parse, reason
 from experiments.compilation import use_cache
@@ -41,19 +43,35 @@ CACHE = Path(__file__).resolve().parent.parent / ".jax_cache"
 def start(command: Command) -> None:
     """Runs the stages asked for."""
     settings = command.settings
-    # Asking JAX itself whether there is an accelerator would fix the number of CPU devices.
-    accelerator = find_spec("jax_cuda12_plugin") or find_spec("jax_cuda13_plugin")
-    if jax.config.jax_platforms == "cpu" or not accelerator:
-        jax.config.update("jax_num_cpu_devices", settings.devices // command.processes)
+    if set_cpu_devices(settings.devices // command.processes):
         if jax.__version_info__ < (0, 11):  # an unknown flag would end the process, and others were not tried
             os.environ["XLA_FLAGS"] = f"{COLLECTIVES_WAIT} {os.environ.get('XLA_FLAGS', '')}"
     use_cache(CACHE)
     if command.processes > 1:
         jax.config.update("jax_enable_preemption_service", False)  # it would take our SIGTERM
+        if command.process == 0:
+            check_port(command.coordinator)
         jax.distributed.initialize(command.coordinator, command.processes, command.process)
     from experiments.stages import Run  # after the devices are set: it brings in everything else
 
-    Run(settings, command.workdir, command.styles).run(command.stages)
+    Run(settings, command.workdir, command.styles, command.stages).run(command.stages)
+
+
+def check_port(coordinator: str) -> None:
+    """Raises UserError where this process cannot listen at a coordinator's port: JAX would end in a segmentation
+    fault."""
+    port = int(coordinator.rpartition(":")[2])
+    if not 0 < port < 65536:
+        raise UserError(f"--coordinator is HOST:PORT with a port from 1 to 65535, was given {coordinator!r}")
+    family, everywhere = (socket.AF_INET6, "::") if socket.has_dualstack_ipv6() else (socket.AF_INET, "")
+    with socket.socket(family) as one:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have ended do not count
+        try:
+            if family == socket.AF_INET6:
+                one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            one.bind((everywhere, port))
+        except OSError as error:
+            raise UserError(f"--coordinator={coordinator}: port {port}: {error.strerror}: give another one") from None
 
 
 def main(argv: Sequence[str]) -> int:
