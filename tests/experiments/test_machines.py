@@ -24,7 +24,7 @@ def plugin(tmp_path):
 
 @pytest.mark.skipif(devices.has_driver(), reason="there is a GPU")
 def test_a_cuda_plugin_without_a_gpu_is_no_reason_to_stop(plugin, tmp_path):
-    small = (*SMALL, f"--workdir={tmp_path / 'run'}", "--config.sft.steps=2", "--config.apr.beam=2")
+    small = (*SMALL, f"--workdir={tmp_path / 'run'}", "--config.sft.steps=2")
     done = finish(start(*small, "--stage=data,sft", "--styles=apr", env=plugin))
     assert done.code == 0, done.err
     assert (tmp_path / "run" / "sft_apr" / "checkpoints" / "2").is_dir()
