@@ -14,15 +14,22 @@ What can be set is listed, with its defaults, in experiments/settings.py.
 
 import logging
 import os
+import signal
+import socket
 import sys
 import warnings
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
+
+from apr_jax import interrupt
+
+if __name__ == "__main__":  # the imports take seconds
+    signal.signal(signal.SIGINT, interrupt.end_at_once)
 
 import jax
 
-from apr_jax.errors import debug_asked, with_causes
+from apr_jax.devices import set_cpu_devices
+from apr_jax.errors import UserError, debug_asked, with_causes
 from apr_jax.train.termination import Terminated
 from experiments.command import FLAGS_HELP, Command, parse, reason
 from experiments.compilation import use_cache
@@ -36,24 +43,46 @@ CACHE = Path(__file__).resolve().parent.parent / ".jax_cache"
 def start(command: Command) -> None:
     """Runs the stages asked for."""
     settings = command.settings
-    # Asking JAX itself whether there is an accelerator would fix the number of CPU devices.
-    accelerator = find_spec("jax_cuda12_plugin") or find_spec("jax_cuda13_plugin")
-    if jax.config.jax_platforms == "cpu" or not accelerator:
-        jax.config.update("jax_num_cpu_devices", settings.devices // command.processes)
+    if set_cpu_devices(settings.devices // command.processes):
         if jax.__version_info__ < (0, 11):  # an unknown flag would end the process, and others were not tried
             os.environ["XLA_FLAGS"] = f"{COLLECTIVES_WAIT} {os.environ.get('XLA_FLAGS', '')}"
     use_cache(CACHE)
     if command.processes > 1:
         jax.config.update("jax_enable_preemption_service", False)  # it would take our SIGTERM
+        if command.process == 0:
+            check_port(command.coordinator)
         jax.distributed.initialize(command.coordinator, command.processes, command.process)
     from experiments.stages import Run  # after the devices are set: it brings in everything else
 
-    Run(settings, command.workdir, command.styles).run(command.stages)
+    Run(settings, command.workdir, command.styles, command.stages).run(command.stages)
+
+
+def check_port(coordinator: str) -> None:
+    """Raises UserError where this process cannot listen at a coordinator's port: JAX would end in a segmentation
+    fault."""
+    port = int(coordinator.rpartition(":")[2])
+    if not 0 < port < 65536:
+        raise UserError(f"--coordinator is HOST:PORT with a port from 1 to 65535, was given {coordinator!r}")
+    family, everywhere = (socket.AF_INET6, "::") if socket.has_dualstack_ipv6() else (socket.AF_INET, "")
+    with socket.socket(family) as one:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have ended do not count
+        try:
+            if family == socket.AF_INET6:
+                one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            one.bind((everywhere, port))
+        except OSError as error:
+            raise UserError(f"--coordinator={coordinator}: port {port}: {error.strerror}: give another one") from None
 
 
 def main(argv: Sequence[str]) -> int:
     """The exit code: 0, 1 after one line on stderr, 130 after an interrupt, 143 after a SIGTERM and a save. A bug keeps
-    its traceback, with --debug any error."""
+    its traceback, with --debug any error. A second interrupt ends the process at once."""
+    with interrupt.Interrupt():
+        code = _main(argv)
+        return 130 if interrupt.given() else code
+
+
+def _main(argv: Sequence[str]) -> int:
     try:
         command = parse(argv)
         if command is None:
@@ -62,15 +91,17 @@ def main(argv: Sequence[str]) -> int:
             run_each(command, expand(command))
         else:
             start(command)
+        interrupt.check()
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
-        return 130
+        return _stopped()
     except Terminated as notice:
         print(f"stopped by SIGTERM: {notice}; the same command goes on from here", file=sys.stderr)
         if jax.process_count() > 1:
             jax.distributed.shutdown()  # waits for the others: the first one serves them
         return 143
     except Exception as error:
+        if interrupt.given():  # what has become of it inside JAX
+            return _stopped()
         if debug_asked(argv):
             raise with_causes(error)
         if (line := reason(error)) is None:
@@ -80,6 +111,11 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def _stopped() -> int:
+    print("\nstopped; the same command goes on from here", file=sys.stderr)
+    return 130
+
+
 def cli() -> None:
     """Ends the process. Silences the libraries' own accounts: Orbax tells of every file, and a save that fails, as on
     a full disk, is told by Orbax, asyncio and TensorStore in hundreds of lines beside the CheckpointError."""
@@ -87,7 +123,8 @@ def cli() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", "Error (writing|reading) persistent compilation cache")  # a run does without
     closed = "Event loop is closed"  # TensorStore's writes that were under way when the save had failed
-    sys.unraisablehook = lambda found: closed in str(found.exc_value) or sys.__unraisablehook__(found)
+    lost = lambda error: isinstance(error, KeyboardInterrupt) or closed in str(error)  # noqa: E731  the first is noted
+    sys.unraisablehook = lambda found: lost(found.exc_value) or sys.__unraisablehook__(found)
     code = main(sys.argv)
     sys.stdout.flush()
     if code:

@@ -30,6 +30,7 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
+from apr_jax import interrupt
 from apr_jax.countdown import CountdownProtocol
 from apr_jax.countdown.dataset import read_manifest, write_text
 from apr_jax.errors import UserError
@@ -47,7 +48,7 @@ from apr_jax.train.sft import run_sft
 from apr_jax.train.step import data_mesh
 from experiments.dataset import load_conditions, load_pieces, load_problems, load_run_tokenizer, make_data
 from experiments.report import records_name, write_report
-from experiments.settings import STYLES, Settings, default_config
+from experiments.settings import STAGES, STYLES, Settings, default_config
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers", "transformers", "torch")
 
@@ -68,14 +69,17 @@ class Run:
     """One run folder and the stages that fill it, with the models of some styles or all. Two processes may work on one
     folder, each on a style of its own, once its data are made."""
 
-    def __init__(self, settings: Settings, workdir: Path, styles: Sequence[str] = STYLES):
+    def __init__(
+        self, settings: Settings, workdir: Path, styles: Sequence[str] = STYLES, stages: Sequence[str] = STAGES
+    ):
         self.settings, self.workdir, self.styles = settings, workdir, styles
         self._counted: dict[str, dict[str, int]] = {}  # conditions, by style
         self._weights: dict[Path, str] = {}  # fingerprints of saved steps, as far as stages have read them
-        if settings.model["attention"] == "cudnn" and jax.default_backend() != "gpu":
+        on_devices = not {*stages} <= {"data", "report"}
+        if on_devices and settings.model["attention"] == "cudnn" and jax.default_backend() != "gpu":
             raise UserError(f"model.attention cudnn needs an NVIDIA GPU, JAX runs on {jax.default_backend()}")
         # First: a refusal must not leave its config in the folder.
-        self.mesh = data_mesh(settings.devices, settings.fsdp)
+        self.mesh = data_mesh(settings.devices, settings.fsdp) if on_devices else None
         for style in styles:
             if first := self._first_checkpoint(style):
                 try:
@@ -90,6 +94,7 @@ class Run:
 
     def run(self, stages: Sequence[str]) -> None:
         for stage in stages:
+            interrupt.check()
             getattr(self, stage)()
 
     def _agree(self) -> int:

@@ -48,10 +48,9 @@ def run(doc: str, define: Callable[[flags.FlagValues], None], work: Callable[...
 
 def use_all_cores() -> None:
     """Makes a virtual device of every core where JAX has no GPU; before its first device is asked for."""
-    import jax  # here: --help of other tools need not wait for it
+    from apr_jax.devices import set_cpu_devices  # here: --help of other tools need not wait for JAX
 
-    if jax.config.jax_platforms == "cpu" or not any(name.startswith("jax_cuda") for name in sys.modules):
-        jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+    set_cpu_devices(os.cpu_count() or 1)
 
 
 def write_json(path: str | None, found: dict) -> None:

@@ -26,6 +26,7 @@ from collections.abc import Iterator, Sequence
 import httpx
 from absl import flags
 
+from apr_jax import interrupt
 from apr_jax.countdown import CountdownProtocol
 from apr_jax.countdown.dataset import write_text
 from apr_jax.errors import UserError
@@ -184,5 +185,9 @@ def main(argv: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     # So that servers are stopped before this process is gone.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    sys.exit(main(sys.argv))
+    with interrupt.Interrupt(SystemExit(143), signal.SIGTERM):
+        try:
+            code = main(sys.argv)
+        finally:
+            interrupt.check()
+    sys.exit(code)

@@ -28,6 +28,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from apr_jax import interrupt
 from apr_jax.errors import UserError
 from apr_jax.model.cache import make_cache
 from apr_jax.model.llama import Llama
@@ -172,6 +173,7 @@ class JaxEngine:
         """Admits, prefills, decodes, until nothing waits and nothing runs."""
         try:
             while self._waiting or self._running:
+                interrupt.check()
                 self._admit()
                 for width, size, slots in list(self._groups()):
                     self._decode(width, size, slots)
@@ -189,6 +191,7 @@ class JaxEngine:
             self._slots.forget()
             if any(leaf.is_deleted() for leaf in jax.tree.leaves(self._cache)):
                 self._cache = self._blank_cache()
+            interrupt.check()  # which may have come out of JAX as another error
             raise
 
     def _admit(self) -> None:

@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+from apr_jax import interrupt
+
 
 class MetricsLog:
     """`metrics.jsonl` and TensorBoard events in one folder.
@@ -60,6 +62,8 @@ class Progress:
         self._live = sys.stderr.isatty()
 
     def update(self, done: int, note: str = "") -> None:
+        """Raises KeyboardInterrupt where a Ctrl-C was lost."""
+        interrupt.check()
         self.done = done
         now = time.monotonic()
         if done < self.total and now - self._last < (0.5 if self._live else 15.0):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 
+from apr_jax import interrupt
 from apr_jax.checks import SEED, FieldError, at_least, check_fields
 from apr_jax.errors import UserError
 from apr_jax.model.flops import peak_flops, training_flops
@@ -179,6 +180,7 @@ def run_sft(
         with Notice() as notice:
             told = False
             for step in range(start + 1, config.steps + 1):
+                interrupt.check()
                 state, sums = trainer.step(state, run.microbatches(step), flag=notice.given)
                 if late is not None:
                     told = run.report(*late) > 0

@@ -60,7 +60,8 @@ def data_mesh(devices: int, fsdp: int = 1) -> Mesh:
             f"several processes train on all of their devices: devices is {jax.device_count()}, was given {devices}"
         )
     if not 1 <= devices <= jax.device_count():
-        raise UserError(f"{devices} devices were asked for, {jax.device_count()} are there")
+        hint = "; JAX_PLATFORMS=cpu makes virtual ones of the CPU" if jax.config.jax_platforms != "cpu" else ""
+        raise UserError(f"{devices} devices were asked for, {jax.device_count()} are there{hint}")
     if not 1 <= fsdp <= devices or devices % fsdp:
         raise UserError(f"fsdp divides devices ({devices}), was given {fsdp}")
     shape, chosen = (devices // fsdp, fsdp), jax.devices()[:devices]

@@ -27,8 +27,8 @@ def start(*arguments, most: int | None = None, **options) -> subprocess.Popen:
     begin = ["-m", "experiments.run"] if most is None else ["-c", LIMITED, str(most)]
     line = [sys.executable, *begin, SMOKE, *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(line, cwd=ROOT, env=environment, **pipes | options)
+    pipes["env"] = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(line, cwd=ROOT, **pipes | options)
 
 
 def finish(process: subprocess.Popen) -> SimpleNamespace:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -431,6 +432,28 @@ def test_an_interrupt_says_how_to_go_on(tmp_path, monkeypatch, main):
     monkeypatch.setattr(stages.Run, "report", report)
     done = main(SMOKE, f"--workdir={tmp_path}", "--stage=report")
     assert done.code == 130 and done.err == "\nstopped; the same command goes on from here\n"
+
+
+@pytest.mark.parametrize("moments", [3, pytest.param(12, marks=pytest.mark.slow)])
+def test_an_interrupt_at_any_moment_ends_the_run_with_130(tmp_path, moments):
+    """Most of the time it traces and compiles, and JAX loses an exception that is raised meanwhile. What was made is
+    kept: each run goes on where the one before it was interrupted."""
+    rng, made = random.Random(moments), 0
+    for _ in range(moments):
+        process = start(f"--workdir={tmp_path}", "--stage=data,sft,evaluate")
+        deadline = time.monotonic() + 200
+        while not (tmp_path / "config.json").exists() and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(rng.uniform(0, 8))
+        assert process.poll() is None, "it ended before it was interrupted"
+        process.send_signal(signal.SIGINT)
+        done = finish(process)
+        assert done.code == 130 and "Traceback" not in done.err, done.err
+        assert done.err.endswith("\nstopped; the same command goes on from here\n")
+        kept = len(list(tmp_path.rglob("*.npy"))) + len(list(tmp_path.glob("*/checkpoints/*/meta")))
+        assert kept >= min(made, 2)
+        made = kept
 
 
 # ---------------------------------------------------------------------- the command line

@@ -1,0 +1,28 @@
+"""How many devices JAX will have, told before JAX is asked: asking it fixes their number."""
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import jax
+
+PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+# What NVIDIA's driver puts there: on a machine, in a container, under WSL, on a Tegra board.
+DRIVER = ("/dev/nvidia*", "/proc/driver/nvidia", "/dev/dxg", "/dev/nvhost-gpu", "/dev/nvmap")
+
+
+def set_cpu_devices(count: int) -> bool:
+    """Makes `count` virtual devices of the CPU where JAX finds no GPU; before its first device is asked for. Whether it
+    did. JAX_PLATFORMS decides where it is set."""
+    if any(name in sys.modules or find_spec(name) for name in PLUGINS):
+        asked = jax.config.jax_platforms
+        if asked not in (None, "", "cpu") or (not asked and has_driver()):
+            return False
+        jax.config.update("jax_platforms", "cpu")  # a plugin without a GPU would complain, and leave one device
+    jax.config.update("jax_num_cpu_devices", count)
+    return True
+
+
+def has_driver() -> bool:
+    """Whether a driver of NVIDIA's is loaded."""
+    return any(found for pattern in DRIVER for found in Path("/").glob(pattern.removeprefix("/")))

@@ -1,0 +1,66 @@
+"""Machines that lack what a run asks for: a GPU, a free port, the other process."""
+
+import os
+import socket
+
+import jax
+import pytest
+
+from apr_jax import devices
+from tests.experiments.conftest import ROOT, SMOKE, finish, start
+
+SMALL = ("--config.problems.train=20", "--config.problems.held_out=4")
+
+
+@pytest.fixture
+def plugin(tmp_path):
+    """An environment with a CUDA plugin that finds no GPU, and no word of a platform."""
+    folder = tmp_path / "path" / "jax_cuda12_plugin"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").touch()
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    return environment | {"PYTHONPATH": os.pathsep.join([str(folder.parent), str(ROOT)])}
+
+
+@pytest.mark.skipif(devices.has_driver(), reason="there is a GPU")
+def test_a_cuda_plugin_without_a_gpu_is_no_reason_to_stop(plugin, tmp_path):
+    small = (*SMALL, f"--workdir={tmp_path / 'run'}", "--config.sft.steps=2")
+    done = finish(start(*small, "--stage=data,sft", "--styles=apr", env=plugin))
+    assert done.code == 0, done.err
+    assert (tmp_path / "run" / "sft_apr" / "checkpoints" / "2").is_dir()
+
+
+def test_who_decides_on_the_number_of_devices(monkeypatch):
+    changed = {}
+    monkeypatch.setattr(jax.config, "update", changed.__setitem__)
+    monkeypatch.setattr(devices, "find_spec", lambda name: name == "jax_cuda13_plugin")
+    for asked, driver, cpu in (
+        ("", True, False), ("", False, True), ("cpu", True, True), ("cuda", False, False), (None, True, False),
+        ("cuda,cpu", False, False),
+    ):  # fmt: skip
+        changed.clear()
+        monkeypatch.setattr(devices, "has_driver", lambda driver=driver: driver)
+        with monkeypatch.context() as patch:
+            patch.setattr(type(jax.config), "jax_platforms", asked, raising=False)
+            assert devices.set_cpu_devices(7) is cpu, (asked, driver)
+        assert changed == ({"jax_platforms": "cpu", "jax_num_cpu_devices": 7} if cpu else {})
+
+
+def test_data_needs_no_devices(main, refused, tmp_path):
+    many = (SMOKE, *SMALL, f"--workdir={tmp_path}", "--config.devices=64", "--config.sft.batch_rows=64")
+    many += ("--config.grpo.batch_rows=64", "--config.grpo.slots=64", "--config.evaluate.slots=64")
+    assert "64 devices were asked for, 2 are there" in refused(*many, "--stage=data,sft")
+    done = main(*many, "--stage=data")
+    assert done.code == 0 and (tmp_path / "data" / "manifest.json").exists(), done.err
+
+
+@pytest.mark.parametrize("address", ["", "127.0.0.1"])
+def test_a_coordinator_s_port_that_is_taken_is_one_line(refused, tmp_path, address):
+    with socket.create_server((address, 0)) as taken:
+        port = taken.getsockname()[1]
+        two = (f"--coordinator=localhost:{port}", "--processes=2", "--process=0", "--stage=data")
+        line = refused(SMOKE, *two, f"--workdir={tmp_path}")
+    assert f"port {port}" in line and "in use" in line
+    for port in (0, 65536):
+        two = (f"--coordinator=localhost:{port}", "--processes=2", "--process=0", "--stage=data")
+        assert "a port from 1 to 65535" in refused(SMOKE, *two, f"--workdir={tmp_path}")

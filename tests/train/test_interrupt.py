@@ -1,0 +1,94 @@
+"""A signal ends what runs, also where the exception that it raises is lost on its way."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from apr_jax import interrupt
+from apr_jax.rollout.engine import JaxEngine
+from apr_jax.threads.engine import Sampling
+from apr_jax.train.metrics import MetricsLog, Progress
+from apr_jax.train.step import data_mesh
+from tests.tiny import make_model
+from tests.train import runs
+from tests.train.test_resume import bits, lines
+
+
+def lose_an_interrupt():
+    """A Ctrl-C whose exception nobody sees."""
+    with contextlib.suppress(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_lost_interrupt_ends_training_at_its_next_step_and_it_goes_on(tmp_path, monkeypatch):
+    right = bits(runs.sft(tmp_path / "whole"))
+    write, seen = MetricsLog.write, []
+
+    def log(self, step, values):
+        write(self, step, values)
+        seen.append(step)
+        if step == 3:
+            lose_an_interrupt()
+
+    with monkeypatch.context() as patch, interrupt.Interrupt():
+        patch.setattr(MetricsLog, "write", log)
+        with pytest.raises(KeyboardInterrupt):
+            runs.sft(tmp_path / "run")
+    assert max(seen) <= 4
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert bits(runs.sft(tmp_path / "run")) == right and lines(tmp_path / "run") == lines(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("other", [None, RuntimeError("INTERNAL: KeyboardInterrupt")])
+def test_an_interrupt_that_jax_lost_ends_a_rollout(other, monkeypatch):
+    """Dropped, or come out as an error of JAX: never a failure of the tree that was decoded."""
+    engine = JaxEngine(make_model(), data_mesh(1), slots=1, context=64, steps=2)
+    decode, ended = JaxEngine._run_decode, []
+
+    def interrupted(self, *arguments):
+        lose_an_interrupt()
+        if other is not None:
+            raise other
+        return decode(self, *arguments)
+
+    async def one():
+        try:
+            return await engine.decode(engine.open((1, 2), (0,)), frozenset(), 60, Sampling(0.0))
+        except Exception as error:
+            ended.append(error)
+
+    monkeypatch.setattr(JaxEngine, "_run_decode", interrupted)
+    with interrupt.Interrupt(), pytest.raises(KeyboardInterrupt):
+        asyncio.run(one())
+    assert not ended
+
+
+def test_progress_ends_what_was_interrupted(capfd):
+    progress = Progress("x", 3, "steps")
+    progress.update(1)
+    with interrupt.Interrupt():
+        lose_an_interrupt()
+        assert interrupt.given()
+        with pytest.raises(KeyboardInterrupt):
+            progress.update(2)
+    with interrupt.Interrupt():
+        progress.update(3)  # the next command begins without it
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_second_signal_ends_the_process_at_once(number, code):
+    program = f"""
+import contextlib, os, time
+from apr_jax import interrupt
+with interrupt.Interrupt(SystemExit(9), {int(number)}):
+    with contextlib.suppress(SystemExit):
+        os.kill(os.getpid(), {int(number)})
+    os.kill(os.getpid(), {int(number)})
+    time.sleep(60)
+"""
+    assert subprocess.run([sys.executable, "-c", program], timeout=30).returncode == code
