@@ -17,6 +17,7 @@ import os
 import signal
 import socket
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -104,11 +105,22 @@ def _main(argv: Sequence[str]) -> int:
             return _stopped()
         if debug_asked(argv):
             raise with_causes(error)
-        if (line := reason(error)) is None:
+        if (line := reason(error) or _lost_process(error)) is None:
             raise
         print(f"error: {line}", file=sys.stderr)
         return 1
     return 0
+
+
+def _lost_process(error: Exception) -> str | None:
+    """One line where what failed is the exchange with another process; None for any other error."""
+    exchange = ("Gloo", "NCCL", "heartbeat", "oordination service", "Connection closed by peer")
+    if not isinstance(error, jax.errors.JaxRuntimeError) or not any(word in str(error) for word in exchange):
+        return None
+    return (
+        f"another process of this run has ended or cannot be reached ({str(error).splitlines()[0]}); start all of them "
+        "again, the same commands go on"
+    )
 
 
 def _stopped() -> int:
@@ -125,7 +137,13 @@ def cli() -> None:
     closed = "Event loop is closed"  # TensorStore's writes that were under way when the save had failed
     lost = lambda error: isinstance(error, KeyboardInterrupt) or closed in str(error)  # noqa: E731  the first is noted
     sys.unraisablehook = lambda found: lost(found.exc_value) or sys.__unraisablehook__(found)
-    code = main(sys.argv)
+    try:
+        code = main(sys.argv)
+    except Exception:
+        if not jax.distributed.is_initialized():
+            raise
+        traceback.print_exc()  # and no farewell, which would wait for the other processes
+        code = 1
     sys.stdout.flush()
     if code:
         os._exit(code)  # without the farewells of threads whose files could not be written

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 
 import jax
 import pytest
@@ -64,3 +65,20 @@ def test_a_coordinator_s_port_that_is_taken_is_one_line(refused, tmp_path, addre
     for port in (0, 65536):
         two = (f"--coordinator=localhost:{port}", "--processes=2", "--process=0", "--stage=data")
         assert "a port from 1 to 65535" in refused(SMOKE, *two, f"--workdir={tmp_path}")
+
+
+def test_where_one_of_two_processes_is_killed_the_other_ends_soon_in_one_line(tmp_path):
+    """Not after a minute of waiting for it to say farewell, with JAX's own stack dump."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    two = (f"--workdir={tmp_path}", "--stage=data,sft", "--styles=apr", "--config.sft.steps=4000", "--processes=2")
+    first, second = (start(*two, f"--coordinator=localhost:{port}", f"--process={i}") for i in range(2))
+    while not list(tmp_path.glob("sft_apr/checkpoints/20")) and first.poll() is None and second.poll() is None:
+        time.sleep(0.05)
+    second.kill()
+    began, done = time.monotonic(), finish(first)
+    finish(second)
+    assert done.code == 1 and time.monotonic() - began < 40, done.err
+    lines = [line for line in done.err.splitlines() if " left" not in line]
+    assert len(lines) == 1 and lines[0].startswith("error: another process of this run has ended"), done.err
