@@ -321,7 +321,12 @@ def _check_types(c: dict[str, Any]) -> None:
 
 def _check_together(settings: Settings) -> None:
     """Raises UserError for settings that do not go together."""
-    c, devices, window = settings.config, settings.devices, settings.window
+    c, devices, window, problems = settings.config, settings.devices, settings.window, settings.problems
+    if problems.max_target > (largest := max(2, problems.max_number) ** problems.count):
+        raise UserError(
+            f"problems.max_target is at most {largest}, no more can be made of {problems.count} numbers up to "
+            f"{problems.max_number}, was given {problems.max_target}"
+        )
     for name in ("sft.batch_rows", "grpo.batch_rows", "grpo.slots", "evaluate.slots"):
         if (value := _value(c, name)) % devices:
             raise UserError(f"{name} is a multiple of devices ({devices}), was given {value}")

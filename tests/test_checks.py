@@ -46,7 +46,7 @@ RIGHT = {
         (OptimizerConfig, "warmup_steps", -1), (LlamaConfig, "layers", 0), (LlamaConfig, "width", -128),
         (LlamaConfig, "heads", 0), (LlamaConfig, "rope_theta", 0), (LlamaConfig, "context", 0),
         (Budget, "threads", 0), (Budget, "tokens", 0), (Sampling, "temperature", -1), (Sampling, "top_p", 0),
-        (Prices, "child", -1), (ProblemRange, "max_number", 0), (ProblemRange, "max_target", 10**9),
+        (Prices, "child", -1), (ProblemRange, "max_number", 0),
         (SolverConfig, "max_value", 0), (SolverConfig, "beam", (1, 2, 3)), (Recipe, "window", 0),
         (DatasetConfig, "train", 0), (DatasetConfig, "max_number", 8), (DatasetConfig, "unseen_targets", 1),
     ],

@@ -357,7 +357,7 @@ def test_children_that_inherit_have_their_own_credit_within_one_piece():
         ({"kl_estimator": "k2"}, "kl_estimator is one of k1, k3, was given 'k2'"),
         ({"group": 1}, "was given 1"),
         ({"temperature": 0.0}, "was given 0.0"),
-        ({"validate_every": 2, "validation": 0}, "at least 1 problem, was given 0"),
+        ({"validate_every": 2, "validation": 0}, "validation is at least 1, was given 0"),
     ],
 )
 def test_configs_that_cannot_be_are_refused_with_what_was_given(changes, message):
