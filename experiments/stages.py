@@ -311,7 +311,7 @@ class Run:
         return self.settings.checkpoint and (own if newest_step(own) else self.settings.checkpoint)
 
     def _first_model(self, style: str) -> Llama:
-        """The model that SFT begins with. Raises ValueError where a given one is not the run's, CheckpointError where
+        """The model that SFT begins with. Raises UserError where a given one is not the run's, CheckpointError where
         it cannot be read."""
         first = self._first_checkpoint(style)
         if not first:
@@ -326,7 +326,7 @@ class Run:
         return model
 
     def _check_sizes(self, checkpoint: str | Path, given: LlamaConfig) -> None:
-        """Raises ValueError, also where the run's threads are longer than the model's context."""
+        """Raises UserError, also where the run's threads are longer than the model's context."""
         run = LlamaConfig(given.vocab_size, **self.settings.model)
         for name, theirs, ours in (
             ("width", given.width, run.width),
@@ -346,7 +346,7 @@ class Run:
             )
 
     def _check_vocabulary(self, checkpoint: str | Path, given: LlamaConfig) -> None:
-        """Raises ValueError where the weights' words are others than the run's, as far as it is known."""
+        """Raises UserError where the weights' words are others than the run's, as far as it is known."""
         if given.vocab_size != len(self.tokenizer):
             raise UserError(
                 f"model.checkpoint {checkpoint} has a vocabulary of {given.vocab_size}, the run's tokenizer has "

@@ -127,7 +127,7 @@ def _export(folder: Path, out: Path) -> None:
 
 
 def read_shard(text: str) -> tuple[int, int]:
-    """(i, n) of "i/n". Raises ValueError."""
+    """(i, n) of "i/n". Raises UserError."""
     match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
     if not match or not int(match[1]) < int(match[2]):
         raise UserError(f"--shard is i/n with i from 0 to n - 1, was given {text!r}")

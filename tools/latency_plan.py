@@ -116,7 +116,7 @@ class Plan:
     patience: float
 
     def budgets(self, export: Export) -> Iterator[tuple[Budget, str]]:
-        """Each with what stands first on the prompt. Raises ValueError for those that the model cannot have."""
+        """Each with what stands first on the prompt. Raises UserError for those that the model cannot have."""
         for window in self.windows or [export.context]:
             if window > export.context:
                 raise UserError(f"--windows: {export.folder} holds {export.context} tokens, was given {window}")
@@ -127,7 +127,7 @@ class Plan:
 
 
 def make_plan(values: flags.FlagValues) -> Plan:
-    """Raises ValueError or OSError in one line for what cannot be done. With --config the last models of its run are
+    """Raises UserError or OSError in one line for what cannot be done. With --config the last models of its run are
     exported here."""
     if values["config"].value:
         _take_from_run(values)
@@ -202,7 +202,7 @@ def _problems(path: str | None, count: int) -> tuple[list[Problem], list[Problem
 
 
 def _take_from_run(values: flags.FlagValues) -> None:
-    """Gives the flags that were left out the values of the run that --config names. Raises ValueError or OSError where
+    """Gives the flags that were left out the values of the run that --config names. Raises UserError or OSError where
     there is no such run."""
     preset = load_config(values["config"].value)
     run = Path(values["workdir"].value or Path("runs") / preset.name)

@@ -66,7 +66,7 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
 
 
 def read_problem(arguments: Sequence[str], target: int | None) -> Problem:
-    """Raises ValueError, in one line that says what was given and what is allowed."""
+    """Raises UserError, in one line that says what was given and what is allowed."""
     if not COUNTS[0] <= len(arguments) <= COUNTS[1]:
         raise UserError(f"{COUNTS[0]} to {COUNTS[1]} numbers are needed, {len(arguments)} were given")
     if target is None:

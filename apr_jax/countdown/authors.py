@@ -35,7 +35,7 @@ def tree_from_trace(trace_dict: dict[str, Any]) -> ThreadTree:
     """The tree of text of one `trace_dict`, with the blocks that our solvers give it. Its info has what the texts tell:
     numbers, target, and whether it is solved.
 
-    Raises ValueError where the texts are not those of threads that spawned, joined and ended. A child is known by its
+    Raises UserError where the texts are not those of threads that spawned, joined and ended. A child is known by its
     node alone: after a spawn without a solution the authors' generator may name a wrong node before a state, and a
     later spawn (about 1 in 800 with beams of 9 and 10) then has children whose operations the parent's text tells
     otherwise.
@@ -125,7 +125,7 @@ def trace_from_tree(tree: ThreadTree) -> dict[str, Any]:
 
 
 def read_problems(path: Path) -> Iterator[Problem]:
-    """Raises ValueError, in one line with the file, the entry and what is wrong, and OSError."""
+    """Raises UserError, in one line with the file, the entry and what is wrong, and OSError."""
     yield from _read(path, _problem)
 
 

@@ -127,7 +127,7 @@ def make_dataset(
     progress: Callable[[str, int, str], Any] = lambda title, total, unit: _Silent(),
 ) -> dict | None:
     """Makes what is missing under `folder` of share `shard` = (i, n); returns the manifest, None while other shares
-    are missing. Raises ValueError where the folder holds a data set of another config."""
+    are missing. Raises UserError where the folder holds a data set of another config."""
     if (manifest := read_manifest(folder)) is not None:
         if manifest["config"].get("imported"):
             return manifest  # made elsewhere: what it was made of is not ours to compare
@@ -186,7 +186,7 @@ def _whole(path: Path) -> Iterator[Path]:
 
 
 def _check_same(theirs: dict, mine: dict, folder: Path) -> None:
-    """Raises ValueError where a data set was made with another config. Solver settings that its config
+    """Raises UserError where a data set was made with another config. Solver settings that its config
     does not name yet had their defaults then."""
     defaults = json.loads(json.dumps(dataclasses.asdict(SolverConfig(beam=(1, 1)))))
     recipes = [{**one, "solver": defaults | one["solver"]} for one in theirs.get("recipes", ())]

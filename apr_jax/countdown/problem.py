@@ -17,7 +17,7 @@ from apr_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One problem. Raises ValueError where the numbers or the target are not positive integers."""
+    """One problem. Raises UserError where the numbers or the target are not positive integers."""
 
     numbers: tuple[int, ...]
     target: int
@@ -154,7 +154,7 @@ class ProblemRange:
             raise UserError(f"targets need 2 <= lowest <= highest, was given {self.min_target} to {self.max_target}")
 
     def draw(self, rng: random.Random) -> Problem:
-        """A target at random, then numbers at random until they reach it. Raises ValueError where none do."""
+        """A target at random, then numbers at random until they reach it. Raises UserError where none do."""
         target = rng.randint(self.min_target, self.max_target)
         for _ in range(MOST_DRAWS):
             problem = Problem(self._numbers(rng), target)

@@ -37,7 +37,7 @@ class CountdownProtocol:
     * ``"apr"``: the root's node and state; its budget is a number of child threads (the paper: 0 to 10);
     * ``"sosp"``: the state alone; its budget is a number of tokens (the paper: bins of 512).
 
-    Only the roots of conditioned models have a budget; children never do. Raises ValueError for any other
+    Only the roots of conditioned models have a budget; children never do. Raises UserError for any other
     style. No method raises anything but MalformedSpawn for any parent's text.
     """
 
@@ -53,7 +53,7 @@ class CountdownProtocol:
 
     def condition(self, budget: int | None) -> str:
         """What goes first on a root prompt to ask for a budget, as ``"Sub Call Budget: 6 "``; "" for None.
-        Raises ValueError for a negative budget."""
+        Raises UserError for a negative budget."""
         if budget is None:
             return ""
         if budget < 0:

@@ -269,7 +269,7 @@ def _logits(graphdef, weights, tokens_BxT: jax.Array) -> jax.Array:
 
 def greedy_agreement(model: Llama, folder: Path | str, prompts: Sequence[Sequence[int]], new_tokens: int) -> int:
     """How many prompts transformers' `generate` and the JAX engine continue with the same tokens, greedily,
-    to the end token or for `new_tokens`. Raises ValueError where a prompt and its continuation do not fit."""
+    to the end token or for `new_tokens`. Raises UserError where a prompt and its continuation do not fit."""
     import torch
 
     longest = max(map(len, prompts), default=0) + new_tokens

@@ -127,7 +127,7 @@ class SglangEngine:
         sequence.ids.extend(map(int, ids))
 
     async def decode(self, sequence: _Sequence, stop: frozenset[int], limit: int, sampling: Sampling) -> Decoded:
-        """Raises ValueError where there is no room or an id is outside the vocabulary, UserError where the server would
+        """Raises ValueError where there is no room, UserError where an id is outside the vocabulary or the server would
         draw from another distribution than `sampling` says, ServerError where the server cannot do it."""
         if sequence.freed:
             raise ValueError("a freed sequence cannot decode")

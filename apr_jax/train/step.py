@@ -53,7 +53,7 @@ class TrainState:
 
 
 def data_mesh(devices: int, fsdp: int = 1) -> Mesh:
-    """A mesh of `devices`, `fsdp` of which share one copy of the weights. Raises ValueError where there are fewer
+    """A mesh of `devices`, `fsdp` of which share one copy of the weights. Raises UserError where there are fewer
     devices, `fsdp` does not divide them, or a process among several would have none."""
     if jax.process_count() > 1 and devices != jax.device_count():
         raise UserError(
