@@ -4,8 +4,8 @@ A failure of the model, such as a malformed spawn, is part of a record, which th
 system (out of memory, a dead server, a bug) is never a record: it ends the evaluation.
 
 An evaluation may end at any moment: records are appended to ``PATH.partial`` as trees end, and one started
-again runs only the problems that have none there. Draws depend on a tree's name alone, so the finished
-file is the same however often the evaluation was stopped.
+again runs only the problems that have none there. Draws depend on a tree's name alone, so the trees are the
+same however often the evaluation was stopped; log-probabilities may differ in their last place (`JaxEngine`).
 """
 
 import asyncio
