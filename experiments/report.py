@@ -37,7 +37,7 @@ def write_report(
     Raises UserError where records are of other weights than the model has now. Where a model's weights are gone its
     records stay, and the report says so.
     """
-    stamps = {name: _read_json(workdir / "evaluate" / f"{name}.stamp.json") for name in TITLES}
+    stamps = {name: _stamp(workdir / "evaluate" / f"{name}.stamp.json") for name in TITLES}
     titles = {name: title + _position(stamps[name]) for name, title in TITLES.items()}
 
     present: dict[str, str | None] = {}  # fingerprints of the weights that are there now
@@ -136,9 +136,9 @@ def write_report(
 PAPER_CHANGES = {"APR": {"children": 0.344, "tokens a sequence": 0.221}, "SoS+": {"tokens a sequence": 2660 / 2201 - 1}}
 
 
-def _read_json(path: Path) -> dict:
-    """What stands in a file that an earlier stage wrote; nothing where there is none."""
-    return json.loads(path.read_text()) if path.exists() else {}
+def _stamp(path: Path) -> dict:
+    """What an evaluation noted of its model; nothing where there was none."""
+    return read_json(path, "delete it and run --stage=evaluate again") if path.exists() else {}
 
 
 def _position(stamp: dict) -> str:

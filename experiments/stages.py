@@ -405,11 +405,12 @@ class Run:
 
 
 def _read_json(path: Path) -> dict:
-    """What a stage noted of its work; nothing where it noted none or the file was cut short."""
+    """What a stage noted of its work; nothing where it noted none or the file is broken."""
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _completed(config: dict, default: dict) -> dict:
