@@ -113,7 +113,7 @@ def write_report(
             f"{counts['tokens'] / counts['trees']:.0f} tokens a tree."
         )
         if left_out := max(
-            (row.get("threads_too_long", 0) for row in metrics.get(TITLES[f"sft_{style}"], ())), default=0
+            (row.get("threads_too_long", 0) for row in metrics.get(titles[f"sft_{style}"], ())), default=0
         ):
             lines.append(f"SFT left out {left_out} {style} threads that are longer than a row.")
     folder = workdir / "figures"
