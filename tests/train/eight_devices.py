@@ -93,7 +93,7 @@ def sharded():
     model = make_model(2, width=64, layers=4, heads=8, kv_heads=8, feed_forward=96, remat="full")
     found = {}
     for name, frozen, meshes in (("muon", "", ((8, 1), (8, 2))), ("adamw", "embed_|q_", ((8, 8),))):
-        config = OptimizerConfig(name=name, peak_rate=1e-2, muon_rate=0.02, warmup_steps=1, frozen=frozen)
+        config = OptimizerConfig(name, 1e-2, 0.02, warmup_steps=1, schedule="constant", frozen=frozen)
         states = {}
         for devices, fsdp in ((1, 1), *meshes):
             trainer = Trainer(
