@@ -44,6 +44,8 @@ class Tokenizer:
         if added := [token["content"] for token in stored["added_tokens"] if token["content"] not in SPECIAL]:
             raise UserError(f"the tokenizer has an added token, {added[0]!r}, which `encode` would not find")
         self._vocabulary = stored["model"]["vocab"]
+        if len({*self._vocabulary.values()}) < len(self._vocabulary):
+            raise UserError("the tokenizer has two tokens of one id, of which `decode` knows one")
         try:
             self._cut = re.compile(stored["pre_tokenizer"]["pattern"]["Regex"]).findall
         except (KeyError, TypeError, re.error):  # re.error: an expression of another language, as \p{L}
