@@ -46,7 +46,14 @@ from apr_jax.train.checkpoint import CheckpointError, fingerprint, last_step, lo
 from apr_jax.train.grpo import most_frequent, run_grpo
 from apr_jax.train.sft import run_sft
 from apr_jax.train.step import data_mesh
-from experiments.dataset import load_conditions, load_pieces, load_problems, load_run_tokenizer, make_data
+from experiments.dataset import (
+    load_conditions,
+    load_held_out,
+    load_pieces,
+    load_problems,
+    load_run_tokenizer,
+    make_data,
+)
 from experiments.report import records_name, write_report
 from experiments.settings import STAGES, STYLES, Settings, default_config
 
@@ -202,7 +209,7 @@ class Run:
             )  # fmt: skip
 
     def evaluate(self) -> None:
-        problems = load_problems(self.workdir / "data" / "held_out.npy")
+        problems = load_held_out(self.workdir / "data")
         models = self.models()
         if not models:
             raise FileNotFoundError(f"no checkpoint under {self.workdir}: run --stage=sft first")
@@ -273,7 +280,7 @@ class Run:
         if _read_json(folder / "check.json").items() >= described.items():
             return  # the check is the last thing written
         export_hf(model, self.tokenizer, folder, meta, self.settings.export_dtype)
-        held_out = load_problems(self.workdir / "data" / "held_out.npy")
+        held_out = load_held_out(self.workdir / "data")
         pieces = load_pieces(self.workdir / "data", "apr", "validation")
         check = {
             **described,
@@ -395,6 +402,11 @@ class Run:
             raise UserError(
                 f"{folder} holds no checkpoint of {name}, but step {meta.get('step')} of {meta.get('stage')}_"
                 f"{meta.get('style')}: move it back where it was made"
+            )
+        if model.config.vocab_size != len(self.tokenizer):
+            raise UserError(
+                f"{folder} has a vocabulary of {model.config.vocab_size}, the tokenizer of {self.workdir / 'data'} has "
+                f"{len(self.tokenizer)}: give the data set the tokenizer.json back that it was made with"
             )
         return model, meta
 

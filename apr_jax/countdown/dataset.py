@@ -138,6 +138,8 @@ def make_dataset(
     if begun.exists():
         theirs = read_json(begun, "delete it, if the data set was begun with these settings")
         _check_same(theirs, config.described(), folder)
+    elif any((folder / name).exists() for name in ("train.npy", "held_out.npy")):  # made behind a config.json
+        raise UserError(f"{folder} holds data of an import whose manifest.json is gone: import it again, elsewhere")
     else:
         write_text(begun, json.dumps(config.described(), indent=1))
     if not config.tokenizer and not (folder / "tokenizer.json").exists():

@@ -9,8 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from apr_jax.countdown.vocabulary import countdown_tokenizer
 from tests.experiments.conftest import ROOT, SMOKE, finish, start
 
 LIGHT = shutil.ignore_patterns("checkpoints", "tensorboard", "figures")
@@ -129,3 +131,45 @@ def test_a_platform_that_is_not_there_is_one_line(tmp_path, platform):
     done = finish(start(f"--workdir={tmp_path}", "--stage=report", env=env))
     assert done.code == 1 and "Traceback" not in done.err
     assert done.err.splitlines()[-1].startswith(f"error: JAX_PLATFORMS is '{platform}': ")
+
+
+# ---------------------------------------------------------------------- files of another data set
+
+
+@pytest.fixture
+def trained(whole_run, tmp_path):
+    """The data and the supervised APR model of the run."""
+    shutil.copytree(whole_run.folder / "data", tmp_path / "copy" / "data")
+    shutil.copytree(whole_run.folder / "sft_apr", tmp_path / "copy" / "sft_apr")
+    return tmp_path / "copy"
+
+
+def test_held_out_problems_of_another_data_set_are_not_evaluated_on(trained, refused):
+    data = trained / "data"
+    held_out, train = (np.load(data / f"{name}.npy") for name in ("held_out", "train"))
+    for other, says in (
+        (train[:12], "12 problems of"),  # trained on
+        (np.concatenate([held_out[:-1], train[:1, [2, 0, 1, 3]]]), "1 problems of"),  # the same in another order
+        (held_out[:5], "holds 5 problems, its data set 12"),
+    ):
+        np.save(data / "held_out.npy", other)
+        for stage in ("evaluate", "export"):
+            line = refused(SMOKE, f"--workdir={trained}", "--styles=apr", f"--stage={stage}")
+            assert says in line and "held_out.npy" in line
+    assert not list(trained.glob("evaluate/*.jsonl"))
+
+
+def test_a_tokenizer_of_another_data_set_is_not_decoded_with(trained, refused):
+    countdown_tokenizer(50).save(trained / "data" / "tokenizer.json")
+    for stage in ("grpo", "evaluate", "export"):
+        line = refused(SMOKE, f"--workdir={trained}", "--styles=apr", f"--stage={stage}")
+        assert "has a vocabulary of" in line and "tokenizer.json" in line
+    assert {path.name for path in trained.iterdir()} == {"config.json", "data", "sft_apr", "versions.json"}
+
+
+def test_no_data_are_made_into_an_import_without_its_manifest(light, refused):
+    for name in ("manifest.json", "config.json"):  # of these an import has the first
+        (light / "data" / name).unlink()
+    before = sorted(light.rglob("*"))
+    assert "import it again" in refused(SMOKE, f"--workdir={light}", "--stage=data")
+    assert sorted(light.rglob("*")) == before
