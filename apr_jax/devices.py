@@ -1,6 +1,7 @@
 """How many devices JAX will have, told before JAX is asked: asking it fixes their number."""
 
 import sys
+import traceback
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,3 +27,13 @@ def set_cpu_devices(count: int) -> bool:
 def has_driver() -> bool:
     """Whether a driver of NVIDIA's is loaded."""
     return any(found for pattern in DRIVER for found in Path("/").glob(pattern.removeprefix("/")))
+
+
+def no_backend(error: Exception) -> str | None:
+    """One line where JAX has nothing to run on, as JAX_PLATFORMS asks for it; None for any other error."""
+    text, frames = str(error).partition("\n")[0], traceback.extract_tb(error.__traceback__)
+    if isinstance(error, AssertionError) and frames and frames[-1].filename.endswith("xla_bridge.py"):
+        text = "none of them is there"  # JAX 0.10.2 asserts that one is
+    elif not isinstance(error, RuntimeError) or not text.startswith("Unable to initialize backend"):
+        return None
+    return f"JAX_PLATFORMS is {jax.config.jax_platforms!r}: {text}; JAX_PLATFORMS=cpu runs on the processor"

@@ -27,7 +27,7 @@ def read_json(path: Path, mend: str) -> dict[str, Any]:
     """The JSON object of a file. Raises UserError, with what to do (`mend`), where it holds none."""
     try:
         found = json.loads(path.read_text())
-    except ValueError:  # no JSON, or no text
+    except (ValueError, RecursionError):  # no JSON, or no text
         found = None
     if not isinstance(found, dict):
         raise UserError(f"{path} is broken: {mend}")

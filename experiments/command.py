@@ -161,7 +161,7 @@ def load_config(name: str) -> ConfigDict:
     try:
         spec.loader.exec_module(module)
         config = module.get_config(*[word] if sign else []) if hasattr(module, "get_config") else None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         own = str(path.resolve())
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == own]
         line = getattr(error, "lineno", None) or (lines or [1])[-1]
@@ -170,9 +170,13 @@ def load_config(name: str) -> ConfigDict:
     if not isinstance(config, ConfigDict):
         raise UserError(f"{file} needs a function get_config() that returns a changed default_config()")
     known = set(_names(default_config()))
-    if extra := [name for name in _names(config) if name not in known]:
+    try:
+        given = list(_names(config))
+    except RecursionError:
+        raise UserError(f"{file}: a section of its config holds itself") from None
+    if extra := [name for name in given if name not in known]:
         raise UserError(f"{file}: {_no_setting(default_config(), extra[0])}")
-    if missing := known - set(_names(config)):
+    if missing := known - set(given):
         raise UserError(f"{file} leaves out {min(missing)}: start from default_config()")
     return config
 

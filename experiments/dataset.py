@@ -102,6 +102,18 @@ def load_pieces(folder: Path, style: str, part: str, children: int = 0, seed: in
     return StoredPieces(store, np.array(chosen))
 
 
+def load_held_out(folder: Path) -> Sequence[Problem]:
+    """The held-out problems of a data set. Raises FileNotFoundError where the data stage has not run, UserError where
+    the file is broken or another data set's: its problems may have been trained on."""
+    path = folder / "held_out.npy"
+    problems, count = load_problems(path), load_manifest(folder)["held_out_problems"]
+    if len(problems) != count:
+        raise UserError(f"{path} holds {len(problems)} problems, its data set {count}: {_mend(folder)}")
+    if count := _shared(*(np.load(folder / f"{name}.npy") for name in ("train", "held_out"))):
+        raise UserError(f"{count} problems of {path} are among the training problems: {_mend(folder)}")
+    return problems
+
+
 def load_problems(path: Path) -> Sequence[Problem]:
     """Raises FileNotFoundError where the data stage has not run, ValueError where the file is broken."""
     if not path.exists():

@@ -30,17 +30,17 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
     (null, in older files NaN). No file: no lines."""
     path = Path(path)
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
             rows.append(json.loads(line))
         except ValueError:
             continue
-    rows = [row for row in rows if isinstance(row, dict) and "step" in row]
+    rows = [row for row in rows if isinstance(row, dict) and _finite(row.get("step"))]
     return [{name: value for name, value in row.items() if _finite(value)} for row in rows]
 
 
-def _finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
+def _finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def accuracy_bars(models: Mapping[str, Sequence[Record]], path: str | Path) -> None:

@@ -37,7 +37,7 @@ def write_report(
     Raises UserError where records are of other weights than the model has now. Where a model's weights are gone its
     records stay, and the report says so.
     """
-    stamps = {name: _stamp(workdir / "evaluate" / f"{name}.stamp.json") for name in TITLES}
+    stamps = {name: _read_stamp(workdir / "evaluate" / f"{name}.stamp.json") for name in TITLES}
     titles = {name: title + _position(stamps[name]) for name, title in TITLES.items()}
 
     present: dict[str, str | None] = {}  # fingerprints of the weights that are there now
@@ -90,7 +90,10 @@ def write_report(
             summaries |= {f"{title} {where}": one for title, one in found.items()}
     check = workdir / "export" / "check.json"
     if check.exists():
-        found = read_json(check, "delete it and run --stage=export again")
+        mend = "delete it and run --stage=export again"
+        found = read_json(check, mend)
+        if found.get("model") not in TITLES:
+            raise UserError(f"{check} is broken: {mend}")
         if found.get("weights") != (_present(workdir / found["model"], weights) or found.get("weights")):
             lines += ["", f"The export is of other weights than {found['model']} has now: run --stage=export again."]
         else:
@@ -136,9 +139,13 @@ def write_report(
 PAPER_CHANGES = {"APR": {"children": 0.344, "tokens a sequence": 0.221}, "SoS+": {"tokens a sequence": 2660 / 2201 - 1}}
 
 
-def _stamp(path: Path) -> dict:
-    """What an evaluation noted of its model; nothing where there was none."""
-    return read_json(path, "delete it and run --stage=evaluate again") if path.exists() else {}
+def _read_stamp(path: Path) -> dict:
+    """What the evaluation noted of the weights; nothing where it noted none. Raises UserError where it is broken."""
+    mend = "delete it and run --stage=evaluate again"
+    stamp = read_json(path, mend) if path.exists() else {}
+    if not all(isinstance(stamp.get(name, 0), int) for name in ("step", "steps")):
+        raise UserError(f"{path} is broken: {mend}")
+    return stamp
 
 
 def _position(stamp: dict) -> str:
@@ -178,6 +185,10 @@ def _table(
             for stage in ("SFT", "SFT+GRPO")
         )
         if before and after:
+            if [record.problem for record in records[before]] != [record.problem for record in records[after]]:
+                raise UserError(
+                    f"the records of {before} and {after} are of other problems: run --stage=evaluate again"
+                )
             mean, low, high, gained, lost = paired_difference(records[before], records[after])
             lines += ["", f"GRPO over {before} on the same problems: {100 * mean:+.1f} points "
                       f"({100 * low:+.1f} to {100 * high:+.1f}), {gained} gained, {lost} lost. "

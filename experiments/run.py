@@ -22,14 +22,15 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from apr_jax import interrupt
+from apr_jax import interrupt, streams
 
 if __name__ == "__main__":  # the imports take seconds
+    streams.open_closed()
     signal.signal(signal.SIGINT, interrupt.end_at_once)
 
 import jax
 
-from apr_jax.devices import set_cpu_devices
+from apr_jax.devices import no_backend, set_cpu_devices
 from apr_jax.errors import UserError, debug_asked, with_causes
 from apr_jax.train.termination import Terminated
 from experiments.command import FLAGS_HELP, Command, parse, reason
@@ -105,7 +106,7 @@ def _main(argv: Sequence[str]) -> int:
             return _stopped()
         if debug_asked(argv):
             raise with_causes(error)
-        if (line := reason(error) or _lost_process(error)) is None:
+        if (line := reason(error) or _lost_process(error) or no_backend(error)) is None:
             raise
         print(f"error: {line}", file=sys.stderr)
         return 1

@@ -7,6 +7,7 @@ the start, before anything is built.
 import dataclasses
 import functools
 from collections.abc import Iterator
+from pathlib import PurePath
 from typing import Any
 
 import ml_collections
@@ -242,6 +243,9 @@ def read_settings(config: ml_collections.ConfigDict) -> Settings:
 
     for name, least in LEAST.items():
         _at_least(name, _value(c, name), least)
+    place = PurePath(c["name"])  # under runs/
+    if not place.parts or place.is_absolute() or ".." in place.parts or not c["name"].isprintable():
+        raise UserError(f"name is that of a folder under runs/, was given {c['name']!r}")
     devices, window = c["devices"], c["window"]
     if c["sosp"]["search"] not in ("sosp", "sos"):
         raise UserError(f"sosp.search is sosp or sos, was given {c['sosp']['search']!r}")
@@ -283,6 +287,8 @@ def read_settings(config: ml_collections.ConfigDict) -> Settings:
             f"evaluate.also_at has other temperatures than evaluate.temperature ({temperatures[0]:g}), each once, was "
             f"given {c['evaluate']['also_at']}"
         )
+    if long := [t for t in temperatures[1:] if float(f"{t:g}") != t]:  # files of records are named so
+        raise UserError(f"evaluate.also_at has temperatures of at most 6 digits, was given {long[0]}")
 
     def budgets(name: str) -> tuple[int, ...]:
         given = c["evaluate"][name]

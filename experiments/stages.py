@@ -46,7 +46,14 @@ from apr_jax.train.checkpoint import CheckpointError, fingerprint, last_step, lo
 from apr_jax.train.grpo import most_frequent, run_grpo
 from apr_jax.train.sft import run_sft
 from apr_jax.train.step import data_mesh
-from experiments.dataset import load_conditions, load_pieces, load_problems, load_run_tokenizer, make_data
+from experiments.dataset import (
+    load_conditions,
+    load_held_out,
+    load_pieces,
+    load_problems,
+    load_run_tokenizer,
+    make_data,
+)
 from experiments.report import records_name, write_report
 from experiments.settings import STAGES, STYLES, Settings, default_config
 
@@ -130,7 +137,8 @@ class Run:
         }
         versions |= {name: metadata.version(name) for name in PACKAGES}
         noted = _read_json(self.workdir / "versions.json")
-        known = [*noted.pop("earlier", []), noted] if noted else []
+        before = noted.pop("earlier", [])
+        known = [*(before if isinstance(before, list) else []), noted] if noted else []
         if earlier := [one for one in known if one != versions]:
             versions["earlier"] = earlier
         write_text(self.workdir / "versions.json", json.dumps(versions, indent=1))
@@ -184,7 +192,7 @@ class Run:
             if newest_step(folder) is None:
                 raise FileNotFoundError(f"no checkpoint at {folder}: run --stage=sft first")
             self._check_finished(f"sft_{style}")
-            model, _ = load_model(folder)
+            model, _ = self._load(f"sft_{style}", folder)
             began_with = fingerprint(model)
             begun = last_step(self.workdir / f"grpo_{style}")
             if begun and load_meta(begun)[1].get("began_with", began_with) != began_with:
@@ -201,7 +209,7 @@ class Run:
             )  # fmt: skip
 
     def evaluate(self) -> None:
-        problems = load_problems(self.workdir / "data" / "held_out.npy")
+        problems = load_held_out(self.workdir / "data")
         models = self.models()
         if not models:
             raise FileNotFoundError(f"no checkpoint under {self.workdir}: run --stage=sft first")
@@ -214,6 +222,8 @@ class Run:
         for name, (model, meta) in models.items():
             folder = self.workdir / "evaluate"
             reached, steps = self._reached(name)
+            if self.saved()[name].parent.name == "checkpoints":
+                reached = meta["step"]  # the newest step may be broken
             stamp = {
                 "weights": fingerprint(model), "step": meta["step"], "steps": steps, "finished": reached >= steps,
                 "problems": len(problems),
@@ -258,14 +268,19 @@ class Run:
                 return
             raise FileNotFoundError(f"no APR checkpoint under {self.workdir}: run --stage=sft first")
         self._check_finished(name, "; python -m tools.export_hf exports any checkpoint")
-        model, meta = load_model(saved[name].parent)
+        model, meta = self._load(name, saved[name].parent)
+        if saved[name].parent.name == "checkpoints" and meta["step"] < (steps := self._reached(name)[1]):
+            stage = name.partition("_")[0]
+            raise UserError(
+                f"the newest readable step of {name} is {meta['step']} of {steps}: finish --stage={stage} first"
+            )
         folder = self.workdir / "export"
         self._weights[saved[name]] = fingerprint(model)
         described = {"model": name, "step": meta["step"], "weights": self._weights[saved[name]]}
         if _read_json(folder / "check.json").items() >= described.items():
             return  # the check is the last thing written
         export_hf(model, self.tokenizer, folder, meta, self.settings.export_dtype)
-        held_out = load_problems(self.workdir / "data" / "held_out.npy")
+        held_out = load_held_out(self.workdir / "data")
         pieces = load_pieces(self.workdir / "data", "apr", "validation")
         check = {
             **described,
@@ -378,7 +393,22 @@ class Run:
 
     def models(self) -> dict[str, tuple[Llama, dict]]:
         """The models of `saved` with their meta."""
-        return {name: load_model(step.parent) for name, step in self.saved().items()}
+        return {name: self._load(name, step.parent) for name, step in self.saved().items()}
+
+    def _load(self, name: str, folder: Path) -> tuple[Llama, dict]:
+        """`load_model`. Raises UserError where the checkpoint is not of the stage and style whose folder it lies in."""
+        model, meta = load_model(folder)
+        if f"{meta.get('stage')}_{meta.get('style')}" != name or not isinstance(meta.get("step"), int):
+            raise UserError(
+                f"{folder} holds no checkpoint of {name}, but step {meta.get('step')} of {meta.get('stage')}_"
+                f"{meta.get('style')}: move it back where it was made"
+            )
+        if model.config.vocab_size != len(self.tokenizer):
+            raise UserError(
+                f"{folder} has a vocabulary of {model.config.vocab_size}, the tokenizer of {self.workdir / 'data'} has "
+                f"{len(self.tokenizer)}: give the data set the tokenizer.json back that it was made with"
+            )
+        return model, meta
 
     def _reached(self, name: str) -> tuple[int, int]:
         """(the newest step that a stage has saved, its last step). They differ while it is trained."""
@@ -407,18 +437,18 @@ class Run:
 def _read_json(path: Path) -> dict:
     """What a stage noted of its work; nothing where it noted none or the file is broken."""
     try:
-        found = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
+        return read_json(path, "")
+    except (FileNotFoundError, UserError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _completed(config: dict, default: dict) -> dict:
     """A config with the default of every setting that there was not yet when it was written."""
-    return config | {
-        key: _completed(config.get(key, {}), value) if isinstance(value, dict) else config.get(key, value)
-        for key, value in default.items()
-    }
+    completed = dict(config)
+    for key, value in default.items():
+        theirs = config.get(key, value)
+        completed[key] = _completed(theirs, value) if isinstance(value, dict) and isinstance(theirs, dict) else theirs
+    return completed
 
 
 def _differences(old: dict, new: dict, prefix: str = "", free: Set[str] = frozenset()) -> Iterator[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from absl import flags
 
+from apr_jax import streams
 from apr_jax.errors import UserError, debug_asked, with_causes
 from apr_jax.paths import expand_home
 
@@ -19,6 +20,7 @@ def run(doc: str, define: Callable[[flags.FlagValues], None], work: Callable[...
     and OSError are a user's: one line on stderr and code 1. Anything else is ours and keeps its traceback, with --debug
     any error does. A flag or argument that begins with ~ is read as a path in a home folder.
     """
+    streams.open_closed()
     values = flags.FlagValues()
     define(values)
     flags.DEFINE_boolean("help", False, "Show this and stop.", short_name="h", flag_values=values)
@@ -41,6 +43,8 @@ def run(doc: str, define: Callable[[flags.FlagValues], None], work: Callable[...
         if isinstance(error, flags.Error):
             return fail(f"{_first_line(error)} (--help lists the flags)")
         if not isinstance(error, UserError | OSError):
+            if line := _no_backend(error):
+                return fail(line)
             raise
         return fail(_first_line(error))
     return 0
@@ -64,6 +68,14 @@ def fail(message: str) -> int:
     """Prints one line; returns the exit code of bad input."""
     print(f"error: {message}", file=sys.stderr)
     return 1
+
+
+def _no_backend(error: Exception) -> str | None:
+    if "jax" not in sys.modules:  # most tools do not need it
+        return None
+    from apr_jax.devices import no_backend
+
+    return no_backend(error)
 
 
 def _first_line(error: Exception) -> str:

@@ -138,12 +138,15 @@ def _stats(folder: Path, values: flags.FlagValues) -> None:
     from apr_jax.text.hub import load_tokenizer
     from tools.statistics import describe, draw, table
 
+    plot = values["plot"].value
+    if plot and Path(plot).suffix.lower() != ".png":
+        raise UserError(f"--plot is a PNG to draw, NAME.png, was given {plot}")
     other = load_tokenizer(values["tokenizer"].value) if values["tokenizer"].value else None
     found = describe(folder, values["sample"].value, other)
     print(table(found))
-    if values["plot"].value:
-        draw(found, Path(values["plot"].value))
-        print(f"drawn to {values['plot'].value}")
+    if plot:
+        draw(found, Path(plot))
+        print(f"drawn to {plot}")
 
 
 def main(argv: Sequence[str]) -> int:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from absl import flags
 
@@ -137,7 +138,9 @@ def make_plan(values: flags.FlagValues) -> Plan:
     exports = [read_export(model, values[model].value) for model in MODELS if values[model].value]
     given = values["servers"].value
     urls = [url for url in given.split(",") if url] if "://" in given else []
-    if not urls and given and not (given.isdigit() and int(given)):
+    if wrong := [url for url in urls if not _is_url(url)]:
+        raise UserError(f"--servers is a number from 1 or http://HOST:PORT,..., was given {wrong[0]!r}")
+    if not urls and given and not (re.fullmatch("[0-9]{1,9}", given) and int(given)):
         raise UserError(f"--servers is a number from 1 or http://HOST:PORT,..., was given {given!r}")
     if urls and len(exports) > 1:
         raise UserError("running servers have one model: give --apr or --sosp, and the other in a second call")
@@ -149,12 +152,30 @@ def make_plan(values: flags.FlagValues) -> Plan:
     source = hashlib.blake2b(Path(path).read_bytes(), digest_size=6).hexdigest() if path else ""
     return Plan(
         Path(values["out"].value), engines, exports, urls, servers, values["placement"].value,
-        shlex.split(values["launcher"].value),
+        _words(values["launcher"].value),
         [{"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]} for index in range(servers)] if gpus else [],
         _numbers("concurrency", values, 1), _numbers("windows", values, 32), _numbers("least_children", values, 0),
         {model: _numbers(f"{model}_budgets", values, 0) for model in MODELS},
         values["depth"].value, values["temperature"].value, problems, source, warm, values["patience"].value,
     )  # fmt: skip
+
+
+def _words(launcher: str) -> list[str]:
+    try:
+        words = shlex.split(launcher)
+    except ValueError as error:  # of its quotes
+        raise UserError(f"--launcher is a command, was given {launcher!r}: {error}") from None
+    if not words:
+        raise UserError("--launcher is a command, was given nothing")
+    return words
+
+
+def _is_url(given: str) -> bool:
+    try:
+        parts = urlsplit(given)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and " " not in given
+    except ValueError:  # of the port or an IPv6 address
+        return False
 
 
 def _among(name: str, given: Sequence[str], allowed: Sequence[str]) -> list[str]:
@@ -165,7 +186,7 @@ def _among(name: str, given: Sequence[str], allowed: Sequence[str]) -> list[str]
 
 def _numbers(name: str, values: flags.FlagValues, least: int) -> list[int]:
     given = values[name].value
-    if not all(one.isdigit() and int(one) >= least for one in given):
+    if not all(re.fullmatch("[0-9]{1,9}", one) and int(one) >= least for one in given):
         raise UserError(f"--{name} is numbers from {least}, was given {','.join(given)!r}")
     return list(dict.fromkeys(map(int, given)))
 

@@ -32,6 +32,12 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     run, out = map(Path, arguments)
     if missing := [name for name in (*FILES, "figures") if not (run / name).exists()]:
         raise FileNotFoundError(f"{run} is no finished run: it has no {missing[0]}")
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"{out} is a file, a folder is needed")
+    if run.resolve() in (out.resolve(), *out.resolve().parents) or any(
+        (out / n).exists() for n in ("data", "metrics.jsonl")
+    ):
+        raise UserError(f"{out} is a run's own folder, of which checkpoints would be replaced: give another one")
     if values["model"].value:
         from apr_jax.train.checkpoint import last_step  # --help need not wait for JAX
 
@@ -54,9 +60,10 @@ def _check_weights(run: Path, checkpoint: Path) -> None:
     from apr_jax.train.checkpoint import CheckpointError, fingerprint, load_model
 
     try:
-        exported = json.loads((run / "export" / "check.json").read_text()).get("weights")
+        exported = json.loads((run / "export" / "check.json").read_text())
     except ValueError:
         return
+    exported = exported.get("weights") if isinstance(exported, dict) else None
     try:
         present = fingerprint(load_model(checkpoint)[0])
     except CheckpointError as error:

@@ -138,6 +138,8 @@ def make_dataset(
     if begun.exists():
         theirs = read_json(begun, "delete it, if the data set was begun with these settings")
         _check_same(theirs, config.described(), folder)
+    elif any((folder / name).exists() for name in ("train.npy", "held_out.npy")):  # made behind a config.json
+        raise UserError(f"{folder} holds data of an import whose manifest.json is gone: import it again, elsewhere")
     else:
         write_text(begun, json.dumps(config.described(), indent=1))
     if not config.tokenizer and not (folder / "tokenizer.json").exists():
@@ -164,7 +166,14 @@ def make_dataset(
 def read_manifest(folder: Path) -> dict | None:
     """None where the data set is not finished. Raises UserError where the file is broken."""
     path = folder / "manifest.json"
-    return read_json(path, "delete it, and it is made again from what lies beside it") if path.exists() else None
+    if not path.exists():
+        return None
+    made = (folder / "config.json").exists()  # an import has none
+    mend = "delete it, and it is made again from what lies beside it" if made else "import the data set again"
+    found = read_json(path, mend)
+    if not isinstance(found.get("config"), dict) or not isinstance(found.get("held_out_problems"), int):
+        raise UserError(f"{path} is broken: {mend}")
+    return found
 
 
 def write_text(path: Path, text: str) -> None:

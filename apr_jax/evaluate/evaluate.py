@@ -88,6 +88,9 @@ class Record:
             kind, value = get_origin(field.type) or field.type, getattr(record, field.name)
             if field.name != "tree" and not (isinstance(value, kind) and isinstance(value, bool) == (kind is bool)):
                 raise UserError(f"no record: {field.name} is {str(value)[:40]!r}, no {kind.__name__}")
+        for name in ("failures", "malformed"):
+            if not all(isinstance(count, int) for count in getattr(record, name).values()):
+                raise UserError(f"no record: {name} is {str(getattr(record, name))[:40]}, no counts by kind")
         return record
 
 

@@ -6,6 +6,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
+def whole_path(folder: Path | str) -> Path:
+    """The path without links. Raises OSError where they lead in a circle."""
+    try:
+        return Path(folder).resolve()
+    except RuntimeError as error:
+        raise OSError(str(error)) from None
+
+
 @contextlib.contextmanager
 def replaced(folder: Path | str, foreign: Callable[[Path], str | None], kind: str) -> Iterator[Path]:
     """A new folder to write into, which takes the place of `folder` at the end of the block; an exception in the block
@@ -14,7 +22,11 @@ def replaced(folder: Path | str, foreign: Callable[[Path], str | None], kind: st
     `foreign` names something in an existing folder that is no `kind`'s ("export"), or gives None. Raises OSError, also
     where `folder` is a file or holds something foreign.
     """
-    folder = Path(folder).resolve()
+    folder = whole_path(folder)
+    if not folder.name:
+        raise FileExistsError(f"{folder} cannot be replaced by an {kind}: give a folder in it")
+    if any((outer / "_CHECKPOINT_METADATA").exists() for outer in folder.parents):
+        raise FileExistsError(f"{folder} lies in a saved step, which holds nothing else: give another folder")
     part, old = (folder.with_name(f".{folder.name}.{state}") for state in ("part", "old"))
     if old.exists() and not folder.exists():
         old.rename(folder)  # killed between the two renames

@@ -27,7 +27,7 @@ from safetensors.numpy import save_file
 
 from apr_jax.errors import UserError
 from apr_jax.export.card import model_card
-from apr_jax.export.folder import replaced
+from apr_jax.export.folder import replaced, whole_path
 from apr_jax.model.attention import attend_masked
 from apr_jax.model.llama import Llama
 from apr_jax.rollout.engine import JaxEngine
@@ -165,8 +165,8 @@ def export_hf(
     positions = (meta or {}).get("max_position_embeddings")
     arrays, config = hf_arrays(model, dtype), hf_config(model, tokenizer, dtype, positions)
     generation = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    folder = Path(folder).resolve()
     try:
+        folder = whole_path(folder)
         with replaced(folder, _foreign, "export") as part:
             _write_json(part / "config.json", config)
             _write_json(part / "generation_config.json", {"do_sample": False, **generation})

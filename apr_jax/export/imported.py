@@ -102,8 +102,12 @@ def import_hf(folder: Path | str) -> Llama:
     graphdef, weights = nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
     abstract = nnx.to_pure_dict(weights)
     shapes = {path_name(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(abstract)}
-    places = _places(shapes)
     stored = _stored_tensors(folder)
+    if config.layers > len(stored):  # of a wrong number there could be more than memory holds
+        raise HfFolderError(
+            f"{folder / 'config.json'}: num_hidden_layers is {config.layers}, the files hold fewer tensors"
+        )
+    places = _places(shapes)
     _check(folder, config, stored, places)
     arrays = {name: np.empty(shape, np.float32) for name, shape in shapes.items()}
     for name, array in _read(stored, places.keys()):
@@ -190,7 +194,7 @@ def _rope_theta(path: Path, content: dict) -> float:
     if len(found) == 2 and found[0] != found[1]:
         raise HfFolderError(f"{path}: rope_theta is {found[1]}, but {found[0]} in rope_parameters")
     theta = found[0] if found else 10_000.0
-    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 < theta < float("inf"):
+    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 < theta < 1e308:
         raise _wrong(path, "rope_theta", theta, "a positive number")
     return float(theta)
 

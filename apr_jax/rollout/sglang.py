@@ -28,6 +28,7 @@ from apr_jax.threads.engine import Decoded, Sampling
 QUIET = 1 << 20  # tokens between two parts of a streamed answer: the first comes at once, the next is the last
 CONNECT = 10.0  # seconds
 LOGPROBS = ("both", "drawn", "none")
+ROUNDED = 0.01  # above 0 no log-probability is but for rounding
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # seconds between tries; doubles from one to the next
 
 
@@ -365,7 +366,7 @@ def _event(url: str, data: str) -> dict:
     """What one part of a stream holds. Raises _Passing, ServerError for an error."""
     try:
         event = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         event = None
     if not isinstance(event, dict):
         raise ServerError(f"{url}: the answer is no stream of JSON: {data[:60]!r}")
@@ -390,7 +391,7 @@ def _message(content: bytes) -> str:
         found = json.loads(text)
         error = found.get("error", found)
         text = error if isinstance(error, str) else str(error.get("message", error))
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         pass
     return next((line.strip() for line in text.splitlines() if line.strip()), "")
 
@@ -399,11 +400,15 @@ def _logprobs(url: str, entries, ids: list[int]) -> list[float]:
     """Of `ids`, from a list of [log-probability, id, ...]."""
     try:
         values = [float(entry[0]) for entry in entries]
-        if [entry[1] for entry in entries] == ids and all(map(math.isfinite, values)):
+        if [entry[1] for entry in entries] == ids and all(map(_is_logprob, values)):
             return values
     except (TypeError, ValueError, IndexError, KeyError):
         pass
     raise ServerError(f"{url}: the answer lacks the log-probabilities of its {len(ids)} tokens")
+
+
+def _is_logprob(value: float) -> bool:
+    return math.isfinite(value) and value < ROUNDED
 
 
 def _field(content, *names: str):

@@ -39,7 +39,10 @@ class Tokenizer:
         self.backend = backend
         self.pad, self.bos, self.eos, self.unknown = (self._special(name) for name in SPECIAL)
         self.ends = frozenset({self.eos, *ends})
-        check_ids(backend.get_vocab(), backend.get_vocab_size(), "the tokenizer")
+        ids = backend.get_vocab()
+        check_ids(ids, backend.get_vocab_size(), "the tokenizer")
+        if len({*ids.values()}) < len(ids):
+            raise UserError("the tokenizer has two tokens of one id, of which `decode` knows one")
         stored = json.loads(backend.to_str())
         if added := [token["content"] for token in stored["added_tokens"] if token["content"] not in SPECIAL]:
             raise UserError(f"the tokenizer has an added token, {added[0]!r}, which `encode` would not find")

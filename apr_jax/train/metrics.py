@@ -75,4 +75,5 @@ class Progress:
         speed = f"{rate:.0f}" if rate >= 1000 else f"{rate:.3g}"
         line = f"{self.title}: {done}/{self.total} {self.unit}, {speed}/s, {clock} left{', ' + note if note else ''}"
         end = "\n" if not self._live or done >= self.total else ""
-        print(f"\r\x1b[K{line}" if self._live else line, end=end, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # a closed terminal or a full disk behind it is no reason to end
+            print(f"\r\x1b[K{line}" if self._live else line, end=end, file=sys.stderr, flush=True)

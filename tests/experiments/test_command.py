@@ -117,6 +117,35 @@ def test_a_sweep_with_one_value_written_in_two_ways_is_refused(refused, tmp_path
     assert "twice" in refused(SMOKE, f"--workdir={tmp_path}", f"--sweep={sweep}", "--stage=report")
 
 
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("import sys\nsys.exit(0)\n", "line 2: SystemExit: 0"),  # which would end the run with code 0
+        ("def get_config():\n    raise SystemExit\n", "line 2: SystemExit"),
+        (f"{START}    c.sft.whole = c\n    return c\n", "holds itself"),
+    ],
+)
+def test_a_config_file_that_ends_the_process_or_has_no_end_is_refused(refused, tmp_path, text, says):
+    (tmp_path / "mine.py").write_text(text)
+    assert says in refused(f"--config={tmp_path}/mine.py", f"--workdir={tmp_path}/run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/../../x", "/tmp/x", "a\nb", "a\0b"])
+def test_a_name_that_is_no_folder_under_runs_is_refused(refused, home, name):
+    smoke = SMOKE.replace("=", f"={ROOT}/")
+    assert f"was given {name!r}" in refused(smoke, f"--config.name={name}", "--stage=report")
+    assert not list(Path.cwd().iterdir())
+    assert "no records under runs/group/x-1" in refused(smoke, "--config.name=group/x-1", "--stage=report")
+
+
+def test_two_temperatures_never_share_a_file_of_records(refused, tmp_path):
+    where = (SMOKE, f"--workdir={tmp_path}", "--stage=report")
+    assert "0.5000001" in refused(*where, "--config.evaluate.also_at=0.5,0.5000001")
+    assert "0.1234567" in refused(*where, "--config.evaluate.also_at=0.1234567")
+    assert "no records" in refused(*where, "--config.evaluate.also_at=0.5,0.123456,1e-05")
+
+
 # ---------------------------------------------------------------------- errors
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from apr_jax.export import hf
 from apr_jax.export.hf import ExportError, check_export, check_trees, export_hf, greedy_agreement
 from apr_jax.model.llama import Llama, LlamaConfig
 from apr_jax.threads.run import Budget
-from apr_jax.train.checkpoint import Checkpoints
+from apr_jax.train.checkpoint import Checkpoints, save_model
 from tools import export_hf as command
 
 TOKENIZER = countdown_tokenizer(99)
@@ -159,6 +160,19 @@ def test_bad_models_and_folders_are_named(model, tmp_path):
     with pytest.raises(ExportError, match="thesis.tex"):
         export_hf(model, TOKENIZER, tmp_path / "mine")
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    (tmp_path / "loop").symlink_to("loop")
+    for folder in (Path("/"), tmp_path / "loop"):
+        with pytest.raises(ExportError, match=f"the export to {folder} could not be written"):
+            export_hf(model, TOKENIZER, folder)
+
+
+def test_a_saved_step_is_no_place_for_an_export(model, tmp_path):
+    save_model(tmp_path, model, {"model": dataclasses.asdict(model.config), "step": 3})
+    before = sorted(tmp_path.rglob("*"))
+    for folder in (tmp_path / "3" / "hf", tmp_path / "3" / "state" / "hf"):
+        with pytest.raises(ExportError, match="lies in a saved step"):
+            export_hf(model, TOKENIZER, folder)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_failed_export_leaves_the_old_one(model, tmp_path, monkeypatch):

@@ -165,6 +165,8 @@ class FakeServer:
         events = [*map(json.dumps, first), *([] if fault == "drop" else [json.dumps(last), "[DONE]"])]
         if fault == "error event":
             events = [json.dumps({"error": {"message": "no such thing", "code": 400}}), "[DONE]"]
+        if fault == "nested":
+            events = ["[" * 100_000]
         if fault == "end early":
             events = events[:1]
         for event in events:
@@ -229,6 +231,7 @@ FAULTS = {
     "other tokens": lambda event: tokens(event, [token ^ 1 for token in event["output_ids"]]),
     "no logprobs": lambda event: event["meta_info"].pop("output_token_logprobs"),
     "null logprob": lambda event: event["meta_info"]["output_token_logprobs"][0].__setitem__(0, None),
+    "large logprob": lambda event: event["meta_info"]["output_token_logprobs"][0].__setitem__(0, 0.5),
     "fewer logprobs": lambda event: event["meta_info"]["output_token_logprobs"].pop(),
     "cut prompt": lambda event: event["meta_info"].update(prompt_tokens=1),
     "abort": lambda event: event["meta_info"].update(finish_reason={"type": "abort", "message": "gone"}),

@@ -278,6 +278,7 @@ def test_settings_that_cannot_be_are_refused():
         ("html", "no stream of JSON: '<html>"), ("wrong id", f"id {len(TOKENIZER)}, the vocabulary ends at"),
         ("text id", "no output_ids"), ("too many", "tokens, 1 to 8 were asked for"), ("no tokens", "0 tokens"),
         ("no logprobs", "lacks the log-probabilities of its"), ("null logprob", "lacks the log-prob"),
+        ("large logprob", "lacks the log-prob"), ("nested", "no stream of JSON"),
         ("fewer logprobs", "lacks the log-prob"), ("cut prompt", "read 1 of 4 prompt tokens"),
         ("other count", "completion_tokens say 99"), ("other tokens", "tokens changed"),
         (404, "answered with error 404: fault 404"), ("error event", "error 400: no such thing"),

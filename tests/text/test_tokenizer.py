@@ -1,5 +1,6 @@
 """The tokenizer: prefix-stable wherever a prompt or a join can end, reversible on traces, strict about its files."""
 
+import json
 import random
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from apr_jax.countdown import CountdownProtocol, Problem, ProblemRange, trace
 from apr_jax.countdown.solver import SolverConfig, solve_apr, solve_sosp
 from apr_jax.countdown.vocabulary import countdown_tokenizer
+from apr_jax.errors import UserError
 from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.threads import Spawn, encode_tree
 from tests.tiny import TOKENIZER
@@ -207,6 +209,17 @@ def test_a_tokenizer_without_our_special_tokens_is_refused(tmp_path):
     path = tmp_path / "other.json"
     tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a")).save(str(path))
     with pytest.raises(ValueError, match="<pad>"):
+        Tokenizer.load(path)
+
+
+def test_a_tokenizer_with_two_tokens_of_one_id_is_refused(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    TOKENIZER.save(path)
+    stored = json.loads(path.read_text())
+    first, second = list(stored["model"]["vocab"])[5:7]
+    stored["model"]["vocab"][first] = stored["model"]["vocab"][second]
+    path.write_text(json.dumps(stored))
+    with pytest.raises(UserError, match="two tokens of one id"):
         Tokenizer.load(path)
 
 

@@ -193,6 +193,12 @@ def test_a_file_that_is_missing_is_named_before_the_others_are_read(files, tmp_p
     assert "nowhere.json" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["lengths", "lengths.txt", "."])
+def test_a_plot_is_written_to_the_file_that_is_named_or_not_at_all(made, tmp_path, capsys, name):
+    assert call("stats", made, f"--plot={tmp_path}/folder/{name}") == 1
+    assert "--plot is a PNG to draw, NAME.png" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_stats_of_validation_trees_that_were_all_dropped(tmp_path, capsys):
     """A held-out problem whose trees do not fit leaves an empty store."""
     line = ("--set=problems.train=60", "--set=problems.held_out=1", "--set=window=160")

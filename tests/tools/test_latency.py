@@ -208,3 +208,18 @@ def test_wrong_flags_are_one_line(exports, tmp_path, capsys):
     assert "holds 1 problems, was given 50" in refused(capsys, apr, out, f"--problems={tmp_path}/p.npy")
     assert "only flags are taken" in refused(capsys, "apr", out)
     assert "cannot be run" in refused(capsys, apr, out, "--launcher=no_such_command")
+    for launcher in ("'x", ""):
+        assert "--launcher is a command, was given" in refused(capsys, apr, out, f"--launcher={launcher}")
+    for number in ("²²", "9" * 5000):
+        assert "--windows is numbers from 32" in refused(capsys, apr, out, f"--windows={number}")
+    # Else they would be waited for, ten minutes by default.
+    for url in (
+        "http://",
+        "ftp://x",
+        "http://:1",
+        "http://x:port",
+        "http://x:99999",
+        "http://[::1",
+        "http://a,http://b c",
+    ):
+        assert "--servers is a number from 1 or http" in refused(capsys, apr, out, f"--servers={url}")

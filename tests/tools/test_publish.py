@@ -74,6 +74,18 @@ def test_the_report_alone(run_folder, tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("out", ["", "sft_apr", "grpo_apr", "new", "../other"])
+def test_no_run_loses_its_checkpoints_to_what_is_published(run_folder, out, capsys):
+    """sft_apr would get the GRPO model in the place of its own, without the optimizer's state."""
+    if out == "../other":
+        (run_folder / out).mkdir()
+        (run_folder / out / "metrics.jsonl").write_text("")
+    before = sorted(path for path in run_folder.parent.rglob("*"))
+    assert call(run_folder, run_folder / out, "--model") == 1
+    assert "is a run's own folder" in capsys.readouterr().err
+    assert sorted(path for path in run_folder.parent.rglob("*")) == before
+
+
 def test_what_is_no_finished_run_is_named(run_folder, tmp_path, capsys):
     (run_folder / "export" / "check.json").unlink()
     for arguments, says in (
