@@ -64,20 +64,26 @@ def test_the_first_update_is_the_policy_gradient_of_the_paths_alone(sampled, agg
     """Before any update the ratio is 1, so the gradient is that of -A logprob, weighed by hand from the trees."""
     model, groups = sampled
     trainer, state = make_trainer(model, aggregate=aggregate)
-    rows, weights = [], []
+    rows, weights, requests = [], [], 0
     for group, gains in zip(groups, ([1, -1, -1, 1], None, np.array([-1, 3, -1, -1]) / 3**0.5)):
         for tree, gain in zip(group, [] if gains is None else gains):
             threads = [paths(thread) for thread in tree.threads()]
-            written = [sum(entry[1] and entry[3] for path in thread for entry in path) for thread in threads]
-            for thread, n in zip(threads, written):
-                share = {"tree": 1 / sum(written), "token": 1.0, "constant": 1 / 64}
-                share = share.get(aggregate, 1 / len(threads) / max(n, 1))
-                for path in thread:
+            # A path is one request to a server: what it wrote stands on it and on no other.
+            written = [[sum(entry[1] and entry[3] for entry in path) for path in thread] for thread in threads]
+            own = np.count_nonzero([n for thread in written for n in thread])
+            requests += own
+            for thread, counts in zip(threads, written):
+                for path, n in zip(thread, counts):
+                    share = {
+                        "tree": 1 / sum(map(sum, written)), "token": 1.0, "constant": 1 / 64,
+                        "paper": 1 / max(n, 1) / own,
+                        "sequence": 1 / max(sum(counts), 1) / np.count_nonzero(list(map(sum, written))),
+                    }[aggregate]  # fmt: skip
                     rows.append([entry[0] for entry in path])
                     weights.append([gain * share * (entry[1] and entry[3]) for entry in path])
     trained = sum(np.count_nonzero(row) for row in weights)
-    threads = [thread for group in groups for tree in group for thread in tree.threads()]
-    divisor = {"token": sum(thread.sampled_tokens for thread in threads), "paper": len(threads)}.get(aggregate, 12)
+    tokens = sum(thread.sampled_tokens for group in groups for tree in group for thread in tree.threads())
+    divisor = {"token": tokens, "paper": requests}.get(aggregate, 12)
     padded = np.zeros((2, len(rows), max(map(len, rows))))
     for i, (row, weight) in enumerate(zip(rows, weights)):
         padded[0, i, : len(row)], padded[1, i, : len(row)] = row, weight
