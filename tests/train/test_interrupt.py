@@ -26,7 +26,7 @@ def lose_an_interrupt():
 
 
 def test_a_lost_interrupt_ends_training_at_its_next_step_and_it_goes_on(tmp_path, monkeypatch):
-    right = bits(runs.sft(tmp_path / "whole"))
+    before, right = signal.getsignal(signal.SIGINT), bits(runs.sft(tmp_path / "whole"))
     write, seen = MetricsLog.write, []
 
     def log(self, step, values):
@@ -40,7 +40,7 @@ def test_a_lost_interrupt_ends_training_at_its_next_step_and_it_goes_on(tmp_path
         with pytest.raises(KeyboardInterrupt):
             runs.sft(tmp_path / "run")
     assert max(seen) <= 4
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before  # default, or ignored where a shell runs this in the background
     assert bits(runs.sft(tmp_path / "run")) == right and lines(tmp_path / "run") == lines(tmp_path / "whole")
 
 
