@@ -1,4 +1,4 @@
-"""Countdown small enough to learn on two cores in under 20 minutes, real in every part.
+"""Countdown small enough to learn on two cores in about 20 minutes, real in every part.
 
     python -m experiments.run --config=experiments/configs/laptop.py
 
