@@ -86,6 +86,8 @@ class Run:
         if on_devices and settings.model["attention"] == "cudnn" and jax.default_backend() != "gpu":
             raise UserError(f"model.attention cudnn needs an NVIDIA GPU, JAX runs on {jax.default_backend()}")
         # First: a refusal must not leave its config in the folder.
+        if settings.tokenizer and not (workdir / "config.json").exists():
+            load_tokenizer(settings.tokenizer)
         self.mesh = data_mesh(settings.devices, settings.fsdp) if on_devices else None
         for style in styles:
             if first := self._first_checkpoint(style):

@@ -184,6 +184,14 @@ def test_a_broken_file_of_a_run_is_named(whole_run, refused, tmp_path, file, tex
     assert f"{file} is broken: delete it" in refused(SMOKE, f"--workdir={folder}", f"--stage={stage}")
 
 
+def test_a_tokenizer_that_is_not_there_leaves_no_folder_in_the_way(refused, tmp_path):
+    """The right command then begins there."""
+    assert "no tokenizer" in refused(
+        SMOKE, f"--workdir={tmp_path}/run", "--config.tokenizer.name=/no/such", "--stage=data"
+    )
+    assert not (tmp_path / "run").exists()
+
+
 # ---------------------------------------------------------------------- what is loaded
 
 
