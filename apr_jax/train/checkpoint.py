@@ -125,8 +125,12 @@ class Checkpoints:
                 return step, found["state"]
             except Exception as error:
                 why = _first_line(error)
-            # What can be read as it was saved is whole, and of another shape than `like`.
-            if wanted is not None or _readable(self.folder / str(step)):
+            if _readable(self.folder / str(step)):  # so it is whole, and of another shape than `like`
+                raise CheckpointError(
+                    f"step {step} under {self.folder} is of another model or optimizer, or of an earlier version's: "
+                    f"begin in a new folder ({why})"
+                )
+            if wanted is not None:
                 raise CheckpointError(f"step {step} under {self.folder} cannot be read: {why}")
             self.set_aside(step, why)
 
