@@ -8,8 +8,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
+from flax import nnx
 
+from apr_jax.train.checkpoint import load_model
 from experiments import run
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -70,3 +73,14 @@ def refused(main):
         return done.err.removeprefix("error: ").strip()
 
     return call
+
+
+def snapshot(folder: Path, *patterns: str) -> dict[str, bytes]:
+    paths = sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    (one, one_meta), (two, two_meta) = load_model(a), load_model(b)
+    equal = jax.tree.map(lambda x, y: bool(np.array_equal(x, y)), *(nnx.to_pure_dict(nnx.state(m)) for m in (one, two)))
+    return one_meta == two_meta and all(jax.tree.leaves(equal))
