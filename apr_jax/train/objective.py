@@ -22,7 +22,7 @@ What it is not: no critic, no importance weights but these.
     sequence  every tree 1, every thread of it that wrote something the same share, spread over its tokens
     paper     as the authors' code: a thread is one sequence per request to the server, up to and with each call and
               after the last join; a sequence's mean is divided by its tree's sequences and by those of the step, the
-              k3 term by those of the step alone. Without a `kl` trees whose advantage is 0 do not count in the step's
+              k3 term by those of the step alone. Without a `kl`, trees of advantage 0 are left out of the step's count
     token     every token of the step the same, those of groups without a signal counted, too
     constant  every token the same, divided by trees and the window (Dr. GRPO: with `normalise` off, longer answers
               are no longer favoured)
@@ -91,8 +91,8 @@ class GrpoConfig:
 
 
 def advantages(rewards: Sequence[float], normalise: bool) -> np.ndarray:
-    """Group-relative advantages [G] of one group; all 0 where its rewards are equal
-    but for rounding, which a deviation would blow up to a signal."""
+    """Group-relative advantages [G] of one group; all 0 where its rewards are equal but for rounding, which dividing by
+    the deviation would make a signal."""
     if not differ(rewards):
         return np.zeros(len(rewards))
     centred = np.asarray(rewards, np.float64) - np.mean(rewards)
