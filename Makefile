@@ -58,7 +58,7 @@ test-long: env
 	APR_LONG=1 $(PY) -m pytest --hypothesis-profile=long $(WORKERS) $(ARGS)
 
 lint: env
-	$(PY) -m ruff check $(ARGS) apr_jax benchmarks experiments tools tests
+	$(PY) -m ruff check $(ARGS) apr_jax experiments tools tests
 
 env: $(STAMP)
 
@@ -95,4 +95,4 @@ lock: env
 
 clean:
 	rm -rf $(VENV) .jax_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
-	find apr_jax benchmarks experiments tools tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find apr_jax experiments tools tests -name __pycache__ -type d -prune -exec rm -rf {} +

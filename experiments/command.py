@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from apr_jax.checks import describe
 from apr_jax.errors import UserError
-from apr_jax.paths import user_path
+from apr_jax.io.paths import user_path
 from apr_jax.train.checkpoint import check_folder
 from experiments.settings import STAGES, STYLES, Settings, default_config, read_settings, setting_types
 

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
-from apr_jax.countdown import CountdownProtocol, Problem
-from apr_jax.countdown.dataset import SHARD_PROBLEMS, DatasetConfig, ProblemFile, make_dataset, read_manifest
-from apr_jax.countdown.recipe import Recipe
+from apr_jax.data.dataset import SHARD_PROBLEMS, DatasetConfig, ProblemFile, make_dataset, read_manifest
+from apr_jax.data.packing import StoredPieces
+from apr_jax.data.store import TreeStore
 from apr_jax.errors import UserError
+from apr_jax.io.progress import Progress
+from apr_jax.tasks.countdown import CountdownProtocol, Problem
+from apr_jax.tasks.countdown.recipe import Recipe
 from apr_jax.text.hub import load_tokenizer
 from apr_jax.text.tokenizer import Tokenizer
-from apr_jax.threads.store import TreeStore
 from apr_jax.train.grpo import hold_back
-from apr_jax.train.metrics import Progress
-from apr_jax.train.pack import StoredPieces
 from experiments.settings import STYLES, Settings
 
 

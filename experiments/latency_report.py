@@ -5,7 +5,6 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from apr_jax.countdown.dataset import write_text
 from apr_jax.evaluate.latency import (
     Sample,
     Setting,
@@ -15,6 +14,7 @@ from apr_jax.evaluate.latency import (
     read_throughput,
     summarise_latency,
 )
+from apr_jax.io.files import write_text
 from experiments import latency_figures as figures
 
 HEADER = (

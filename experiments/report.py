@@ -4,10 +4,10 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from apr_jax.countdown.dataset import write_text
 from apr_jax.errors import UserError
 from apr_jax.evaluate.evaluate import Record, paired_difference, read_records, summarise
-from apr_jax.paths import read_json
+from apr_jax.io.files import write_text
+from apr_jax.io.paths import read_json
 from apr_jax.train.checkpoint import fingerprint, last_step, load_model
 from experiments import figures
 from experiments.dataset import load_manifest

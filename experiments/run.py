@@ -22,7 +22,8 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from apr_jax import interrupt, streams
+from apr_jax import interrupt
+from apr_jax.io import streams
 
 if __name__ == "__main__":  # the imports take seconds
     streams.open_closed()

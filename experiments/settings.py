@@ -13,12 +13,12 @@ from typing import Any
 import ml_collections
 
 from apr_jax.checks import FieldError, check_type, check_values
-from apr_jax.countdown.dataset import DatasetConfig
-from apr_jax.countdown.problem import ProblemRange
-from apr_jax.countdown.solver import SolverConfig
+from apr_jax.data.dataset import DatasetConfig
 from apr_jax.errors import UserError
+from apr_jax.io.paths import expand_home
 from apr_jax.model.llama import PRESETS, LlamaConfig
-from apr_jax.paths import expand_home
+from apr_jax.tasks.countdown.problem import ProblemRange
+from apr_jax.tasks.countdown.solver import SolverConfig
 from apr_jax.threads.engine import Sampling
 from apr_jax.threads.run import Budget
 from apr_jax.train.objective import GrpoConfig

@@ -31,14 +31,15 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from apr_jax import interrupt
-from apr_jax.countdown import CountdownProtocol
-from apr_jax.countdown.dataset import read_manifest, write_text
+from apr_jax.data.dataset import read_manifest
 from apr_jax.errors import UserError
 from apr_jax.evaluate.evaluate import evaluate
 from apr_jax.export.hf import check_export, check_trees, export_hf
+from apr_jax.io.files import write_text
+from apr_jax.io.paths import read_json
 from apr_jax.model.llama import Llama, LlamaConfig, abstract_llama, parameter_count
-from apr_jax.paths import read_json
 from apr_jax.rollout.engine import JaxEngine
+from apr_jax.tasks.countdown import CountdownProtocol
 from apr_jax.text.hub import find_tokenizer, load_tokenizer
 from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.threads.run import TreeRunner

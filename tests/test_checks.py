@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from apr_jax.checks import FieldError, at_least, between, check_fields, check_values
-from apr_jax.countdown.dataset import DatasetConfig
-from apr_jax.countdown.problem import ProblemRange
-from apr_jax.countdown.recipe import Recipe
-from apr_jax.countdown.search import SolverConfig
+from apr_jax.data.dataset import DatasetConfig
 from apr_jax.errors import UserError
 from apr_jax.model.llama import LlamaConfig
+from apr_jax.tasks.countdown.problem import ProblemRange
+from apr_jax.tasks.countdown.recipe import Recipe
+from apr_jax.tasks.countdown.search import SolverConfig
 from apr_jax.threads.engine import Sampling
 from apr_jax.threads.run import Budget
 from apr_jax.train.objective import GrpoConfig

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from apr_jax.countdown import trace
-from apr_jax.countdown.vocabulary import countdown_tokenizer
 from apr_jax.model.attention import attend_masked
 from apr_jax.model.llama import Llama, LlamaConfig
+from apr_jax.tasks.countdown import trace
+from apr_jax.tasks.countdown.vocabulary import countdown_tokenizer
 from apr_jax.threads import Block, MalformedSpawn, Spawn, SpawnRequest, Thread, map_blocks
 
 TOKENIZER = countdown_tokenizer(30)

@@ -2,9 +2,10 @@
 
     python -m tools.adaptive                         # about ten minutes on two cores
 
-The task is `apr_jax.tags`' sum over 42 to 60 numbers, of which none can be skipped. The teacher adds up alone or shares
-the range out to 2 or 4 threads: more threads are fewer tokens one after the other, and more in all. The pupil knows all
-of these ways, and GRPO goes two ways from it: with a price on sequential tokens, and with one on all tokens. Prints a
+The task is the sum over 42 to 60 numbers of `apr_jax.tasks.tagged`, of which none can be skipped. The teacher adds up
+alone or shares the range out to 2 or 4 threads: more threads are fewer tokens one after the other, and more in all. The
+pupil knows all of these ways, and GRPO goes two ways from it: with a price on sequential tokens, and with one on all
+tokens. Prints a
 table of problems that were held out, and writes it with every step's means to --out, with a figure beside it.
 """
 
@@ -20,8 +21,8 @@ from matplotlib.axes import Axes
 from apr_jax.errors import UserError
 from apr_jax.evaluate.evaluate import evaluate, summarise
 from apr_jax.rollout.engine import JaxEngine
-from apr_jax.tags import SUM_WORDS, SumTask, TagProtocol, range_sums, solve_sum, tag_tokenizer
-from apr_jax.tags.sums import CUTS
+from apr_jax.tasks.tagged import SUM_WORDS, SumTask, TagProtocol, range_sums, solve_sum, tag_tokenizer
+from apr_jax.tasks.tagged.sums import CUTS
 from apr_jax.threads.engine import Sampling
 from apr_jax.threads.run import Budget, TreeRunner
 from apr_jax.train.checkpoint import fingerprint

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from absl import flags
 
-from apr_jax import streams
 from apr_jax.errors import UserError, debug_asked, with_causes
-from apr_jax.paths import expand_home
+from apr_jax.io import streams
+from apr_jax.io.paths import expand_home
 
 
 def run(doc: str, define: Callable[[flags.FlagValues], None], work: Callable[..., None], argv: Sequence[str]) -> int:

@@ -97,8 +97,8 @@ def _print_counts(manifest: dict) -> None:
 
 
 def _import(files: Sequence[Path], values: flags.FlagValues) -> None:
-    from apr_jax.countdown import authors
-    from apr_jax.countdown.imported import import_dataset
+    from apr_jax.data.imported import import_dataset
+    from apr_jax.tasks.countdown import authors
 
     if not files:
         raise UserError("import takes one file of traces or more, none was given")
@@ -113,10 +113,10 @@ def _import(files: Sequence[Path], values: flags.FlagValues) -> None:
 
 
 def _export(folder: Path, out: Path) -> None:
-    from apr_jax.countdown import Problem, authors
+    from apr_jax.data.store import TreeStore
+    from apr_jax.tasks.countdown import Problem, authors
     from apr_jax.text.hub import load_tokenizer
     from apr_jax.threads import decode_tree
-    from apr_jax.threads.store import TreeStore
 
     store = TreeStore(folder)
     words = load_tokenizer(str(folder.parent / "tokenizer.json"))

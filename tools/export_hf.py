@@ -55,7 +55,7 @@ def run(checkpoint: str, out: str, dtype: str, tokenizer: str | None, check: int
     print(f"written to {out}")
     if not check:
         return
-    from apr_jax.countdown.protocol import CountdownProtocol
+    from apr_jax.tasks.countdown.protocol import CountdownProtocol
     from apr_jax.threads.run import Budget
 
     protocol = CountdownProtocol(meta.get("style", "apr"))
@@ -95,8 +95,8 @@ def _missing_token(words, protocol) -> str | None:
 
 
 def _problems(path: Path, count: int) -> list:
-    from apr_jax.countdown.dataset import ProblemFile
-    from apr_jax.countdown.problem import ProblemRange
+    from apr_jax.data.dataset import ProblemFile
+    from apr_jax.tasks.countdown.problem import ProblemRange
 
     if path.is_file():
         return list(ProblemFile(path)[:count])

@@ -18,17 +18,17 @@ from absl import flags
 from flax import nnx
 from jax.sharding import Mesh
 
+from apr_jax.data.packing import lay_out_tree
 from apr_jax.errors import UserError
 from apr_jax.evaluate.evaluate import evaluate, summarise
 from apr_jax.model.llama import Llama, LlamaConfig
 from apr_jax.rollout.engine import JaxEngine
-from apr_jax.tags import WORDS, FactorTask, TagProtocol, solve, spans, tag_tokenizer
+from apr_jax.tasks.tagged import WORDS, FactorTask, TagProtocol, solve, spans, tag_tokenizer
 from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.threads import ThreadTree, encode_tree
 from apr_jax.threads.engine import Sampling
 from apr_jax.threads.run import Budget, TreeRunner
 from apr_jax.train.optimizer import OptimizerConfig
-from apr_jax.train.pack import lay_out_tree
 from apr_jax.train.sft import SftConfig, run_sft
 from apr_jax.train.step import data_mesh
 from tools import command

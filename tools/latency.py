@@ -27,16 +27,16 @@ import httpx
 from absl import flags
 
 from apr_jax import interrupt
-from apr_jax.countdown import CountdownProtocol
-from apr_jax.countdown.dataset import write_text
 from apr_jax.errors import UserError
 from apr_jax.evaluate.costs import Costs, calibrate
 from apr_jax.evaluate.latency import TRIES, Setting, measure, read_samples, warm_up
-from apr_jax.paths import read_json
+from apr_jax.io.files import write_text
+from apr_jax.io.paths import read_json
 from apr_jax.rollout.measure import Measurements, TimedEngine
 from apr_jax.rollout.placement import PLACEMENTS
 from apr_jax.rollout.servers import Servers, StartedServers
 from apr_jax.rollout.sglang import Patience, ServerError, SglangEngine, context_of_servers, make_client
+from apr_jax.tasks.countdown import CountdownProtocol
 from apr_jax.threads.engine import Engine, Sampling
 from apr_jax.threads.run import Budget, TreeRunner
 from experiments.latency_report import write_report

@@ -15,12 +15,13 @@ from urllib.parse import urlsplit
 
 from absl import flags
 
-from apr_jax.countdown import CountdownProtocol
-from apr_jax.countdown.dataset import ProblemFile, write_text
-from apr_jax.countdown.problem import Problem, ProblemRange
+from apr_jax.data.dataset import ProblemFile
 from apr_jax.errors import UserError
-from apr_jax.paths import read_json
+from apr_jax.io.files import write_text
+from apr_jax.io.paths import read_json
 from apr_jax.rollout.placement import PLACEMENTS
+from apr_jax.tasks.countdown import CountdownProtocol
+from apr_jax.tasks.countdown.problem import Problem, ProblemRange
 from apr_jax.text.hub import HubTokenizer, load_tokenizer
 from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.threads.run import Budget

@@ -17,10 +17,10 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from apr_jax.countdown import CountdownProtocol, Problem, check_solution, trace
-from apr_jax.countdown.problem import solvable
-from apr_jax.countdown.solver import SOLVERS, SolverConfig
 from apr_jax.errors import UserError
+from apr_jax.tasks.countdown import CountdownProtocol, Problem, check_solution, trace
+from apr_jax.tasks.countdown.problem import solvable
+from apr_jax.tasks.countdown.solver import SOLVERS, SolverConfig
 from tools import command
 from tools.draw import Drawing
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from apr_jax.countdown.dataset import read_manifest
-from apr_jax.countdown.recipe import unshared_tokens
+from apr_jax.data.dataset import read_manifest
+from apr_jax.data.store import TreeStore
+from apr_jax.tasks.countdown.recipe import unshared_tokens
 from apr_jax.text.hub import load_tokenizer
 from apr_jax.threads.metrics import children, longest_context, sequential_tokens, total_tokens
-from apr_jax.threads.store import TreeStore
 
 QUANTITIES = {
     "total tokens": total_tokens,

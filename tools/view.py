@@ -14,9 +14,9 @@ from pathlib import Path
 
 from absl import flags
 
-from apr_jax.countdown import CountdownProtocol
 from apr_jax.errors import UserError
 from apr_jax.evaluate.evaluate import Record
+from apr_jax.tasks.countdown import CountdownProtocol
 from apr_jax.text.hub import HubTokenizer, load_tokenizer
 from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.threads import ThreadTree

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, get_origin
 
 from apr_jax.errors import UserError
+from apr_jax.io.progress import Progress
 from apr_jax.threads.metrics import (
     children,
     depth,
@@ -27,12 +28,10 @@ from apr_jax.threads.metrics import (
     sampled_tokens,
     sequential_tokens,
     total_tokens,
-    tree_from_json,
-    tree_to_json,
 )
 from apr_jax.threads.run import TreeRunner, together
 from apr_jax.threads.tree import Block, Spawn, Thread, ThreadTree
-from apr_jax.train.metrics import Progress
+from apr_jax.threads.tree_json import tree_from_json, tree_to_json
 
 NAME_TAG = -1  # first in the names of evaluated trees; training's begin with a step, which is never negative
 SYSTEM_FAILURE = "error:"  # how failures of the system begin in old files, which held them as records

@@ -24,12 +24,12 @@ from typing import Any
 
 from apr_jax.evaluate.costs import Costs, predict
 from apr_jax.evaluate.evaluate import NAME_TAG, wilson_interval
+from apr_jax.io.progress import Progress
 from apr_jax.rollout.measure import Measurement, Measurements
 from apr_jax.rollout.sglang import ServerError
 from apr_jax.threads.metrics import children, longest_context, sequential_tokens, total_tokens
 from apr_jax.threads.run import TreeRunner, together
 from apr_jax.threads.tree import Block, Thread, ThreadTree, map_blocks
-from apr_jax.train.metrics import Progress
 
 WARM_TAG = -2  # first in the names of trees that are run but not measured
 TRIES = 4  # of one sample, when servers fail

@@ -28,6 +28,7 @@ from safetensors.numpy import save_file
 from apr_jax.errors import UserError
 from apr_jax.export.card import model_card
 from apr_jax.export.folder import replaced, whole_path
+from apr_jax.io.progress import Progress
 from apr_jax.model.attention import attend_masked
 from apr_jax.model.llama import Llama
 from apr_jax.rollout.engine import JaxEngine
@@ -37,7 +38,6 @@ from apr_jax.threads.engine import Sampling
 from apr_jax.threads.protocol import TaskProtocol
 from apr_jax.threads.run import Budget, TreeRunner, run_all
 from apr_jax.threads.tree import Thread, map_blocks
-from apr_jax.train.metrics import Progress
 from apr_jax.train.optimizer import path_name
 from apr_jax.train.step import data_mesh
 

@@ -1,4 +1,4 @@
-"""What a thread tree cost, as the paper counts it (section 5, "What it measures"), and a tree as JSON.
+"""What a thread tree cost, as the paper counts it (section 5, "What it measures").
 
 Every function counts block lengths alone: tokens for a tree of ids, characters for a tree of text. The
 worked examples are all of this tree, whose root spawns two children (lengths in brackets):
@@ -10,9 +10,7 @@ worked examples are all of this tree, whose root spawns two children (lengths in
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
 
-from apr_jax.errors import UserError
 from apr_jax.threads.tree import Block, Spawn, Thread, ThreadTree
 
 
@@ -107,91 +105,3 @@ def duplicate_children(tree: ThreadTree) -> int:
     spawns = [spawn for thread in tree.threads() for spawn in thread.spawns]
     prompts = [Counter(tuple(child.blocks[0].content) for child in spawn.children) for spawn in spawns]
     return sum(count.total() - len(count) for count in prompts)
-
-
-def tree_to_json(tree: ThreadTree, digits: int | None = None) -> dict[str, Any]:
-    """A tree as what `json.dumps` takes: content as a string or as a list of ids, nothing left out.
-
-    `digits` rounds log-probabilities to so many decimals, for small files; without it `tree_from_json`
-    gives back an equal tree. Example: the root's written[1] is `{"sampled": true, "content": [7]}`.
-    """
-
-    def block(entry: Block) -> dict[str, Any]:
-        content = entry.content if isinstance(entry.content, str) else [int(token) for token in entry.content]
-        row = {"sampled": entry.sampled, "content": content}
-        if entry.logprobs is not None:
-            row["logprobs"] = shown(entry.logprobs)
-        if entry.model_logprobs is not None:
-            row["model_logprobs"] = shown(entry.model_logprobs)
-        return row
-
-    def shown(logprobs: Iterable[float]) -> list[float]:
-        return [float(p) if digits is None else round(float(p), digits) for p in logprobs]
-
-    def item(entry: Block | Spawn) -> dict[str, Any]:
-        if isinstance(entry, Block):
-            return block(entry)
-        children = [thread(child) for child in entry.children]
-        return {"call": [block(part) for part in entry.call], "children": children, "join": block(entry.join)}
-
-    def thread(entry: Thread) -> dict[str, Any]:
-        row: dict[str, Any] = {"blocks": list(map(item, entry.blocks))}
-        if entry.failure is not None:
-            row["failure"] = entry.failure
-        if entry.inherits:
-            row["inherits"] = True
-        return row
-
-    return {"info": tree.info, "root": thread(tree.root)}
-
-
-def tree_from_json(obj: dict[str, Any]) -> ThreadTree:
-    """The tree that `tree_to_json` wrote; ids become tuples. Raises UserError for anything else: of another shape or
-    type, with text and ids in one tree, with ids below 0, without a prompt of the root, or nested past Python's limit.
-    """
-
-    def block(row: dict[str, Any]) -> Block:
-        content = _of_type(row, "content", str, list)
-        if not isinstance(content, str):
-            content = tuple(_of_type({"a token": token}, "a token", int) for token in content)
-            if any(token < 0 for token in content):
-                raise ValueError(f"a token is {min(content)}")
-        kinds.add(type(content))
-        given = {
-            name: tuple(_of_type({name: value}, name, int, float) for value in _of_type(row, name, list))
-            for name in ("logprobs", "model_logprobs")
-            if name in row
-        }
-        return Block(content, _of_type(row, "sampled", bool), **given)
-
-    def item(row: dict[str, Any]) -> Block | Spawn:
-        if "join" not in row:
-            return block(row)
-        call, children = _of_type(row, "call", list), _of_type(row, "children", list)
-        return Spawn(tuple(map(block, call)), tuple(map(thread, children)), block(row["join"]))
-
-    def thread(row: dict[str, Any]) -> Thread:
-        failure = None if row.get("failure") is None else _of_type(row, "failure", str)
-        inherits = "inherits" in row and _of_type(row, "inherits", bool)
-        return Thread(tuple(map(item, _of_type(row, "blocks", list))), failure, inherits)
-
-    kinds: set[type] = set()
-    try:
-        tree = ThreadTree(thread(obj["root"]), dict(_of_type(obj, "info", dict)))
-    except RecursionError:
-        raise UserError("this is no thread tree as JSON: its threads are nested too deep") from None
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        raise UserError(f"this is no thread tree as JSON: {type(error).__name__} {error}") from None
-    if len(kinds) > 1:
-        raise UserError("this is no thread tree as JSON: some blocks hold text, some token ids")
-    if not tree.root.blocks or isinstance(tree.root.blocks[0], Spawn):
-        raise UserError("this is no thread tree as JSON: its root has no prompt")
-    return tree
-
-
-def _of_type(row: dict[str, Any], name: str, *types: type) -> Any:
-    """What stands in a JSON object under a name. Raises KeyError, and TypeError for a value of another type."""
-    value = row[name]
-    if not isinstance(value, types) or isinstance(value, bool) and bool not in types:
-        raise TypeError(f"{name} is {str(value)[:40]!r}, no {' or '.join(one.__name__ for one in types)}")
-    return value

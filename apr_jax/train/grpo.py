@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
+from apr_jax.data.packing import Piece, first_fit, pack_rows
 from apr_jax.errors import UserError
+from apr_jax.io.progress import Progress
 from apr_jax.model.llama import Llama
 from apr_jax.rollout.engine import JaxEngine
 from apr_jax.text.tokenizer import Tokenizer
@@ -24,10 +26,9 @@ from apr_jax.threads.engine import Sampling
 from apr_jax.threads.protocol import TaskProtocol
 from apr_jax.threads.run import Budget, TreeRunner, run_all
 from apr_jax.train.checkpoint import Checkpoints
-from apr_jax.train.metrics import MetricsLog, Progress
+from apr_jax.train.metrics import MetricsLog
 from apr_jax.train.objective import GrpoConfig, advantages, grpo_loss, loss_divisor, policy_logprobs, tree_pieces
 from apr_jax.train.optimizer import make_optimizer
-from apr_jax.train.pack import Piece, first_fit, pack_rows
 from apr_jax.train.reward import Groups, child_value, differ, rewards, rollout_metrics
 from apr_jax.train.step import NotFiniteError, Trainer
 from apr_jax.train.termination import Notice, Terminated

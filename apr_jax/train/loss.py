@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 
+from apr_jax.data.store import CALL_SAMPLED, FORCED, JOIN, SAMPLED, SAMPLED_ROLES
 from apr_jax.model.attention import packed_attention
 from apr_jax.model.llama import Llama
-from apr_jax.threads.store import CALL_SAMPLED, FORCED, JOIN, SAMPLED, SAMPLED_ROLES
 
 Array = jax.Array
 # What a token is to whoever wrote it, by the name under which its validation loss is told.

@@ -1,14 +1,11 @@
-"""What a run tells while it runs: JSON lines, TensorBoard, and one line of progress."""
+"""What a stage tells of its steps: JSON lines and TensorBoard."""
 
 import contextlib
 import json
 import math
 import os
 import sys
-import time
 from pathlib import Path
-
-from apr_jax import interrupt
 
 
 class MetricsLog:
@@ -50,30 +47,3 @@ def _step(line: str) -> int:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):  # a line cut short by a kill
         return sys.maxsize
-
-
-class Progress:
-    """One line with a rate and the time left: rewritten on a terminal, else printed now and then."""
-
-    def __init__(self, title: str, total: int, unit: str, done: int = 0):
-        self.title, self.total, self.unit, self.done = title, total, unit, done
-        self._began, self._first = time.monotonic(), done
-        self._last = 0.0
-        self._live = sys.stderr.isatty()
-
-    def update(self, done: int, note: str = "") -> None:
-        """Raises KeyboardInterrupt where a Ctrl-C was lost."""
-        interrupt.check()
-        self.done = done
-        now = time.monotonic()
-        if done < self.total and now - self._last < (0.5 if self._live else 15.0):
-            return
-        self._last = now
-        rate = (done - self._first) / max(now - self._began, 1e-9)
-        left = (self.total - done) / rate if rate > 0 else float("inf")
-        clock = f"{int(left // 60)}:{int(left % 60):02d}" if left < 1e6 else "?"
-        speed = f"{rate:.0f}" if rate >= 1000 else f"{rate:.3g}"
-        line = f"{self.title}: {done}/{self.total} {self.unit}, {speed}/s, {clock} left{', ' + note if note else ''}"
-        end = "\n" if not self._live or done >= self.total else ""
-        with contextlib.suppress(OSError):  # a closed terminal or a full disk behind it is no reason to end
-            print(f"\r\x1b[K{line}" if self._live else line, end=end, file=sys.stderr, flush=True)

@@ -36,12 +36,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from apr_jax.checks import SEED, above, at_least, between, check_fields
+from apr_jax.data.packing import Piece, lay_out
 from apr_jax.errors import UserError
 from apr_jax.model.llama import Llama
 from apr_jax.threads import Thread, ThreadTree
 from apr_jax.train.loss import row_logits, token_logprobs, trained_tokens
 from apr_jax.train.optimizer import OptimizerConfig
-from apr_jax.train.pack import Piece, lay_out
 from apr_jax.train.reward import Prices, differ
 
 AGGREGATES = ("tree", "sequence", "paper", "token", "constant")

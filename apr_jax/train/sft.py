@@ -11,14 +11,15 @@ import jax
 
 from apr_jax import interrupt
 from apr_jax.checks import SEED, FieldError, at_least, check_fields
+from apr_jax.data.packing import PackedBatches, Piece
 from apr_jax.errors import UserError
+from apr_jax.io.progress import Progress
 from apr_jax.model.flops import peak_flops, training_flops
 from apr_jax.model.llama import Llama
 from apr_jax.train.checkpoint import CheckpointError, Checkpoints, load_model
 from apr_jax.train.loss import KINDS, loss_by_kind, supervised_loss
-from apr_jax.train.metrics import MetricsLog, Progress
+from apr_jax.train.metrics import MetricsLog
 from apr_jax.train.optimizer import OptimizerConfig, make_optimizer
-from apr_jax.train.pack import PackedBatches, Piece
 from apr_jax.train.step import NotFiniteError, Rows, Trainer
 from apr_jax.train.termination import Notice, Terminated
 

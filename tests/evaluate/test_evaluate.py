@@ -8,9 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apr_jax.countdown import CountdownProtocol, ProblemRange, trace
-from apr_jax.countdown.solver import SolverConfig, solve_apr
-from apr_jax.countdown.vocabulary import countdown_tokenizer
 from apr_jax.errors import UserError
 from apr_jax.evaluate.evaluate import (
     NAME_TAG,
@@ -24,6 +21,9 @@ from apr_jax.evaluate.evaluate import (
     summarise,
     wilson_interval,
 )
+from apr_jax.tasks.countdown import CountdownProtocol, ProblemRange, trace
+from apr_jax.tasks.countdown.solver import SolverConfig, solve_apr
+from apr_jax.tasks.countdown.vocabulary import countdown_tokenizer
 from apr_jax.threads import encode_tree, metrics
 from apr_jax.threads.engine import Sampling
 from apr_jax.threads.run import Budget, TreeRunner

@@ -6,13 +6,13 @@ from collections import Counter
 
 import pytest
 
-from apr_jax.countdown import CountdownProtocol
-from apr_jax.countdown.imported import import_dataset
+from apr_jax.data.imported import import_dataset
+from apr_jax.data.store import TreeStore
 from apr_jax.evaluate.evaluate import NAME_TAG, read_records
+from apr_jax.tasks.countdown import CountdownProtocol
 from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.threads import map_blocks
 from apr_jax.threads.run import TreeRunner
-from apr_jax.threads.store import TreeStore
 from apr_jax.threads.tree import ThreadTree
 from apr_jax.train.checkpoint import load_meta
 from apr_jax.train.grpo import VALIDATION_TAG

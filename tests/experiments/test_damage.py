@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from apr_jax.countdown.vocabulary import countdown_tokenizer
+from apr_jax.tasks.countdown.vocabulary import countdown_tokenizer
 from tests.experiments.conftest import ROOT, SMOKE, finish, start
 
 LIGHT = shutil.ignore_patterns("checkpoints", "tensorboard", "figures")

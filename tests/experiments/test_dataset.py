@@ -7,9 +7,9 @@ import os
 import numpy as np
 import pytest
 
-from apr_jax.countdown import trace
-from apr_jax.countdown.problem import solvable
-from apr_jax.train.pack import lay_out_tree
+from apr_jax.data.packing import lay_out_tree
+from apr_jax.tasks.countdown import trace
+from apr_jax.tasks.countdown.problem import solvable
 from experiments.command import PRESETS, load_config
 from experiments.dataset import load_manifest, load_pieces, load_problems, load_run_tokenizer, make_data
 from experiments.settings import read_settings
@@ -59,7 +59,7 @@ def test_a_seed_fixes_every_byte(tmp_path):
 
 def test_what_is_made_is_only_read(tmp_path, monkeypatch):
     manifest = make_data(SMALL, tmp_path)
-    monkeypatch.setattr("apr_jax.countdown.dataset._make_problems", None)
+    monkeypatch.setattr("apr_jax.data.dataset._make_problems", None)
     assert make_data(SMALL, tmp_path) == manifest == load_manifest(tmp_path)
     counts = manifest["apr_train"]
     pieces = load_pieces(tmp_path, "apr", "train")

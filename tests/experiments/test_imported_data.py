@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from apr_jax.threads.store import TreeStore
+from apr_jax.data.store import TreeStore
 from tests.experiments.conftest import SMOKE
 from tools import data
 

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from apr_jax.countdown import trace
-from apr_jax.countdown.problem import Problem
-from apr_jax.countdown.protocol import CountdownProtocol, CountdownSpawn
-from apr_jax.countdown.vocabulary import countdown_tokenizer
 from apr_jax.export import hf
 from apr_jax.export.hf import ExportError, check_export, check_trees, export_hf, greedy_agreement
 from apr_jax.model.llama import Llama, LlamaConfig
+from apr_jax.tasks.countdown import trace
+from apr_jax.tasks.countdown.problem import Problem
+from apr_jax.tasks.countdown.protocol import CountdownProtocol, CountdownSpawn
+from apr_jax.tasks.countdown.vocabulary import countdown_tokenizer
 from apr_jax.threads.run import Budget
 from apr_jax.train.checkpoint import Checkpoints, save_model
 from tools import export_hf as command

@@ -10,10 +10,10 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from apr_jax.countdown.vocabulary import countdown_tokenizer
 from apr_jax.export.hf import _logits, export_hf, load_transformers
 from apr_jax.export.imported import HfFolderError, import_hf
 from apr_jax.model.llama import Llama, LlamaConfig
+from apr_jax.tasks.countdown.vocabulary import countdown_tokenizer
 
 TOKENIZER = countdown_tokenizer(9)
 SMALL = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 72, "num_hidden_layers": 2,

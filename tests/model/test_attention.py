@@ -9,10 +9,10 @@ import numpy as np
 import optax
 import pytest
 
+from apr_jax.data.packing import first_fit, lay_out, pack_rows
 from apr_jax.model.attention import attend_masked, packed_attention, visible
 from apr_jax.threads import Block, Spawn, Thread
 from apr_jax.train.loss import row_logits, supervised_loss
-from apr_jax.train.pack import first_fit, lay_out, pack_rows
 from apr_jax.train.step import Trainer, data_mesh
 from tests.tiny import TOKENIZER, make_model, plain_logits, random_thread
 

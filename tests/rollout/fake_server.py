@@ -14,8 +14,8 @@ import threading
 from collections import deque
 from pathlib import Path
 
-from apr_jax.countdown import trace
-from apr_jax.countdown.vocabulary import countdown_tokenizer
+from apr_jax.tasks.countdown import trace
+from apr_jax.tasks.countdown.vocabulary import countdown_tokenizer
 from apr_jax.threads.engine import Decoded
 from tests.threads.fake_engine import FakeEngine
 

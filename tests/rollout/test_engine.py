@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from apr_jax.countdown import CountdownProtocol, Problem, ProblemRange
+from apr_jax.data.packing import first_fit, lay_out, lay_out_tree, pack_rows
+from apr_jax.data.store import SAMPLED_ROLES
 from apr_jax.evaluate.evaluate import evaluate, read_records
 from apr_jax.rollout.engine import JaxEngine
 from apr_jax.rollout.shapes import ACCELERATOR_SHAPES
+from apr_jax.tasks.countdown import CountdownProtocol, Problem, ProblemRange
 from apr_jax.threads import Block, Spawn
 from apr_jax.threads.engine import Sampling
 from apr_jax.threads.metrics import children, depth
 from apr_jax.threads.run import Budget, TreeRunner, run_all
-from apr_jax.threads.store import SAMPLED_ROLES
 from apr_jax.train.loss import row_logits, token_logprobs
-from apr_jax.train.pack import first_fit, lay_out, lay_out_tree, pack_rows
 from apr_jax.train.step import data_mesh
 from tests.tiny import (
     SIZES,

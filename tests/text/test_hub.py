@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AddedToken, PreTrainedTokenizerFast
 
-from apr_jax.countdown import CountdownProtocol, Problem, trace
-from apr_jax.countdown.solver import SolverConfig, solve_apr
 from apr_jax.errors import UserError
+from apr_jax.tasks.countdown import CountdownProtocol, Problem, trace
+from apr_jax.tasks.countdown.solver import SolverConfig, solve_apr
 from apr_jax.text.hub import HubTokenizer, load_tokenizer
 from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.threads import encode_tree

@@ -8,10 +8,10 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apr_jax.countdown import CountdownProtocol, Problem, ProblemRange, trace
-from apr_jax.countdown.solver import SolverConfig, solve_apr, solve_sosp
-from apr_jax.countdown.vocabulary import countdown_tokenizer
 from apr_jax.errors import UserError
+from apr_jax.tasks.countdown import CountdownProtocol, Problem, ProblemRange, trace
+from apr_jax.tasks.countdown.solver import SolverConfig, solve_apr, solve_sosp
+from apr_jax.tasks.countdown.vocabulary import countdown_tokenizer
 from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.threads import Spawn, encode_tree
 from tests.tiny import TOKENIZER

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apr_jax.threads import Block, Spawn, Thread, ThreadTree, metrics
+from apr_jax.threads import Block, Spawn, Thread, ThreadTree, metrics, tree_json
 
 IDS = st.lists(st.integers(0, 5), max_size=4).map(tuple)
 SAMPLED = IDS.flatmap(
@@ -131,14 +131,14 @@ def test_one_thread_costs_the_same_however_it_is_counted():
 
 @given(TREES)
 def test_json_loses_nothing(tree):
-    assert metrics.tree_from_json(json.loads(json.dumps(metrics.tree_to_json(tree)))) == tree
+    assert tree_json.tree_from_json(json.loads(json.dumps(tree_json.tree_to_json(tree)))) == tree
 
 
 def test_json_keeps_text_and_rounds_only_when_asked():
-    assert metrics.tree_from_json(json.loads(json.dumps(metrics.tree_to_json(EXAMPLE)))) == EXAMPLE
+    assert tree_json.tree_from_json(json.loads(json.dumps(tree_json.tree_to_json(EXAMPLE)))) == EXAMPLE
     tree = ThreadTree(Thread((Block((1,), False), Block((2,), True, (-0.123456,)))))
-    assert metrics.tree_from_json(metrics.tree_to_json(tree, digits=2)).root.blocks[1].logprobs == (-0.12,)
-    assert metrics.tree_from_json(metrics.tree_to_json(tree)) == tree
+    assert tree_json.tree_from_json(tree_json.tree_to_json(tree, digits=2)).root.blocks[1].logprobs == (-0.12,)
+    assert tree_json.tree_from_json(tree_json.tree_to_json(tree)) == tree
 
 
 BROKEN = [None, [], {}, {"info": {}}, {"info": {}, "root": {"blocks": [1]}}, {"root": {"blocks": []}}]
@@ -147,4 +147,4 @@ BROKEN = [None, [], {}, {"info": {}}, {"info": {}, "root": {"blocks": [1]}}, {"r
 @pytest.mark.parametrize("broken", BROKEN)
 def test_broken_json_is_a_value_error(broken):
     with pytest.raises(ValueError, match="no thread tree"):
-        metrics.tree_from_json(broken)
+        tree_json.tree_from_json(broken)

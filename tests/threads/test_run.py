@@ -5,9 +5,9 @@ import random
 
 import pytest
 
-from apr_jax.countdown import CountdownProtocol, Problem, ProblemRange, trace
-from apr_jax.countdown.solver import SOLVERS, SolverConfig
-from apr_jax.countdown.vocabulary import countdown_tokenizer
+from apr_jax.tasks.countdown import CountdownProtocol, Problem, ProblemRange, trace
+from apr_jax.tasks.countdown.solver import SOLVERS, SolverConfig
+from apr_jax.tasks.countdown.vocabulary import countdown_tokenizer
 from apr_jax.threads import Spawn, encode_tree, map_blocks
 from apr_jax.threads.engine import Sampling
 from apr_jax.threads.metrics import sampled_tokens

@@ -129,7 +129,7 @@ import jax
 jax.config.update("jax_num_cpu_devices", 4)
 import numpy as np
 from flax import nnx
-from apr_jax.tags import WORDS, solve, spans, tag_tokenizer
+from apr_jax.tasks.tagged import WORDS, solve, spans, tag_tokenizer
 from tools import adaptive, factors
 
 trees = [solve(one, False) for one in spans(60)[:60]]

@@ -5,13 +5,13 @@ import random
 
 import pytest
 
-from apr_jax.countdown import ProblemRange, authors
-from apr_jax.countdown.dataset import read_manifest
-from apr_jax.countdown.search import SolverConfig
-from apr_jax.countdown.solver import SOLVERS
+from apr_jax.data.dataset import read_manifest
+from apr_jax.data.packing import StoredPieces
+from apr_jax.data.store import TreeStore
+from apr_jax.tasks.countdown import ProblemRange, authors
+from apr_jax.tasks.countdown.search import SolverConfig
+from apr_jax.tasks.countdown.solver import SOLVERS
 from apr_jax.threads import decode_tree
-from apr_jax.threads.store import TreeStore
-from apr_jax.train.pack import StoredPieces
 from experiments.command import load_config
 from experiments.dataset import load_problems, load_run_tokenizer, make_data
 from experiments.settings import read_settings

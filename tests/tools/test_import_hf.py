@@ -10,8 +10,8 @@ import pytest
 import tokenizers
 from flax import nnx
 
-from apr_jax.countdown import trace
 from apr_jax.export.hf import export_hf
+from apr_jax.tasks.countdown import trace
 from apr_jax.text.hub import HubTokenizer, load_tokenizer
 from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.train.checkpoint import load_meta, load_model, save_model

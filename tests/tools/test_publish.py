@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from apr_jax.countdown.vocabulary import countdown_tokenizer
+from apr_jax.tasks.countdown.vocabulary import countdown_tokenizer
 from apr_jax.text.hub import find_tokenizer
 from apr_jax.train.checkpoint import Checkpoints, fingerprint, load_model
 from tests.tiny import make_model

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from apr_jax.countdown import CountdownProtocol, Problem, ProblemRange
 from apr_jax.export.hf import export_hf
 from apr_jax.rollout.engine import JaxEngine
 from apr_jax.rollout.measure import Measurements
 from apr_jax.rollout.servers import StartedServers
 from apr_jax.rollout.sglang import SglangEngine, context_of_servers
+from apr_jax.tasks.countdown import CountdownProtocol, Problem, ProblemRange
 from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.threads import Spawn
 from apr_jax.threads.engine import Sampling

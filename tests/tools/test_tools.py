@@ -7,10 +7,10 @@ import re
 
 import pytest
 
-from apr_jax.countdown import CountdownProtocol, Problem
-from apr_jax.countdown.solver import SolverConfig, solve_apr
-from apr_jax.countdown.vocabulary import countdown_tokenizer
 from apr_jax.evaluate.evaluate import Record
+from apr_jax.tasks.countdown import CountdownProtocol, Problem
+from apr_jax.tasks.countdown.solver import SolverConfig, solve_apr
+from apr_jax.tasks.countdown.vocabulary import countdown_tokenizer
 from apr_jax.threads import Block, Spawn, Thread, ThreadTree, encode_tree, metrics
 from tools import solve, view
 from tools.draw import Drawing, lay_out

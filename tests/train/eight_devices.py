@@ -21,19 +21,19 @@ import numpy as np  # noqa: E402
 import optax  # noqa: E402
 from flax import nnx  # noqa: E402
 
-from apr_jax.countdown import CountdownProtocol  # noqa: E402
-from apr_jax.countdown.solver import SOLVERS  # noqa: E402
-from apr_jax.countdown.vocabulary import countdown_tokenizer  # noqa: E402
+from apr_jax.data.packing import lay_out, lay_out_tree, pack_rows  # noqa: E402
+from apr_jax.data.store import SAMPLED_ROLES  # noqa: E402
 from apr_jax.model.llama import Llama, LlamaConfig  # noqa: E402
 from apr_jax.rollout.engine import JaxEngine  # noqa: E402
+from apr_jax.tasks.countdown import CountdownProtocol  # noqa: E402
+from apr_jax.tasks.countdown.solver import SOLVERS  # noqa: E402
+from apr_jax.tasks.countdown.vocabulary import countdown_tokenizer  # noqa: E402
 from apr_jax.threads import ThreadTree, encode_tree  # noqa: E402
 from apr_jax.threads.engine import Sampling  # noqa: E402
 from apr_jax.threads.run import Budget, TreeRunner, run_all  # noqa: E402
-from apr_jax.threads.store import SAMPLED_ROLES  # noqa: E402
 from apr_jax.train.grpo import GrpoTrainer  # noqa: E402
 from apr_jax.train.loss import supervised_loss  # noqa: E402
 from apr_jax.train.optimizer import OptimizerConfig, make_optimizer  # noqa: E402
-from apr_jax.train.pack import lay_out, lay_out_tree, pack_rows  # noqa: E402
 from apr_jax.train.sft import SftConfig, run_sft  # noqa: E402
 from apr_jax.train.step import Trainer, data_mesh  # noqa: E402
 from experiments.configs import paper  # noqa: E402

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 from flax import nnx
 
+from apr_jax.data.packing import lay_out
 from apr_jax.train.optimizer import OptimizerConfig, path_name
-from apr_jax.train.pack import lay_out
 from apr_jax.train.sft import SftConfig, SftRun, run_sft
 from apr_jax.train.step import data_mesh
 from apr_jax.train.termination import Terminated

@@ -13,12 +13,12 @@ import threading
 import time
 from pathlib import Path
 
+from apr_jax.data.packing import lay_out
 from apr_jax.threads.run import Budget, TreeRunner
 from apr_jax.train.grpo import GrpoTrainer, run_grpo
 from apr_jax.train.metrics import MetricsLog
 from apr_jax.train.objective import GrpoConfig
 from apr_jax.train.optimizer import OptimizerConfig
-from apr_jax.train.pack import lay_out
 from apr_jax.train.sft import SftConfig, run_sft
 from apr_jax.train.step import data_mesh
 from tests.tiny import TOKENIZER, NonsenseProtocol, make_model, random_thread, spawning_model

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from apr_jax.countdown import Problem
+from apr_jax.data.packing import lay_out
 from apr_jax.errors import UserError
+from apr_jax.tasks.countdown import Problem
 from apr_jax.threads.engine import Sampling
 from apr_jax.threads.run import Budget
 from apr_jax.train.grpo import VALIDATION_TAG, GrpoTrainer, run_grpo
 from apr_jax.train.objective import AGGREGATES
-from apr_jax.train.pack import lay_out
 from apr_jax.train.reward import Prices, rollout_metrics
 from apr_jax.train.step import data_mesh
 from tests.tiny import TOKENIZER, NonsenseProtocol, causal_logits, make_model, paths, spawning_model

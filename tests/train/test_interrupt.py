@@ -10,9 +10,10 @@ import sys
 import pytest
 
 from apr_jax import interrupt
+from apr_jax.io.progress import Progress
 from apr_jax.rollout.engine import JaxEngine
 from apr_jax.threads.engine import Sampling
-from apr_jax.train.metrics import MetricsLog, Progress
+from apr_jax.train.metrics import MetricsLog
 from apr_jax.train.step import data_mesh
 from tests.tiny import make_model
 from tests.train import runs

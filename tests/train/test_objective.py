@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from apr_jax.data.packing import lay_out_tree, pack_rows
 from apr_jax.threads import Block, Spawn, Thread, ThreadTree, map_blocks
 from apr_jax.train.objective import (
     advantages,
@@ -19,7 +20,6 @@ from apr_jax.train.objective import (
     policy_logprobs,
     tree_pieces,
 )
-from apr_jax.train.pack import lay_out_tree, pack_rows
 from apr_jax.train.reward import differ
 from tests.tiny import causal_logits, log_softmax, make_model, plain_logits, random_thread
 from tests.train.objectives import hand_made_tree, make_config

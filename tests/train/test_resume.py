@@ -21,10 +21,10 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
+from apr_jax.data.packing import lay_out
 from apr_jax.errors import UserError
 from apr_jax.train.checkpoint import CheckpointError, Checkpoints, load_meta, load_model, newest_step
 from apr_jax.train.metrics import MetricsLog
-from apr_jax.train.pack import lay_out
 from apr_jax.train.sft import SftConfig, run_sft
 from apr_jax.train.step import NotFiniteError, Trainer, data_mesh
 from apr_jax.train.termination import Terminated

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from apr_jax.countdown import CountdownProtocol, trace
+from apr_jax.tasks.countdown import CountdownProtocol, trace
 from apr_jax.threads import ThreadTree
 from apr_jax.train.reward import Prices, child_value, reward_terms, rewards, rollout_metrics
 from tests.train.objectives import hand_made_tree

@@ -8,19 +8,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from apr_jax.data.packing import lay_out, lay_out_tree, pack_rows
+from apr_jax.data.store import CALL_FORCED, CALL_SAMPLED, FORCED, JOIN, SAMPLED
 from apr_jax.errors import UserError
 from apr_jax.model import flops
 from apr_jax.model.flops import training_flops
 from apr_jax.threads import Block, Thread
-from apr_jax.threads.store import CALL_FORCED, CALL_SAMPLED, FORCED, JOIN, SAMPLED
 from apr_jax.train.checkpoint import load_meta
 from apr_jax.train.loss import KINDS, loss_by_kind, row_logits, row_sums
-from apr_jax.train.pack import lay_out, lay_out_tree, pack_rows
 from apr_jax.train.sft import SftConfig, run_sft, validation_metrics
 from apr_jax.train.step import data_mesh
+from tests.data.test_packing import nested_tree
 from tests.tiny import log_softmax, make_model, paths
 from tests.train import runs
-from tests.train.test_pack import nested_tree
 
 MODEL = make_model(3)
 

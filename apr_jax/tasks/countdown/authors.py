@@ -1,0 +1,363 @@
+"""The authors' JSON files, read into our trees and problems and written from them, character for character.
+
+Three kinds, each one JSON array: problems; traces for supervision (APR with a `trace_dict`, SoS+ and Stream of Search
+with their `search_path`); prompts for GRPO. They are read in a stream, an entry at a time, however large the file is.
+
+A `trace_dict` has `main_calls`, a thread's text at each of its spawns and at its end, and `sub_calls`, for each spawn
+the children's own dictionaries.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from apr_jax.errors import UserError
+from apr_jax.io.files import part_of
+from apr_jax.tasks.countdown import trace
+from apr_jax.tasks.countdown.problem import Problem, successors
+from apr_jax.tasks.countdown.verify import check_path
+from apr_jax.threads import Block, Spawn, Thread, ThreadTree
+
+_CHUNK = 1 << 20  # characters read at once
+_CUT = 16  # what the end of a chunk can spoil without a string left open (a literal, an escape) is no longer
+_BLANKS = re.compile(r"[ \t\r\n]*")
+_DEEPEST = 32  # levels of children; the authors' traces have one. Bounded, since trees are walked recursively
+
+
+# ---------------------------------------------------------------------- texts and trees
+
+
+def tree_from_trace(trace_dict: dict[str, Any]) -> ThreadTree:
+    """The tree of text of one `trace_dict`, with the blocks that our solvers give it. Its info has what the texts tell:
+    numbers, target, and whether it is solved.
+
+    Raises UserError where the texts are not those of threads that spawned, joined and ended. A child is known by its
+    node alone: after a spawn without a solution the authors' generator may name a wrong node before a state, and a
+    later spawn (about 1 in 800 with beams of 9 and 10) then has children whose operations the parent's text tells
+    otherwise.
+    """
+    prompt, root = _thread(trace_dict, 0)
+    problem = Problem(prompt.state.numbers, prompt.state.target)
+    solved = bool(check_path(problem.numbers, problem.target, trace.read_result(root.text)))
+    return ThreadTree(root, {"numbers": list(problem.numbers), "target": problem.target, "solved": solved})
+
+
+def _thread(trace_dict: Any, depth: int) -> tuple[trace.Prompt, Thread]:
+    if depth > _DEEPEST:
+        raise UserError(f"its children are more than {_DEEPEST} levels deep")
+    texts, calls = _texts(trace_dict)
+    if (prompt := trace.read_prompt(texts[0])) is None:
+        raise UserError(f"a thread begins with the state it searches from, this one with {texts[0][:60]!r}")
+    at = len(prompt.text)
+    blocks: list[Block | Spawn] = [Block(prompt.text, sampled=False)]
+    for index, (text, after, children) in enumerate(zip(texts, texts[1:], calls)):
+        call_at = text.rfind(trace.SPAWN_OPEN)
+        if call_at < at or not text.endswith(trace.SPAWN_CLOSE):
+            raise UserError(f"call {index} of a thread does not end in a spawn: {text[-60:]!r}")
+        join_end = after.find(trace.JOIN_CLOSE, call_at) + len(trace.JOIN_CLOSE)
+        if after[:call_at] != text[:call_at] or not after.startswith(trace.JOIN_OPEN, call_at):
+            raise UserError(f"call {index + 1} of a thread does not go on from call {index} with a join")
+        if join_end < call_at + len(trace.JOIN_OPEN):
+            raise UserError(f"the join of call {index + 1} of a thread has no end")
+        if call_at > at:
+            blocks.append(Block(text[at:call_at], sampled=True))
+        call, join = Block(text[call_at:], sampled=True), Block(after[call_at:join_end], sampled=False)
+        blocks.append(Spawn((call,), _children(children, call.content, index, depth), join))
+        at = join_end
+    if texts[-1].endswith(trace.SPAWN_CLOSE):
+        raise UserError("the last call of a thread ends in a spawn, its children are not there")
+    return prompt, Thread((*blocks, Block(texts[-1][at:], sampled=True)))
+
+
+def _children(children: Sequence[Any], call: str, index: int, depth: int) -> tuple[Thread, ...]:
+    """The children of call `index`, whose nodes are those that the call names, in its order."""
+    lines = call[len(trace.SPAWN_OPEN) : -len(trace.SPAWN_CLOSE)].removesuffix("\n").split("\n")
+    named = [line and line[1] for line in map(trace.read_spawn_line, lines)]
+    if len(children) != len(named):
+        raise UserError(f"call {index} of a thread names {len(named)} children, {len(children)} are there")
+    threads = []
+    for number, (child, node) in enumerate(zip(children, named)):
+        try:
+            prompt, thread = _thread(child, depth + 1)
+            if node is None or prompt.node != node:
+                raise UserError(f"it is of {prompt.text.splitlines()[0]!r}, its parent called {lines[number][:80]!r}")
+        except UserError as error:
+            raise UserError(f"child {number} of call {index}: {error}") from None
+        threads.append(thread)
+    return tuple(threads)
+
+
+def _texts(trace_dict: Any) -> tuple[list[str], list[list]]:
+    try:
+        texts, calls = trace_dict["main_calls"], trace_dict["sub_calls"]
+    except (KeyError, TypeError, IndexError):
+        raise UserError("a trace has main_calls and sub_calls") from None
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        raise UserError("main_calls is a list of one text or more")
+    if not isinstance(calls, list) or not all(isinstance(children, list) for children in calls):
+        raise UserError("sub_calls is a list with a list of children for each spawn")
+    if len(calls) != len(texts) - 1:
+        raise UserError(f"{len(texts)} main_calls go with {len(texts) - 1} sub_calls, there are {len(calls)}")
+    return texts, calls
+
+
+def trace_from_tree(tree: ThreadTree) -> dict[str, Any]:
+    """The `trace_dict` of a tree of text: the inverse of `tree_from_trace`."""
+
+    def thread(entry: Thread) -> dict[str, Any]:
+        texts, calls, before = [], [], ""
+        for item in entry.blocks:
+            if isinstance(item, Spawn):
+                texts.append(before + "".join(block.content for block in item.call))
+                calls.append([thread(child) for child in item.children])
+                item = item.join
+            before += item.content
+        return {"main_calls": [*texts, before], "sub_calls": calls}
+
+    return thread(tree.root)
+
+
+# ---------------------------------------------------------------------- files
+
+
+def read_problems(path: Path) -> Iterator[Problem]:
+    """Raises UserError, in one line with the file, the entry and what is wrong, and OSError."""
+    yield from _read(path, _problem)
+
+
+def read_traces(path: Path) -> Iterator[tuple[Problem, ThreadTree]]:
+    """Problems and their trees of text, APR's, SoS+'s or Stream of Search's; info as the solver's, as far as the file
+    tells. Raises as `read_problems`."""
+
+    def entry(row: dict) -> tuple[Problem, ThreadTree]:
+        problem = _problem(row)
+        apr = "trace_dict" in row
+        if not apr and not isinstance(row.get("search_path"), str):
+            raise UserError("it has neither trace_dict nor search_path")
+        tree = tree_from_trace(row["trace_dict"] if apr else {"main_calls": [row["search_path"]], "sub_calls": []})
+        if (tree.info["numbers"], tree.info["target"]) != (list(problem.numbers), problem.target):
+            raise UserError(f"its trace is of another problem: {tree.info['numbers']} to {tree.info['target']}")
+        kind, _, size = str(row.get("search_type", "")).partition("_")
+        style = "apr" if apr else "sos" if kind in ("sos", *_STRATEGIES) else "sosp"
+        known = {"style": style} | ({"strategy": kind} if style == "sos" and kind in _STRATEGIES else {})
+        beams = {ours: row[theirs] for ours, theirs in _BEAMS.items() if theirs in row}
+        if not apr and re.fullmatch("[0-9]{1,9}", size):  # only its name tells
+            beams = dict.fromkeys(_BEAMS, int(size))
+        return problem, ThreadTree(tree.root, {**tree.info, **known, **beams})
+
+    yield from _read(path, entry)
+
+
+def read_prompts(path: Path) -> Iterator[tuple[Problem, str]]:
+    """The root prompts of a GRPO data set and their problems. Raises as `read_problems`."""
+
+    def entry(row: Any) -> tuple[Problem, str]:
+        prompt = row.get("prefix") if isinstance(row, dict) else row
+        if not isinstance(prompt, str):
+            raise UserError("a prompt is a text, or an object with a prefix")
+        start = prompt.find("Current State: ")
+        state = trace.read_state(prompt[start:]) if start >= 0 else None
+        if state is None or state.operations:
+            raise UserError(f"no root state in {prompt[:80]!r}")
+        return Problem(state.numbers, state.target), prompt
+
+    yield from _read(path, entry)
+
+
+_STRATEGIES = ("dfs", "bfs")  # search_type in the files of Stream of Search: "dfs", "bfs_3"
+_BEAMS = {"beam": "beam_size", "sub_beam": "sub_call_beam_size"}
+
+
+def _problem(row: Any) -> Problem:
+    if not isinstance(row, dict) or "nums" not in row or "target" not in row:
+        raise UserError("a problem has nums and target")
+    if not isinstance(row["nums"], list):
+        raise UserError(f"nums is a list of numbers, was {row['nums']!r}")
+    return Problem(tuple(row["nums"]), row["target"])
+
+
+def _read(path: Path, entry: Callable[[Any], Any]) -> Iterator[Any]:
+    with open(path, encoding="utf-8") as file:
+        for number, row in enumerate(_entries(file, path)):
+            try:
+                yield entry(row)
+            except UserError as error:
+                raise UserError(f"{path}, entry {number}: {error}") from None
+
+
+def _entries(file: TextIO, path: Path) -> Iterator[Any]:
+    """The entries of one JSON array, each parsed when the text up to its end has been read."""
+    text, number = _Chunks(file, path), 0
+    if text.next() not in ("[", ""):
+        raise UserError(f"{path} is no JSON array: it begins with {text.read[:20]!r}")
+    text.at += 1
+    while (character := text.next()) != "]":
+        if not character:
+            raise UserError(f"{path} ends after {number} entries without the end of its array")
+        if number:
+            if character != ",":
+                raise UserError(f"{path}, after entry {number - 1}: a comma is missing before {character!r}")
+            text.at += 1
+        yield text.value(f"{path}, entry {number}")
+        number += 1
+    text.at += 1
+    if character := text.next():
+        raise UserError(f"{path}: {character!r} follows its array")
+
+
+class _Chunks:
+    """A text read chunk by chunk; `read` from `at` on is not used yet."""
+
+    def __init__(self, file: TextIO, path: Path):
+        self.file, self.path = file, path
+        self.read, self.at, self.ended = "", 0, False
+        self.decode = json.JSONDecoder().raw_decode
+
+    def more(self) -> None:
+        """At least as much again as waits, so that a long entry is not parsed at every chunk of it."""
+        waiting = self.read[self.at :]
+        try:
+            chunk = self.file.read(max(_CHUNK, len(waiting)))
+        except UnicodeDecodeError:
+            raise UserError(f"{self.path} is no JSON text") from None
+        self.read, self.at, self.ended = waiting + chunk, 0, not chunk
+
+    def next(self) -> str:
+        """The next character that is not blank, "" at the end of the file."""
+        while True:
+            self.at = _BLANKS.match(self.read, self.at).end()
+            if self.at < len(self.read) or self.ended:
+                return self.read[self.at : self.at + 1]
+            self.more()
+
+    def value(self, where: str) -> Any:
+        self.next()
+        while True:
+            try:
+                value, end = self.decode(self.read, self.at)
+                if end < len(self.read) or self.ended:  # a number may go on in the next chunk
+                    self.at = end
+                    return value
+            except (ValueError, RecursionError) as error:
+                # Only what the next chunk can mend is read on for: a broken file is not read to its end.
+                unfinished = isinstance(error, json.JSONDecodeError) and (
+                    error.msg.startswith("Unterminated string") or error.pos >= len(self.read) - _CUT
+                )
+                if self.ended or not unfinished:
+                    raise UserError(f"{where}: it is cut short or no JSON") from None
+            self.more()
+
+
+def write_problems(path: Path, problems: Iterable[Problem]) -> None:
+    """As the authors' generator does, with a solution and its path."""
+    _write(path, map(_problem_row, problems))
+
+
+def write_traces(
+    path: Path, traces: Iterable[tuple[Problem, ThreadTree]], encode: Callable[[str], list[int]] | None = None
+) -> None:
+    """Trees of text as the authors' files for supervision. `encode` (without begin and end) adds their token counts.
+    Left out is what a tree does not know of its solver: `heuristic` and `promising_threshold`."""
+
+    def row(problem: Problem, tree: ThreadTree) -> dict[str, Any]:
+        texts, style, beam = trace_from_tree(tree), tree.info["style"], tree.info.get("beam", "")
+        end = texts["main_calls"][-1]
+        values = {**_problem_row(problem), "search_path": end, "rating": _rating(problem, end)}
+        strategy = tree.info.get("strategy", style)
+        values |= {"search_type": strategy if strategy == "dfs" else f"{strategy}_{beam}"}
+        counts = {} if encode is None else _token_counts(texts, encode)
+        if style != "apr":
+            return values | {key: counts[key] for key in counts if key == "token_count"}
+        values |= {theirs: tree.info[ours] for ours, theirs in _BEAMS.items() if ours in tree.info}
+        return {**values, "trace_dict": texts, **counts}
+
+    _write(path, (row(problem, tree) for problem, tree in traces))
+
+
+def write_sequences(path: Path, trees: Iterable[ThreadTree]) -> None:
+    """What the authors' supervised trainer takes: every text of every tree, a thread's at its spawns and its end, then
+    its children's."""
+    _write(path, (text for tree in trees for text in _all_texts(trace_from_tree(tree))))
+
+
+def write_prompts(path: Path, prompts: Iterable[str]) -> None:
+    """Root prompts for the authors' GRPO."""
+    _write(path, prompts)
+
+
+def _all_texts(texts: dict[str, Any]) -> list[str]:
+    below = [text for children in texts["sub_calls"] for child in children for text in _all_texts(child)]
+    return texts["main_calls"] + below
+
+
+def _rating(problem: Problem, text: str) -> float:
+    """1 less the share of a full search's operations that the trace has, 0 where it reached nothing."""
+    if trace.GOAL_REACHED not in text:
+        return 0.0
+    most = math.prod(math.comb(left, 2) * 4 for left in range(2, len(problem.numbers) + 1))
+    return max(0.0, 1 - (text.count("Exploring Operation") + 1) / most)
+
+
+def _token_counts(texts: dict[str, Any], encode: Callable[[str], list[int]]) -> dict[str, float]:
+    """As the authors count, a begin and an end with each text: `token_count` counts what the root's texts repeat once,
+    a "sub" text is any but the root's."""
+    root = texts["main_calls"]
+    lengths = [len(encode(text)) + 2 for text in _all_texts(texts)]
+    below = lengths[len(root) :]
+    total = sum(lengths) - sum(len(encode(os.path.commonprefix(pair))) for pair in zip(root, root[1:]))
+    return {
+        "token_count": total,
+        "longest_seq_token_count": max(lengths),
+        "avg_seq_token_count": total / len(lengths),
+        "avg_sub_seq_token_count": sum(below) / len(below) if below else 0,
+        "sub_call_count": len(below) / (len(root) - 1) if below else 0,
+    }
+
+
+def _write(path: Path, rows: Iterable[Any]) -> None:
+    """One array, an entry a line; whole or not at all."""
+    path = Path(path)
+    part = part_of(path)
+    try:
+        with open(part, "w", encoding="utf-8") as file:
+            for number, row in enumerate(rows):
+                file.write(("[\n" if number == 0 else ",\n") + json.dumps(row))
+            file.write("[]\n" if file.tell() == 0 else "\n]\n")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _problem_row(problem: Problem) -> dict[str, Any]:
+    steps = _solution(problem.numbers, problem.target)
+    row = {"nums": list(problem.numbers), "target": problem.target, "start_size": len(problem.numbers)}
+    if steps is None:
+        return row
+    return row | {"solution": [operation for _, operation in steps], "optimal_path": _path(problem, steps)}
+
+
+def _solution(numbers: tuple[int, ...], target: int) -> list[tuple[tuple[int, ...], str]] | None:
+    """States and operations to the target, the first that a search in the order of `successors` finds."""
+    if len(numbers) == 1:
+        return [] if numbers[0] == target else None
+    for state, operation in successors(numbers):
+        if (rest := _solution(state, target)) is not None:
+            return [(state, operation), *rest]
+    return None
+
+
+def _path(problem: Problem, steps: list[tuple[tuple[int, ...], str]]) -> str:
+    lines, done = [trace.state(problem.target, problem.numbers, ()) + "\n"], []
+    for number, (state, operation) in enumerate(steps, 2):
+        lines.append(trace.exploring(operation, state))
+        if len(state) == 1:
+            lines.append(trace.reached(problem.target, problem.target))
+        else:
+            done.append(operation)
+            lines.append(f"Generated Node #{number}: {list(state)} from Operation: {operation}\n")
+            lines.append(trace.state(problem.target, state, done) + "\n")
+    return "".join(lines)

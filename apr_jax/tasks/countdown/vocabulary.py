@@ -1,0 +1,33 @@
+"""The Countdown tokenizer: which phrases of the trace language are one token."""
+
+from apr_jax.errors import UserError
+from apr_jax.tasks.countdown import trace
+from apr_jax.text.tokenizer import Tokenizer
+
+# None of these may reach past the end of a prompt, which stops at the "]" of an operations list, before
+# its line end; "]\n" is one token only after a number, where no prompt stops.
+PHRASES = (
+    "Token Budget: ", "Sub Call Budget: ",
+    "Moving to Node #0", "Current State: ", ":[", ", ", "], Operations: [", "'", "', '", "[]", "']", "['",
+    "], Operations: ['", "], Operations: []",
+    "Exploring Operation: ", ", Resulting Numbers: [",
+    "Generated Node #0", ": ", "] Operation: ",
+    " equal: Goal Reached\n", " unequal: No Solution\n", trace.NO_SOLUTION,
+    "Start Sub Search at level ", ": Moving to Node #0", "Exit Sub Search at level ",
+    "No solution found in sub search\n",
+    trace.SPAWN_OPEN, trace.SPAWN_CLOSE, trace.JOIN_OPEN, trace.JOIN_CLOSE,
+    "<Start Sub Search ", "> Moving to Node #0", "<Goal Reached in Sub Search ", "<No Solution in Sub Search ",
+    " at level ", " at Node #0", ">\n",
+)  # fmt: skip
+LINE_END_AFTER_NUMBERS = r"(?<=[0-9])\]\n"
+NODE_STEP = r",[0-9](?![0-9])"  # ",3" of "#0,3"; kept apart from numbers, which it is not
+NUMBER = r"[0-9]+"
+SMALLEST_MAX_NUMBER = 9  # smaller numbers are characters already
+
+
+def countdown_tokenizer(max_number: int) -> Tokenizer:
+    """One token for every number up to `max_number`; a larger one is spelled in digits."""
+    if max_number < SMALLEST_MAX_NUMBER:
+        raise UserError(f"numbers up to 9 are characters, so max_number is at least 9, was given {max_number}")
+    words = ["]\n", *(f",{step}" for step in range(10)), *(str(number) for number in range(10, max_number + 1))]
+    return Tokenizer.build(PHRASES, (LINE_END_AFTER_NUMBERS, NODE_STEP, NUMBER), words)

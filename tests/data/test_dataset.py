@@ -1,0 +1,322 @@
+"""Data sets: recipes do what they say, and shares, processes and kills change no byte."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from apr_jax.data import dataset as module
+from apr_jax.data.dataset import DatasetConfig, ProblemFile, make_dataset
+from apr_jax.data.store import TreeStore
+from apr_jax.io.files import LEFT_AFTER
+from apr_jax.tasks.countdown import Problem, ProblemRange, check_solution
+from apr_jax.tasks.countdown.recipe import Recipe, unshared_tokens
+from apr_jax.tasks.countdown.solver import SolverConfig
+from apr_jax.tasks.countdown.vocabulary import countdown_tokenizer
+from apr_jax.threads import Spawn
+from apr_jax.threads.metrics import total_tokens
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+WORDS = countdown_tokenizer(99)
+APR = Recipe("apr", SolverConfig.paper_apr(beam=(1, 4), sub_beam=(1, 4)), window=1500)
+SOSP = Recipe("sosp", SolverConfig.paper_sosp(beam=(1, 3)), window=1500)
+CONFIG = DatasetConfig(ProblemRange(max_number=20), train=50, held_out=9, recipes=(SOSP, APR), validation=5)
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(module, "SHARD_PROBLEMS", 8)
+
+
+def files(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and ".part" not in str(path)
+    }
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "SHARD_PROBLEMS", 8)
+        make_dataset(CONFIG, folder)
+    return folder
+
+
+def problems(folder, name="train"):
+    return list(ProblemFile(folder / f"{name}.npy"))
+
+
+# ---------------------------------------------------------------------- whoever makes it, however often killed
+
+
+def test_shares_make_the_same_bytes(made, tmp_path):
+    assert make_dataset(CONFIG, tmp_path, shard=(2, 3)) is None
+    assert make_dataset(CONFIG, tmp_path, shard=(0, 3)) is None
+    assert make_dataset(CONFIG, tmp_path, shard=(1, 3)) is not None
+    assert files(tmp_path) == files(made)
+
+
+@pytest.mark.parametrize("moment", ["config.json", "tokenizer.json", "held_out.npy", "train.npy", "manifest.json"])
+def test_shares_with_equal_process_ids_do_not_touch_each_others_files(made, tmp_path, monkeypatch, moment):
+    """As containers on several machines have them. When the first share is about to put a file in its place, the
+    second one makes all that it can, and finishes where it can."""
+    replace, other = os.replace, []
+
+    def second_share_first(source, target):
+        if Path(target).name == moment and not other:
+            other.append(True)
+            make_dataset(CONFIG, tmp_path, shard=(1, 2))
+        replace(source, target)
+
+    make_dataset(CONFIG, tmp_path, shard=(1, 2)) if moment == "manifest.json" else None
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    monkeypatch.setattr(os, "replace", second_share_first)
+    make_dataset(CONFIG, tmp_path, shard=(0, 2))
+    assert other and make_dataset(CONFIG, tmp_path, shard=(1, 2)) is not None
+    assert files(tmp_path) == files(made)
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_finishing_removes_what_killed_processes_left_but_no_file_that_is_written(made, tmp_path):
+    fresh = [tmp_path / "train.npy.5e1f.part", tmp_path / "apr_train" / "00001.5e1f.part"]
+    left = [tmp_path / "train.npy.99.part", tmp_path / "apr_train" / "00002.99.part"]
+    for file, folder in (fresh, left):
+        folder.mkdir(parents=True)
+        file.write_text("")
+        (folder / "shard.json").write_text("")
+    for path in left:
+        os.utime(path, (time.time() - 2 * LEFT_AFTER,) * 2)
+    make_dataset(CONFIG, tmp_path)
+    assert [path.exists() for path in (*fresh, *left)] == [True, True, False, False]
+    assert files(tmp_path).items() >= files(made).items()
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from apr_jax.data import dataset
+from tests.data.test_dataset import CONFIG
+dataset.SHARD_PROBLEMS = 8
+if __name__ == "__main__":
+    dataset.make_dataset(CONFIG, Path(sys.argv[1]), processes=int(sys.argv[2]))
+"""
+
+
+def test_killed_processes_and_a_resumed_run_make_the_same_bytes(made, tmp_path):
+    """Two processes are killed with SIGKILL at some moment, one goes on."""
+    script, folder = tmp_path / "script.py", tmp_path / "data"
+    script.write_text(SCRIPT)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(folder), "2"], env=environment, start_new_session=True, stderr=subprocess.PIPE
+    )
+    while not list(folder.glob("*_*/0000?/shard.json")) and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    made_by_then = files(folder)
+    assert made_by_then and made_by_then.items() <= files(made).items()
+    make_dataset(CONFIG, folder)
+    assert files(folder) == files(made)
+
+
+def test_another_config_is_refused_where_one_was_begun(made):
+    before = files(made)
+    for change in ({"train": 51}, {"seed": 1}, {"recipes": (APR,)}):
+        with pytest.raises(ValueError, match="holds a data set of another config .another (train|seed|recipes)"):
+            make_dataset(dataclasses.replace(CONFIG, **change), made)
+    assert files(made) == before
+
+
+def test_a_data_set_older_than_a_solver_setting_is_taken(made, tmp_path):
+    shutil.copytree(made, copy := tmp_path / "data")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    for recipe in manifest["config"]["recipes"]:
+        del recipe["solver"]["distinct"], recipe["solver"]["beam_weights"]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    assert make_dataset(CONFIG, copy) == manifest
+    manifest["config"]["recipes"][0]["solver"]["distinct"] = True
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="another recipes"):
+        make_dataset(CONFIG, copy)
+
+
+def test_a_data_set_of_stream_of_search_in_its_earlier_form_is_not_gone_on_with(tmp_path):
+    sos = Recipe("sosp", SolverConfig.paper_sos(), window=9999, search="sos")
+    config = dataclasses.replace(CONFIG, train=8, recipes=(sos,))
+    tmp_path.joinpath("config.json").write_text(json.dumps(config.described() | {"format": module.FORMAT}))
+    with pytest.raises(ValueError, match="another format"):
+        make_dataset(config, tmp_path)
+
+
+# ---------------------------------------------------------------------- problems
+
+
+def test_held_out_problems_stay_out_and_nothing_comes_twice(made):
+    train, held_out = ({p.key for p in problems(made, name)} for name in ("train", "held_out"))
+    assert len(train) == 50 and len(held_out) == 9 and not train & held_out
+
+
+def test_repeats_only_where_asked_for(tmp_path):
+    few = ProblemRange(count=2, max_number=4, min_target=2, max_target=8)
+    config = dataclasses.replace(CONFIG, problems=few, train=60, held_out=3)
+    with pytest.raises(ValueError, match="60 train problems were asked for, this range gives about [0-9]+: "):
+        make_dataset(config, tmp_path / "distinct")
+    assert not (tmp_path / "distinct" / "train.npy").exists()
+    make_dataset(dataclasses.replace(config, repeats=True), tmp_path / "repeats")
+    keys = [problem.key for problem in problems(tmp_path / "repeats")]
+    assert len(keys) == 60 > len(set(keys))
+
+
+def test_unseen_targets_are_never_trained_on(tmp_path):
+    config = dataclasses.replace(CONFIG, unseen_targets=0.2)
+    make_dataset(config, tmp_path)
+    seen, unseen = ({p.target for p in problems(tmp_path, name)} for name in ("train", "held_out"))
+    assert not seen & unseen
+    assert (len(config.targets()[0]), len(config.targets()[1])) == (73, 18)
+
+
+# ---------------------------------------------------------------------- recipes
+
+
+def test_counts_tell_what_was_kept_and_what_was_dropped_and_why(made):
+    manifest = module.read_manifest(made)
+    assert manifest["config"] == CONFIG.described()
+    for style in ("sosp", "apr"):
+        counts, store = manifest[f"{style}_train"], TreeStore(made / f"{style}_train")
+        assert counts["problems"] == 50 == counts["trees"] + counts["wrong"] + counts["too_long"]
+        trees = list(store)
+        assert counts["trees"] == len(trees)
+        assert counts["tokens"] == sum(map(total_tokens, trees))
+        assert counts["solved"] == sum(tree.info["solved"] for tree in trees) <= counts["solved_by_solver"]
+        assert counts["unshared_tokens"] == sum(map(unshared_tokens, trees)) >= counts["tokens"]
+
+
+def test_every_kept_trace_of_a_solver_checks(made):
+    solved = 0
+    for style in ("sosp", "apr"):
+        for tree in TreeStore(made / f"{style}_train"):
+            problem = Problem(tuple(tree.info["numbers"]), tree.info["target"])
+            assert problem == problems(made)[tree.info["index"]]
+            text = WORDS.decode([token for block in tree.root.context for token in block.content])
+            assert bool(check_solution(problem, text)) == tree.info["solved"] == (0 in tree.info["found"])
+            solved += tree.info["solved"]
+    assert solved > 10
+
+
+def test_correct_only_keeps_no_failure(tmp_path):
+    config = dataclasses.replace(CONFIG, recipes=(dataclasses.replace(APR, correct_only=True),))
+    manifest = make_dataset(config, tmp_path)
+    assert manifest["apr_train"]["wrong"] > 0
+    assert all(tree.info["solved"] for tree in TreeStore(tmp_path / "apr_train"))
+
+
+@pytest.mark.parametrize("recipe, word", [(APR, "Sub Call Budget: "), (SOSP, "Token Budget: ")])
+def test_a_condition_is_what_the_trace_keeps(recipe, word):
+    plain, conditioned = recipe, dataclasses.replace(recipe, conditioned=True)
+    for index, problem in enumerate([Problem((3, 5, 7, 9), 24), Problem((20, 2, 4, 11), 37)]):
+        (one, _), (two, _) = (each.make(problem, index, WORDS) for each in (plain, conditioned))
+        prompts = [WORDS.decode(tree.root.blocks[0].content) for tree in (one, two)]
+        budget = two.info["budget"]
+        assert prompts[1] == f"{word}{budget} {prompts[0]}"
+        assert list(two.root.blocks[0].content[1:]) == WORDS.encode(prompts[1])
+        assert two.root.blocks[1:] == one.root.blocks[1:]
+        if recipe is APR:
+            spawns = [len(item.children) for item in one.root.blocks if isinstance(item, Spawn)]
+            assert budget == round(sum(spawns) / len(spawns)) if spawns else budget == 0
+        else:
+            assert budget % 512 == 0 and budget - 512 < total_tokens(one) <= budget
+
+
+def test_unshared_tokens_write_a_prefix_out_for_every_call():
+    trees = (APR.make(Problem((3, 5, 7, 9), 24), index, WORDS)[0] for index in range(9))
+    tree = next(tree for tree in trees if tree.root.children)
+    root = tree.root
+    expected, before = 0, 0
+    for item in root.blocks:
+        if isinstance(item, Spawn):
+            expected += before + sum(map(len, item.call))
+            item = item.join
+        before += len(item)
+    expected += before + sum(len(block) for child in root.children for block in child.context)
+    assert unshared_tokens(tree) == expected
+
+
+# ---------------------------------------------------------------------- any tokenizer
+
+
+def test_a_hugging_face_tokenizer_by_folder(made, tmp_path):
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    texts = [WORDS.decode([t for b in tree.root.context for t in b.content]) for tree in TreeStore(made / "apr_train")]
+    every_byte = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=every_byte)
+    backend.train_from_iterator(texts, trainer)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    wrapped.save_pretrained(tmp_path / "words")
+    wide = dataclasses.replace(APR, window=9999)
+    config = dataclasses.replace(CONFIG, tokenizer=str(tmp_path / "words"), recipes=(wide,))
+    make_dataset(config, tmp_path / "data")
+    words = config.make_tokenizer()
+    store = TreeStore(tmp_path / "data" / "apr_train")
+    assert len(store) == 50 and not (tmp_path / "data" / "tokenizer.json").exists()
+    for tree in (store[0], store[17]):
+        problem = problems(tmp_path / "data")[tree.info["index"]]
+        text, _ = dataclasses.replace(wide, seed="train/0").make(problem, tree.info["index"], WORDS)
+        ours = [block for thread in text.threads() for block in thread.context]
+        theirs = [block for thread in tree.threads() for block in thread.context]
+        assert [WORDS.decode(block.content) for block in ours] == [words.decode(block.content) for block in theirs]
+
+
+def test_a_tokenizer_that_is_not_there_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(FileNotFoundError, match="no tokenizer at .*/nowhere"):
+        make_dataset(dataclasses.replace(CONFIG, tokenizer=f"{tmp_path}/nowhere"), tmp_path / "data")
+
+
+def test_stream_of_search_is_a_search_of_the_one_thread_style():
+    recipe = Recipe("sosp", SolverConfig.paper_sos(strategies=("bfs",)), window=9999, search="sos")
+    tree, why = recipe.make(Problem((3, 5, 7, 9), 24), 0, WORDS)
+    assert why is None and tree.info["strategy"] == "bfs" and not tree.root.children
+    assert tree.info["found"] == ([0] if tree.info["solved"] else [])
+    for strategy in ("dfs", "bfs"):  # no solution: both end without the line of the other solvers
+        solver = SolverConfig.paper_sos(strategies=(strategy,))
+        failed, why = dataclasses.replace(recipe, solver=solver).make(Problem((6, 2), 5), 0, WORDS)
+        assert why is None and failed.info["found"] == [] and not failed.info["solved"]
+        text = "".join(WORDS.decode(block.content) for block in failed.root.blocks)
+        assert text.endswith({"dfs": "unequal: No Solution\n", "bfs": "No solution found."}[strategy])
+    for wrong, says in (("sso", "search is one of apr, sos, sosp, was given 'sso'"), ("apr2", "search is one of")):
+        with pytest.raises(ValueError, match=says):
+            dataclasses.replace(recipe, search=wrong)
+
+
+def test_a_worker_that_is_ended_is_told_in_one_line(tmp_path):
+    """As the system does where memory runs out; what was made is kept."""
+    seen = []
+
+    class Bar:
+        def update(self, done):
+            seen.append(done)
+            if len(seen) > 1:
+                return
+            children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+            workers = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+            os.kill(int(workers[0]), signal.SIGKILL)
+
+    with pytest.raises(OSError, match="a worker process was ended, perhaps for want of memory; start again to go on"):
+        make_dataset(CONFIG, tmp_path, processes=2, progress=lambda *_: Bar())
+    assert seen and not (tmp_path / "manifest.json").exists()
+    assert make_dataset(CONFIG, tmp_path) is not None

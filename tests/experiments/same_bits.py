@@ -1,0 +1,103 @@
+"""What a run gives, as hashes: to see whether a change of the code changed its results.
+
+    python -m tests.experiments.same_bits record FILE     # runs the presets and writes FILE
+    python -m tests.experiments.same_bits compare FILE    # runs them again, and prints what differs from FILE
+
+Weights and trees have the same bits on one kind of processor alone. On another kind than the recorded one, record with
+the old code first: `git worktree add ../old COMMIT`, and this command there.
+"""
+
+import hashlib
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from apr_jax.train.checkpoint import fingerprint, load_model
+
+ROOT = Path(__file__).resolve().parents[2]
+# Models of so few steps are never right: a penalty on tokens gives GRPO something to learn.
+SMOKE = {"grpo.prices.token": 0.001}
+LAPTOP = {"sft.steps": 40, "grpo.steps": 2, "grpo.prompts": 2, "grpo.group": 3, "problems.held_out": 20, **SMOKE}
+# What decides the bytes of a data set beyond the presets: other solvers, orders and splits.
+OTHER_DATA = {
+    "sosp.search": "sos", "apr.shuffle": True,
+    "apr.distinct": False, "sosp.shuffle": True, "problems.count": 4, "problems.repeats": False,
+    "problems.unseen_targets": 0.2, "problems.max_number": 20, "seed": 3,
+}  # fmt: skip
+
+
+def record() -> dict:
+    """The hashes by name, and the processor that they hold for."""
+    found = {"processor": processor()}
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        _run("smoke", place / "smoke", SMOKE, "data,sft,grpo,evaluate")
+        _run("smoke", place / "other", OTHER_DATA, "data")
+        _run("laptop", place / "laptop", {}, "data")
+        _run("laptop", place / "few", LAPTOP, "data,sft,grpo,evaluate")
+        for name in ("smoke", "other", "laptop", "few"):
+            found[f"{name} data"] = json.loads((place / name / "data" / "manifest.json").read_text())["sha256"]
+        for name in ("smoke", "few"):
+            for stage in ("sft_sosp", "sft_apr", "grpo_apr"):
+                model, _ = load_model(place / name / stage / "checkpoints")
+                found[f"{name} {stage}"] = fingerprint(model)
+            for path in sorted((place / name / "evaluate").glob("*.jsonl")):
+                found[f"{name} evaluate {path.stem}"] = _trees(path)
+    return found
+
+
+def _run(preset: str, workdir: Path, changes: dict, stages: str) -> None:
+    command = [sys.executable, "-m", "experiments.run", f"--config=experiments/configs/{preset}.py"]
+    command += [
+        f"--workdir={workdir}",
+        f"--stage={stages}",
+        *(f"--config.{key}={value}" for key, value in changes.items()),
+    ]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+def _trees(path: Path) -> str:
+    """A hash of the trees of a file of records: their tokens, log-probabilities and failures, and whether they are
+    right."""
+    digest = hashlib.sha256()
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        kept = [
+            row[key] for key in ("index", "problem", "condition", "correct", "sequential_tokens", "operations_right")
+        ]
+        digest.update(json.dumps([*kept, row["tree"]["root"]], sort_keys=True).encode())
+    return digest.hexdigest()[:16]
+
+
+def processor() -> str:
+    """What decides the bits of a product: the processor's family and its vector instructions."""
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines())
+    except (OSError, ValueError):
+        return platform.processor() or platform.machine()
+    fields = {key.strip(): value.strip() for key, value in lines.items()}
+    flags = {flag for flag in fields.get("flags", "").split() if flag.startswith(("avx", "amx", "fma"))}
+    return f"{fields.get('vendor_id')} {fields.get('cpu family')}/{fields.get('model')}: {' '.join(sorted(flags))}"
+
+
+def differences(before: dict, after: dict) -> list[str]:
+    """One line for each hash that is another one. Data have the same bytes on every machine, all else on one kind of
+    processor alone."""
+    same_machine = before["processor"] == after["processor"]
+    names = [name for name in before if name != "processor" and (same_machine or name.endswith(" data"))]
+    return [
+        f"{name}: {before[name]} before, {after.get(name)} now" for name in names if before[name] != after.get(name)
+    ]
+
+
+if __name__ == "__main__":
+    action, file = sys.argv[1:]
+    if action == "record":
+        Path(file).write_text(json.dumps(record(), indent=1) + "\n")
+    else:
+        found = differences(json.loads(Path(file).read_text()), record())
+        print("\n".join(found) or "all the same")
+        sys.exit(bool(found))

@@ -1,0 +1,320 @@
+"""The authors' files: read and written to the letter, and what is wrong in one is named."""
+
+import copy
+import io
+import json
+import pathlib
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from apr_jax.tasks.countdown import CountdownProtocol, Problem, ProblemRange, authors, check_solution, trace
+from apr_jax.tasks.countdown.authors import trace_from_tree, tree_from_trace
+from apr_jax.tasks.countdown.search import SolverConfig
+from apr_jax.tasks.countdown.solver import SOLVERS
+from apr_jax.threads import Block, Spawn, Thread, ThreadTree, encode_tree
+from tests.conftest import LONG
+
+GOLDEN = json.loads(pathlib.Path(__file__).with_name("golden_traces.json").read_text())
+
+
+def solver_tree(seed, style="apr", depth=1, condition=""):
+    rng = random.Random(seed)
+    problem = ProblemRange(count=rng.randint(3, 5), max_number=20, max_target=60).draw(rng)
+    config = SolverConfig(beam=(1, 3), sub_beam=(1, 3), promising=0.8, depth=depth)
+    return problem, SOLVERS[style](problem, config, rng, condition)
+
+
+# ---------------------------------------------------------------------- parse(render(tree)) = tree
+
+WORDS = st.text(st.sampled_from("ab 3,[]:#'\n"), min_size=1, max_size=12)
+
+
+@st.composite
+def threads(draw, depth, node="0"):
+    """Any thread that the language can hold: its writing is free, its states, calls and joins are its own."""
+    written = WORDS.map(lambda text: f"\n{text}\n")
+    numbers = draw(st.lists(st.integers(1, 99), min_size=1, max_size=4))
+    prompt = trace.moving(node) + trace.state(draw(st.integers(1, 99)), numbers, ())
+    blocks: list = [Block(prompt, False), Block(draw(written), True)]
+    for _ in range(draw(st.integers(0, 2)) if depth else 0):
+        steps = draw(st.lists(st.integers(0, 9), min_size=1, max_size=3))
+        children = tuple(draw(threads(depth - 1, f"{node},{step}")) for step in steps)
+        lines = [trace.spawn_line(i, 1, f"{node},{step}") for i, step in enumerate(steps)]
+        solved = [draw(st.booleans()) for _ in children]
+        outcomes = [trace.join_line(i, 1, f"0,{i}", right) + draw(WORDS) + "\n" for i, right in enumerate(solved)]
+        call = Block(trace.SPAWN_OPEN + "".join(lines) + trace.SPAWN_CLOSE, True)
+        blocks.append(Spawn((call,), children, Block(trace.JOIN_OPEN + "".join(outcomes) + trace.JOIN_CLOSE, False)))
+        if draw(st.booleans()):
+            blocks.append(Block(draw(written), True))
+    if isinstance(blocks[-1], Spawn):
+        blocks.append(Block("", True))  # it ends at once: a block for the end token
+    return Thread(tuple(blocks))
+
+
+@settings(max_examples=10_000 if LONG else 200)
+@given(threads(3))
+def test_any_tree_comes_back_from_its_texts(thread):
+    texts = trace_from_tree(ThreadTree(thread))
+    assert tree_from_trace(json.loads(json.dumps(texts))).root == thread
+
+
+@settings(max_examples=10_000 if LONG else 100)
+@given(st.integers(0, 2**32), st.sampled_from(sorted(SOLVERS)), st.integers(0, 3), st.none() | st.integers(0, 4096))
+def test_so_do_the_solvers_trees(seed, style, depth, budget):
+    condition = CountdownProtocol("apr" if style == "apr" else "sosp").condition(budget)
+    _, tree = solver_tree(seed, style, depth, condition)
+    back = tree_from_trace(trace_from_tree(tree))
+    assert back.root == tree.root and back.info["solved"] == tree.info["solved"]
+
+
+# ---------------------------------------------------------------------- the authors' own traces
+
+
+@pytest.mark.parametrize("entry", GOLDEN, ids=lambda e: f"{e['nums']}to{e['target']}")
+def test_golden_traces_are_written_back_to_the_letter(entry):
+    tree = tree_from_trace(entry["apr"])
+    assert trace_from_tree(tree) == entry["apr"]
+    problem = Problem(tuple(entry["nums"]), entry["target"])
+    assert bool(check_solution(problem, tree.root.text)) == tree.info["solved"]
+    protocol = CountdownProtocol("apr")
+    assert tree.root.blocks[0].content == protocol.root_prompt(problem)
+    for spawn, text, after in zip(tree.root.spawns, entry["apr"]["main_calls"], entry["apr"]["main_calls"][1:]):
+        found = protocol.parse_spawn(text)
+        assert list(found.children) == [child.blocks[0].content for child in spawn.children]
+        results = [protocol.result(child.text) for child in spawn.children]
+        assert after.startswith(protocol.join(text, results))
+    one = tree_from_trace({"main_calls": [entry["sosp"]], "sub_calls": []})
+    assert len(one.root.blocks) == 2 and one.root.text == entry["sosp"]
+    assert one.info == {**{key: tree.info[key] for key in ("numbers", "target")}, "solved": one.info["solved"]}
+    assert one.info["solved"] == bool(check_solution(problem, entry["sosp"]))
+
+
+def test_a_child_whose_operations_its_parent_tells_otherwise_is_read():
+    texts = a_trace()
+    child = texts["sub_calls"][0][0]["main_calls"]
+    child[0] = child[0].replace("Operations: ['", "Operations: ['1+1=2', '", 1)
+    assert trace_from_tree(tree_from_trace(texts)) == texts
+
+
+def test_a_thread_that_ends_at_its_join_has_a_last_block():
+    texts = a_trace()
+    last = texts["main_calls"][-1]
+    texts["main_calls"][-1] = last[: last.index(trace.JOIN_CLOSE) + len(trace.JOIN_CLOSE)]
+    tree = tree_from_trace(texts)
+    assert trace_from_tree(tree) == texts and not tree.info["solved"]
+    assert encode_tree(tree, list, 0, 2).root.blocks[-1].content == (2,)
+
+
+def test_a_trace_that_was_cut_is_not_solved():
+    unsolved = next(entry["sosp"] for entry in GOLDEN if entry["sosp"].endswith(trace.NO_SOLUTION))
+    for cut in (len(unsolved), len(unsolved) // 2):
+        assert not tree_from_trace({"main_calls": [unsolved[:cut]], "sub_calls": []}).info["solved"]
+
+
+def a_trace():
+    """A trace of one spawn, of its own."""
+    return copy.deepcopy(next(entry["apr"] for entry in GOLDEN if len(entry["apr"]["main_calls"]) == 2))
+
+
+# ---------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("chunk", [7, 1 << 20])
+def test_traces_survive_a_file(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(authors, "_CHUNK", chunk)  # entries begin and end anywhere in what is read at once
+    made = [solver_tree(seed, style) for seed in range(3) for style in ("apr", "sosp", "sos")]
+    authors.write_traces(tmp_path / "train.json", made)
+    back = list(authors.read_traces(tmp_path / "train.json"))
+    assert [problem for problem, _ in back] == [problem for problem, _ in made]
+    for (_, tree), (_, again) in zip(made, back):
+        assert again.root == tree.root
+        beams = ("beam", "sub_beam") if tree.info.get("strategy") == "dfs" else ()  # the file has none of it
+        assert again.info == {key: tree.info[key] for key in tree.info if key not in beams}
+
+
+def test_the_files_of_the_authors_generator_are_read(tmp_path):
+    rows = []
+    for entry in GOLDEN:
+        problem = {"nums": entry["nums"], "target": entry["target"], "solution": [], "start_size": 4}
+        beams = {"beam_size": entry["apr_beam"], "sub_call_beam_size": entry["apr_sub_beam"]}
+        rows.append({**problem, **beams, "search_type": "apr_3", "trace_dict": entry["apr"]})
+        rows.append({**problem, "search_path": entry["sosp"], "search_type": f"sosp_{entry['sosp_beam']}"})
+    (tmp_path / "train.json").write_text(json.dumps(rows, indent=2))
+    trees = [tree for _, tree in authors.read_traces(tmp_path / "train.json")]
+    for entry, apr, sosp in zip(GOLDEN, trees[::2], trees[1::2], strict=True):
+        assert trace_from_tree(apr) == entry["apr"] and sosp.root.text == entry["sosp"]
+        assert (apr.info["beam"], apr.info["sub_beam"]) == (entry["apr_beam"], entry["apr_sub_beam"])
+        assert (apr.info["style"], sosp.info["style"], sosp.info["beam"]) == ("apr", "sosp", entry["sosp_beam"])
+
+
+def test_the_files_of_stream_of_search_are_read(tmp_path):
+    """As its generator names them: "dfs", or "bfs" with the beam."""
+    made = []
+    for seed, (strategy, kind) in enumerate([("dfs", "dfs"), ("bfs", "bfs_3")] * 4):
+        config = SolverConfig(beam=(3, 3), strategies=(strategy,), heuristic="sum")
+        problem = ProblemRange(count=3 + seed % 2, max_number=20, max_target=40).draw(random.Random(seed))
+        made.append((problem, kind, SOLVERS["sos"](problem, config, random.Random(seed))))
+    rows = [
+        {
+            "nums": list(problem.numbers), "target": problem.target, "solution": [], "search_path": tree.root.text,
+            "rating": 0.0, "search_type": kind, "optimal_path": "", "heuristic": "sum_heuristic",
+        }
+        for problem, kind, tree in made
+    ]  # fmt: skip
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    assert {tree.info["solved"] for *_, tree in made} == {True, False}
+    for (problem, kind, tree), (again, read) in zip(made, authors.read_traces(tmp_path / "train.json"), strict=True):
+        assert again == problem and read.root.text == tree.root.text
+        assert (read.info["style"], read.info["strategy"], read.info["solved"]) == (
+            "sos",
+            kind[:3],
+            tree.info["solved"],
+        )
+        assert read.info.get("beam") == (3 if kind == "bfs_3" else None)
+    authors.write_traces(tmp_path / "again.json", [(problem, tree) for problem, _, tree in made])
+    written = json.loads((tmp_path / "again.json").read_text())
+    assert [row["search_type"] for row in written] == [kind for _, kind, _ in made]
+
+
+def test_what_is_written_has_the_authors_keys_and_counts(tmp_path):
+    spawning = (made for seed in range(20) if (made := solver_tree(seed))[1].root.spawns)
+    made = [next(spawning), solver_tree(1, "sosp")]
+    authors.write_traces(tmp_path / "train.json", made, encode=list)
+    apr, sosp = json.loads((tmp_path / "train.json").read_text())
+    assert set(sosp) == {
+        "nums", "target", "solution", "optimal_path", "start_size", "search_path", "rating", "search_type",
+        "token_count",
+    }  # fmt: skip
+    assert set(apr) == set(sosp) | {
+        "beam_size", "sub_call_beam_size", "trace_dict", "longest_seq_token_count", "avg_seq_token_count",
+        "avg_sub_seq_token_count", "sub_call_count",
+    }  # fmt: skip
+    assert sosp["token_count"] == len(sosp["search_path"]) + 2
+    own, every = apr["trace_dict"]["main_calls"], _texts(apr["trace_dict"])
+    below = every[len(own) :]
+    assert apr["longest_seq_token_count"] == max(map(len, every)) + 2
+    # What a later text repeats ends in the first character of "<Calling" and "<Sub".
+    repeated = sum(text.rindex(trace.SPAWN_OPEN) + 1 for text in own[:-1])
+    assert apr["token_count"] == sum(map(len, every)) + 2 * len(every) - repeated
+    assert apr["avg_seq_token_count"] == apr["token_count"] / len(every)
+    assert apr["avg_sub_seq_token_count"] == sum(map(len, below)) / len(below) + 2
+    assert apr["sub_call_count"] == len(below) / (len(own) - 1)
+    operations = sosp["search_path"].count("Exploring Operation")
+    most = {3: 48, 4: 1152, 5: 46080}[sosp["start_size"]]
+    solved = made[1][1].info["solved"]
+    assert sosp["rating"] == pytest.approx(max(0, 1 - (operations + 1) / most) if solved else 0)
+
+
+def test_the_trainers_texts_are_all_texts_of_a_tree(tmp_path):
+    trees = [tree_from_trace(entry["apr"]) for entry in GOLDEN[:5]]
+    authors.write_sequences(tmp_path / "texts.json", trees)
+    assert json.loads((tmp_path / "texts.json").read_text()) == [t for e in GOLDEN[:5] for t in _texts(e["apr"])]
+
+
+def _texts(texts):
+    below = [text for calls in texts["sub_calls"] for child in calls for text in _texts(child)]
+    return texts["main_calls"] + below
+
+
+def test_problems_survive_a_file_with_a_right_solution(tmp_path):
+    source = ProblemRange()
+    problems = source.draw_each([random.Random(i) for i in range(30)])
+    authors.write_problems(tmp_path / "problems.json", problems)
+    assert list(authors.read_problems(tmp_path / "problems.json")) == problems
+    for row, problem in zip(json.loads((tmp_path / "problems.json").read_text()), problems):
+        assert check_solution(problem, row["optimal_path"])
+        assert len(row["solution"]) == 3 and row["start_size"] == 4
+
+
+def test_prompts_survive_a_file(tmp_path):
+    problems = [Problem((3, 5, 7, 8), 24), Problem((1, 2), 3)]
+    for style, budget in (("apr", None), ("apr", 10), ("sosp", 1024)):
+        prompts = [CountdownProtocol(style).root_prompt(problem, budget) for problem in problems]
+        authors.write_prompts(tmp_path / "prefix.json", prompts)
+        assert list(authors.read_prompts(tmp_path / "prefix.json")) == list(zip(problems, prompts))
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("", "ends after 0 entries without the end of its array"),
+        ("{}", "is no JSON array: it begins with '{}'"),
+        ('[{"nums": [1], "target": 1}, {"nums"', "entry 1: it is cut short or no JSON"),
+        ('[{"nums": [1], "target": 1}', "ends after 1 entries without the end"),
+        ('[{"nums": [1, 2]}]', "entry 0: a problem has nums and target"),
+        ('[{"nums": "1, 2", "target": 3}]', "entry 0: nums is a list of numbers, was '1, 2'"),
+        ('[{"nums": [1, -2], "target": 3}]', "entry 0: Countdown numbers and targets are integers of at least 1"),
+        ("[nonsense]", "entry 0: it is cut short or no JSON"),
+        ("[" * 100_000, "entry 0: it is cut short or no JSON"),
+        ("[" + "9" * 5000 + "]", "entry 0: it is cut short or no JSON"),
+        ('[{"nums": [1], "target": 1} {}]', "after entry 0: a comma is missing before '{'"),
+        ('[{"nums": [1], "target": 1},]', "entry 1: it is cut short or no JSON"),
+        ('[{"nums": [1], "target": 1}] []', "'[' follows its array"),
+    ],
+)
+def test_a_broken_file_is_named_with_its_entry(tmp_path, text, says):
+    (tmp_path / "broken.json").write_text(text)
+    with pytest.raises(ValueError, match="broken.json") as raised:
+        list(authors.read_problems(tmp_path / "broken.json"))
+    assert says in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_broken_entry_ends_the_reading(monkeypatch):
+    monkeypatch.setattr(authors, "_CHUNK", 64)
+    file = io.StringIO('[{"nums": [1 2]}, ' + '{"nums": [1], "target": 1}, ' * 10_000)
+    with pytest.raises(ValueError, match="entry 0"):
+        list(authors._entries(file, pathlib.Path("broken.json")))
+    assert file.tell() <= 128  # published files are of 13.5 GB
+
+
+def test_a_trace_of_another_problem_is_named(tmp_path):
+    rows = [{"nums": e["nums"][::-1], "target": e["target"], "search_path": e["sosp"]} for e in GOLDEN[:1]]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match="entry 0: its trace is of another problem"):
+        list(authors.read_traces(tmp_path / "train.json"))
+
+
+def test_a_file_stays_when_its_replacement_fails(tmp_path):
+    authors.write_prompts(tmp_path / "prefix.json", ["one"])
+    with pytest.raises(TypeError):
+        authors.write_prompts(tmp_path / "prefix.json", ["two", object()])
+    assert [path.name for path in tmp_path.iterdir()] == ["prefix.json"]
+    assert json.loads((tmp_path / "prefix.json").read_text()) == ["one"]
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda t: t.pop("sub_calls"), "a trace has main_calls and sub_calls"),
+        (lambda t: t["sub_calls"].pop(), "2 main_calls go with 1 sub_calls, there are 0"),
+        (lambda t: t["main_calls"].__setitem__(0, t["main_calls"][0].replace("Exp", "exp", 1)), "does not go on"),
+        (lambda t: t["main_calls"].__setitem__(0, "x" + t["main_calls"][0]), "begins with the state it searches from"),
+        (lambda t: t["sub_calls"][0].pop(), "call 0 of a thread names 3 children, 2 are there"),
+        (lambda t: t["sub_calls"][0].reverse(), "child 0 of call 0: it is of 'Moving to Node #0,"),
+        (lambda t: (t["main_calls"].pop(), t["sub_calls"].pop()), "ends in a spawn, its children are not there"),
+        (lambda t: t["sub_calls"][0][1]["main_calls"].append("x"), "child 1 of call 0: 2 main_calls go with 1 sub"),
+        (lambda t: t["main_calls"].__setitem__(0, t["main_calls"][0][:-5]), "does not end in a spawn"),
+        (lambda t: t["main_calls"].__setitem__(0, 7), "main_calls is a list of one text or more"),
+        (lambda t: t["sub_calls"][0].__setitem__(0, None), "a trace has main_calls and sub_calls"),
+    ],
+)
+def test_a_broken_trace_is_named(change, says):
+    texts = a_trace()
+    change(texts)
+    with pytest.raises(ValueError, match=says):
+        tree_from_trace(texts)
+
+
+def test_a_trace_nested_without_end_is_refused():
+    texts = {"main_calls": ["Moving to Node #0\nCurrent State: 9:[9], Operations: []\n"], "sub_calls": []}
+    calling = texts["main_calls"][0] + trace.SPAWN_OPEN + trace.spawn_line(0, 1, "0") + trace.SPAWN_CLOSE
+    joined = texts["main_calls"][0] + trace.JOIN_OPEN + trace.JOIN_CLOSE
+    for depth in range(1, 3000):
+        texts = {"main_calls": [calling, joined], "sub_calls": [[texts]]}
+        if depth == 30:
+            assert len(list(tree_from_trace(texts).threads())) == 31
+    with pytest.raises(ValueError, match="more than 32 levels deep"):
+        tree_from_trace(texts)

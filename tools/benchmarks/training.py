@@ -1,0 +1,248 @@
+"""Supervised training beside two others, in one process: the authors' scheme of rows, and transformers with torch.
+
+    python -m tools.benchmarks.training                                           # the laptop's task and model
+    python -m tools.benchmarks.training --config=experiments/configs/paper.py --trees=24 --rows=2
+    python -m tools.benchmarks.training --model=base --dtype=bfloat16 --rows=64 --out=training.json    # on a GPU
+
+Three ways to take the same APR trees through the same model, all weights trained, AdamW, loss on all tokens:
+
+    packed     ours: a tree's threads in rows, a shared prefix once
+    repeated   the authors' rows, in our trainer: every call of a thread is a row with all that came before it, and so
+               is its end, each padded to the window
+    torch      transformers' Llama under torch, on the very rows of `packed`, with the tree as a mask [B, 1, T, T]
+
+Rounds alternate, each a pass over all trees; the ratio is of the medians. Before, the loss of one batch is compared
+between ours and torch: the same model on the same rows.
+"""
+
+import dataclasses
+import math
+import os
+import platform
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from absl import flags
+from flax import nnx
+
+from apr_jax.data.packing import Piece, first_fit, lay_out, lay_out_tree, pack_rows
+from apr_jax.export.hf import export_hf, load_transformers
+from apr_jax.model.flops import peak_flops, training_flops
+from apr_jax.model.llama import PRESETS, Llama, LlamaConfig
+from apr_jax.tasks.countdown.recipe import Recipe
+from apr_jax.tasks.countdown.vocabulary import countdown_tokenizer
+from apr_jax.text.tokenizer import Tokenizer
+from apr_jax.threads import Block, Spawn, Thread, ThreadTree
+from apr_jax.train.loss import supervised_loss
+from apr_jax.train.optimizer import OptimizerConfig, make_optimizer
+from apr_jax.train.step import Rows, Trainer, data_mesh
+from experiments.command import load_config
+from experiments.settings import Settings, read_settings
+from tools import command
+
+OPTIMIZER = OptimizerConfig(peak_rate=1e-4, schedule="constant")
+
+
+def _define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string(
+        "config", "experiments/configs/laptop.py", "Whose problems, solver and window.", flag_values=values
+    )
+    flags.DEFINE_enum("model", "tiny", list(PRESETS), "The model's sizes.", flag_values=values)
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the computation.", flag_values=values)
+    flags.DEFINE_integer("trees", 48, "Trees of a pass.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("rows", 4, "Rows of a batch, a multiple of the devices.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("rounds", 3, "Passes of each way.", lower_bound=1, flag_values=values)
+    flags.DEFINE_boolean("torch", True, "Whether to run torch, too.", flag_values=values)
+    flags.DEFINE_string("out", None, "A JSON file for the figures.", flag_values=values)
+
+
+def draw_trees(settings: Settings, count: int, tokenizer: Tokenizer) -> list[ThreadTree]:
+    """APR trees that fit the window."""
+    recipe, trees, rng = Recipe("apr", settings.solvers["apr"], settings.window), [], random.Random("training")
+    while len(trees) < count:
+        tree, dropped = recipe.make(settings.problems.draw(rng), len(trees), tokenizer)
+        if dropped is None:
+            trees.append(tree)
+    return trees
+
+
+def repeated_pieces(tree: ThreadTree) -> list[Piece]:
+    """The authors' sequences: a thread up to each of its calls, call included, and to its end."""
+    pieces = []
+    for thread in tree.threads():
+        before: tuple[Block, ...] = ()
+        for item in thread.blocks:
+            if isinstance(item, Spawn):
+                pieces.append(lay_out(Thread((*before, *item.call))))
+                item = item.join
+            before += (item,)
+        pieces.append(lay_out(Thread(before)))
+    return pieces
+
+
+def batches_of(rows: Sequence[Sequence[Piece]], length: int, count: int) -> list[Rows]:
+    return [pack_rows(rows[at : at + count], length, count) for at in range(0, len(rows), count)]
+
+
+class TorchLoop:
+    """transformers' Llama with the weights of an export, trained on packed rows."""
+
+    def __init__(self, folder: str, dtype: str):
+        import torch
+
+        self._torch = torch
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = load_transformers(folder).train().to(self._device)
+        self._dtype = getattr(torch, dtype)
+        self._optimizer = torch.optim.AdamW(
+            self.model.parameters(), OPTIMIZER.peak_rate, (0.9, OPTIMIZER.beta2), weight_decay=OPTIMIZER.weight_decay
+        )
+
+    def loss(self, rows: Rows):
+        """The sum of cross-entropies of every token that has a predecessor, and their number."""
+        torch, on = self._torch, self._device
+        tensor = {name: torch.from_numpy(rows[name].astype(np.int64)).to(on) for name in NEEDED}
+        enter, exit_ = tensor["enter"], tensor["exit"]
+        T = enter.shape[1]
+        sees = (enter[:, None, :] <= enter[:, :, None]) & (enter[:, :, None] < exit_[:, None, :])
+        mask = sees & torch.tril(torch.ones(T, T, dtype=torch.bool, device=on))
+        mask |= torch.eye(T, dtype=torch.bool, device=on)  # padding sees itself: a softmax of nothing is not a number
+        with torch.autocast(on, self._dtype, enabled=self._dtype != torch.float32):
+            hidden = self.model.model(
+                input_ids=tensor["tokens"], position_ids=tensor["positions"], attention_mask=mask[:, None],
+                use_cache=False,
+            ).last_hidden_state  # fmt: skip
+            before = tensor["predecessors"].clamp(min=0)
+            hidden = hidden.gather(1, before[:, :, None].expand(-1, -1, hidden.shape[2]))
+            logits = self.model.lm_head(hidden).float()
+        losses = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), tensor["tokens"].flatten(), reduction="none"
+        ).reshape(enter.shape)
+        trained = tensor["predecessors"] >= 0
+        return (losses * trained).sum(), trained.sum()
+
+    def run(self, batches: Sequence[Rows]) -> None:
+        for rows in batches:
+            self._optimizer.zero_grad()
+            loss, weight = self.loss(rows)
+            (loss / weight).backward()
+            self._torch.nn.utils.clip_grad_norm_(self.model.parameters(), OPTIMIZER.clip)
+            self._optimizer.step()
+        if self._device == "cuda":
+            self._torch.cuda.synchronize()
+
+
+NEEDED = ("tokens", "positions", "predecessors", "enter", "exit")
+
+
+class OurLoop:
+    """Our trainer, waiting for the device as `run_sft` does: a step behind."""
+
+    def __init__(self, model: Llama, devices: int):
+        optimizer = make_optimizer(OPTIMIZER, 10**6)
+        self.trainer = Trainer(
+            model, lambda model, rows: supervised_loss(model, rows, "all"), optimizer, data_mesh(devices),
+            whole_layers=False,
+        )  # fmt: skip
+        self.state = self.trainer.init(model)
+
+    def run(self, batches: Sequence[Rows]) -> float:
+        late, first = None, None
+        for rows in batches:
+            self.state, sums = self.trainer.step(self.state, [rows])
+            if late is not None:
+                jax.block_until_ready(late)
+            late = sums
+            first = sums if first is None else first
+        jax.block_until_ready(late)
+        return float(first["loss"] / first["weight"])
+
+
+def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
+    settings = read_settings(load_config(values["config"].value))
+    tokenizer, window, count = countdown_tokenizer(settings.max_number), settings.window, values["rows"].value
+    trees = draw_trees(settings, values["trees"].value, tokenizer)
+    packed = [piece for tree in trees for piece in lay_out_tree(tree)]
+    length = max(settings.sft.row_length, max(map(len, packed)))
+    length = -(-length // 64) * 64
+    random.Random(0).shuffle(packed)
+    rows = [[packed[i] for i in row] for row in first_fit(list(map(len, packed)), length)]
+    repeated = [piece for tree in trees for piece in repeated_pieces(tree)]
+    batches = {
+        "packed": batches_of(rows, length, count),
+        "repeated": batches_of([[piece] for piece in repeated], window, count),
+    }
+    useful = sum(map(len, packed))
+
+    sizes = PRESETS[values["model"].value]
+    config = LlamaConfig(len(tokenizer), **sizes, context=-(-length // 128) * 128, dtype=values["dtype"].value)
+    model = Llama(config, rngs=nnx.Rngs(0))
+    devices = math.gcd(jax.device_count(), count)
+    loops: dict[str, Callable[[], object]] = {}
+    ours = {name: OurLoop(model, devices) for name in batches}
+    for name, loop in ours.items():
+        loops[name] = lambda loop=loop, name=name: loop.run(batches[name])
+    found: dict = {}
+    with tempfile.TemporaryDirectory() as folder:
+        if values["torch"].value:
+            export_hf(model, tokenizer, folder, {}, "float32")
+            other = TorchLoop(folder, config.dtype)
+            loss, weight = other.loss(batches["packed"][0])
+            theirs, mine = float((loss / weight).detach()), ours["packed"].run(batches["packed"][:1])
+            found["first_loss"] = {"ours": mine, "torch": theirs}
+            if abs(mine - theirs) > (1e-4 if config.dtype == "float32" else 2e-2):
+                raise ValueError(f"not the same model on the same rows: a loss of {mine} and, of torch, {theirs}")
+            loops["torch"] = lambda: other.run(batches["packed"])
+    for loop in loops.values():
+        loop()  # compiles, and warms what has a memory of shapes
+    seconds: dict[str, list[float]] = {name: [] for name in loops}
+    for _ in range(values["rounds"].value):
+        for name, loop in loops.items():
+            began = time.perf_counter()
+            loop()
+            seconds[name].append(time.perf_counter() - began)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    flops = training_flops(config, useful, sum(int(piece.positions.sum()) + len(piece) for piece in packed))
+    peak = peak_flops(jax.devices()[0], config.dtype)
+    found |= {
+        "trees": len(trees),
+        "tokens": useful,
+        "rows": {"packed": len(rows), "repeated": len(repeated)},
+        "row_length": {"packed": length, "repeated": window},
+        "row_tokens_ratio": round(len(repeated) * window / (len(rows) * length), 2),
+        "filled": round(useful / (len(rows) * length), 3),
+        "trees_per_second": {name: round(len(trees) / time, 2) for name, time in medians.items()},
+        "tokens_per_second": {name: round(useful / medians[name]) for name in medians if name != "repeated"},
+        "packed_over_repeated": round(medians["repeated"] / medians["packed"], 2),
+        "seconds": {name: [round(time, 2) for time in times] for name, times in seconds.items()},
+        "model_flops_per_second": {name: round(flops / time / 1e9, 1) * 1e9 for name, time in medians.items()},
+        "model": dataclasses.asdict(config),
+        "config": values["config"].value,
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {devices} x {jax.devices()[0].device_kind}",
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    if peak is not None:
+        found["model_flops_utilisation"] = round(flops / medians["packed"] / (peak * devices), 3)
+    if "torch" in medians:
+        found["packed_over_torch"] = round(medians["torch"] / medians["packed"], 2)
+    for name, rate in found["trees_per_second"].items():
+        print(f"{name:<9} {rate:>9} trees/s   {found['tokens_per_second'].get(name, '-'):>9} useful tokens/s")
+    for name in ("packed_over_repeated", "packed_over_torch", "row_tokens_ratio", "filled", "model_flops_utilisation"):
+        if name in found:
+            print(f"{name}: {found[name]}")
+    command.write_json(values["out"].value, found)
+
+
+def main(argv: Sequence[str]) -> int:
+    command.use_all_cores()
+    return command.run(__doc__, _define, _work, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
