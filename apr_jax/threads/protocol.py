@@ -17,7 +17,9 @@ class MalformedSpawn(ValueError):
 class SpawnRequest:
     """A spawn read from a parent's text. `children` are the child prompts; the spawn block begins at
     character `position` of the text and leaves the parent's context at the join. Where children `inherit`,
-    each begins with the parent's context up to the spawn block, then comes its prompt."""
+    each begins with the parent's context up to the spawn block, then comes its prompt.
+
+    A task that needs more at the join (names of the children) derives a class with fields of its own."""
 
     children: tuple[str, ...]
     position: int
@@ -43,13 +45,13 @@ class TaskProtocol(Protocol):
         """The spawn that `text`, all that the thread sees, ends in, None where it ends in none; raises
         MalformedSpawn."""
 
-    def join(self, text: str, results: Sequence[str | None]) -> str:
-        """The parent's text after the join: what stood before the spawn, then the results, None for a child
-        that found nothing, failed or was not run."""
+    def join(self, spawn: SpawnRequest, results: Sequence[str | None]) -> str:
+        """The join block that takes the place of the spawn block in the parent's context. `spawn` comes from
+        `parse_spawn`; `results` has one entry for each of its children, None for a child that found nothing, failed
+        or was not run. Raises ValueError for another number of results."""
 
-    def join_nothing(self, text: str) -> str:
-        """The parent's text after a spawn that could not be read, when its children count as failed: what stood
-        before the last `spawn_open`, then a join of no children."""
+    def join_nothing(self) -> str:
+        """The join block of no children: for a spawn that could not be read, where its children count as failed."""
 
     def result(self, text: str) -> str | None:
         """What a finished thread gives back, None where it found nothing. `text` is what stands in the thread
@@ -57,10 +59,6 @@ class TaskProtocol(Protocol):
 
     def correct(self, problem: Any, text: str) -> bool:
         """Whether a finished root thread solved its problem: the reward, and the accuracy."""
-
-    def child_correct(self, text: str) -> bool:
-        """Whether a finished child thread found a right answer to what its own prompt, which `text` begins with, asks:
-        GRPO's credit below the tree. Whether it had one to find does not matter: False for a right "nothing"."""
 
     def steps(self, text: str) -> tuple[int, int]:
         """How many steps of a written text are right and how many it holds, by whatever the task calls a step."""

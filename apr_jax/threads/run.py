@@ -162,7 +162,7 @@ class TreeRunner:
                     for index, child in enumerate(request.children[:runnable])
                 )  # fmt: skip
                 allowance = allowance.less(children)
-            live.join(len(live.ids) - call_at, tuple(children), self._join_ids(live.ids, call_at, request, children))
+            live.join(len(live.ids) - call_at, tuple(children), self._join_ids(request, children))
         return live.thread("length")
 
     async def _write(
@@ -210,17 +210,13 @@ class TreeRunner:
             return 0, "too_deep"
         return (threads, "too_many") if wanted > threads else (wanted, None)
 
-    def _join_ids(
-        self, ids: list[int], call_at: int, request: SpawnRequest | None, children: Sequence[Thread]
-    ) -> tuple[int, ...]:
-        """The ids of the join block alone: the parent's own ids before it are never encoded again."""
-        text = self.tokenizer.decode(ids)
+    def _join_ids(self, request: SpawnRequest | None, children: Sequence[Thread]) -> tuple[int, ...]:
+        """The ids of the join block of a spawn, of which the first `children` were run; None: it could not be read."""
         if request is None:
-            after = self.protocol.join_nothing(self.tokenizer.decode(ids[: call_at + 1]))
-        else:
-            results = [None if child.failure else self.protocol.result(self.text(child)) for child in children]
-            after = self.protocol.join(text, results + [None] * (len(request.children) - len(children)))
-        return tuple(self.tokenizer.encode(after[len(self.tokenizer.decode(ids[:call_at])) :]))
+            return tuple(self.tokenizer.encode(self.protocol.join_nothing()))
+        results = [None if child.failure else self.protocol.result(self.text(child)) for child in children]
+        results += [None] * (len(request.children) - len(children))
+        return tuple(self.tokenizer.encode(self.protocol.join(request, results)))
 
     def text(self, thread: Thread) -> str:
         """What stands in a finished thread itself, as the protocol reads it."""

@@ -364,7 +364,7 @@ def test_an_engine_goes_on_after_a_run_that_was_broken_off(spawning, trees, mesh
     engine = JaxEngine(spawning, mesh, slots=4, context=CONTEXT, seed=3, steps=8)
 
     class Broken(NonsenseProtocol):
-        def join(self, text, results):
+        def join(self, spawn, results):
             raise ZeroDivisionError("on purpose")
 
     with pytest.raises(ZeroDivisionError):

@@ -94,9 +94,8 @@ def test_child_prompts_and_joins_that_the_protocol_makes_are_stable(tree, tokeni
                 for prompt, child in zip(request.children, item.children, strict=True):
                     fixed = tokenizer.encode(prompt)
                     assert tokenizer.encode(child.text)[: len(fixed)] == fixed
-                joined = protocol.join(text, [protocol.result(child.text) for child in item.children])
-                block = joined[request.position :]
-                assert tokenizer.encode(joined) == tokenizer.encode(before) + tokenizer.encode(block)
+                block = protocol.join(request, [protocol.result(child.text) for child in item.children])
+                assert tokenizer.encode(before + block) == tokenizer.encode(before) + tokenizer.encode(block)
                 item = item.join
             before += item.content
 

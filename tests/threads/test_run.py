@@ -109,6 +109,25 @@ def test_a_join_takes_the_place_of_the_call_and_tells_who_found_what():
         assert len(block.logprobs) == len(block.content)
 
 
+def test_a_spawn_is_parsed_once_and_joined_as_it_was_parsed():
+    """The text of the join block is encoded as the protocol gives it."""
+    parsed, joined = [], []
+
+    class Noting(CountdownProtocol):
+        def parse_spawn(self, text):
+            parsed.append(super().parse_spawn(text))
+            return parsed[-1]
+
+        def join(self, spawn, results):
+            joined.append(spawn)
+            return trace.JOIN_OPEN + f"{len(results)} of {len(spawn.children)}\n"
+
+    engine = scripted({(7,): ids(BODY + call("0,0", "0,1") + NOT_FOUND), (7, 0, 0): ids(FOUND)} | {(7, 0, 1): ids("")})
+    tree = asyncio.run(runner(engine, protocol=Noting()).run(PROBLEM, (7,)))
+    assert len(parsed) == len(joined) == 1 and parsed[0] is joined[0]
+    assert tree.root.spawns[0].join.content == ids(trace.JOIN_OPEN + "2 of 2\n", end=False)
+
+
 def test_log_probabilities_stay_with_their_tokens_when_a_call_is_cut_out():
     tree = play({(7,): BODY + call("0,0") + NOT_FOUND, (7, 0, 0): NOT_FOUND})
     body, spawn = tree.root.blocks[1:3]

@@ -10,7 +10,6 @@ from apr_jax.tasks.countdown.verify import check_path, operations
 from apr_jax.threads.protocol import MalformedSpawn, SpawnRequest
 
 SPAWN_ERRORS = (
-    "no_spawn",  # `join` only: the text ends in no spawn
     "unopened",  # a spawn is closed that was not opened, or was closed before
     "empty",  # it names no child
     "bad_line",  # a line of the block is no spawn line
@@ -38,7 +37,7 @@ class CountdownProtocol:
     * ``"sosp"``: the state alone; its budget is a number of tokens (the paper: bins of 512).
 
     Only the roots of conditioned models have a budget; children never do. Raises UserError for any other
-    style. No method raises anything but MalformedSpawn for any parent's text.
+    style. No method raises anything but MalformedSpawn for any thread's text.
     """
 
     style: str = "apr"
@@ -94,16 +93,12 @@ class CountdownProtocol:
         prompts = {node: trace.moving(node) + trace.state(*states.find(node)) for node in dict.fromkeys(nodes)}
         return CountdownSpawn(tuple(prompts[node] for node in nodes), position, tuple(nodes), tuple(levels))
 
-    def join(self, text: str, results: Sequence[str | None]) -> str:
-        """The parent's text after the join: what stood before the spawn, then per child its line and the
-        path that it returned. Raises MalformedSpawn where `text` ends in no well-formed spawn and ValueError
-        where there is not one result for each child."""
-        spawn = self.parse_spawn(text)
-        if spawn is None:
-            raise MalformedSpawn("no_spawn", "a join was asked of a text that ends in no spawn")
+    def join(self, spawn: CountdownSpawn, results: Sequence[str | None]) -> str:
+        """The join block: per child its line and the path that it returned. Raises ValueError where there is not one
+        result for each child."""
         if len(results) != len(spawn.children):
             raise ValueError(f"{len(spawn.children)} children were spawned, {len(results)} results were given")
-        parts = [text[: spawn.position], trace.JOIN_OPEN]
+        parts = [trace.JOIN_OPEN]
         for index, (level, node, result) in enumerate(zip(spawn.levels, spawn.nodes, results)):
             parts.append(trace.join_line(index, level, node, result is not None))
             if result is not None:
@@ -111,11 +106,9 @@ class CountdownProtocol:
         parts.append(trace.JOIN_CLOSE)
         return "".join(parts)
 
-    def join_nothing(self, text: str) -> str:
-        """The parent's text after a spawn that could not be read: what stood before the last opening of one, then a
-        join of no children. Text without an opening stays as it is."""
-        position = text.rfind(trace.SPAWN_OPEN)
-        return text if position < 0 else text[:position] + trace.JOIN_OPEN + trace.JOIN_CLOSE
+    def join_nothing(self) -> str:
+        """The join block of no children."""
+        return trace.JOIN_OPEN + trace.JOIN_CLOSE
 
     def result(self, text: str) -> str | None:
         """The path a finished thread returns: what follows its last but one "Goal Reached". A text that begins with a
@@ -126,11 +119,6 @@ class CountdownProtocol:
     def correct(self, problem: Problem, text: str) -> bool:
         """Whether a finished root thread returned a path, and the path solves its problem."""
         return bool(check_path(problem.numbers, problem.target, self.result(text)))
-
-    def child_correct(self, text: str) -> bool:
-        """Whether a child returned a path that leads from its prompt's numbers to the target."""
-        asked = next(filter(None, map(trace.read_state, text.split("\n"))), None)
-        return asked is not None and bool(check_path(asked.numbers, asked.target, self.result(text)))
 
     def steps(self, text: str) -> tuple[int, int]:
         """The operations of a text, as `operations` counts them."""

@@ -13,7 +13,6 @@ from apr_jax.threads.tree import Block, Thread, ThreadTree
 
 MOST_TRIED = 3  # candidates of one thread
 WORDS = (" in ", " to ", "in ", " no\n", " yes\n", "/")
-_ASKED = re.compile(r"(?:(\d+) )?in (\d+) to (\d+)\n")
 _STEP = re.compile(r"(\d+)/(\d+) (yes|no)\n")
 
 
@@ -53,16 +52,6 @@ class FactorTask:
 
     def correct(self, problem: Span, result: str | None) -> bool:
         return result == (None if problem.divisor is None else str(problem.divisor))
-
-    def child_correct(self, text: str, result: str | None) -> bool:
-        """A child that inherits is not told the number again, only a range: there any divisor in it counts as found."""
-        asked = _ASKED.match(text)
-        if asked is None or result is None or not result.isdecimal():
-            return False
-        number, first, last = asked.groups()
-        if number is None:
-            return int(first) <= int(result) <= int(last)
-        return int(result) == next((d for d in range(int(first), int(last) + 1) if int(number) % d == 0), None)
 
     def steps(self, text: str) -> tuple[int, int]:
         found = _STEP.findall(text)

@@ -34,9 +34,6 @@ class Task(Protocol):
     def correct(self, problem: Any, result: str | None) -> bool:
         """Whether what the root returned, None for nothing, is right."""
 
-    def child_correct(self, text: str, result: str | None) -> bool:
-        """Whether a child found a right answer to what its text begins with."""
-
     def steps(self, text: str) -> tuple[int, int]:
         """How many steps of a written text are right, and how many it holds."""
 
@@ -67,13 +64,13 @@ class TagProtocol:
         children = tuple(f"{child}\n" for child in _THREAD.findall(block))
         return SpawnRequest(children, position, inherit=self.inherit)
 
-    def join(self, text: str, results: Sequence[str | None]) -> str:
-        position = text.rfind(self.spawn_open)
-        parts = ("<nothing/>" if result is None else f"<result>{result}</result>" for result in results)
-        return f"{text[:position]}<join>{''.join(parts)}</join>"
+    def join(self, spawn: SpawnRequest, results: Sequence[str | None]) -> str:
+        if len(results) != len(spawn.children):
+            raise ValueError(f"{len(spawn.children)} children were spawned, {len(results)} results were given")
+        return _join_block(results)
 
-    def join_nothing(self, text: str) -> str:
-        return self.join(text, ())
+    def join_nothing(self) -> str:
+        return _join_block(())
 
     def result(self, text: str) -> str | None:
         """What the last return holds."""
@@ -83,9 +80,6 @@ class TagProtocol:
     def correct(self, problem: Any, text: str) -> bool:
         return self.task.correct(problem, self.result(text))
 
-    def child_correct(self, text: str) -> bool:
-        return self.task.child_correct(text, self.result(text))
-
     def steps(self, text: str) -> tuple[int, int]:
         return self.task.steps(text)
 
@@ -93,12 +87,16 @@ class TagProtocol:
 def tag_spawn(children: Sequence[Thread], results: Sequence[str | None]) -> Spawn:
     """The spawn of a tree of text by a solver: children whose prompts end in a line end, and what each returns."""
     call = "".join(f"<thread>{child.blocks[0].content.removesuffix(chr(10))}</thread>" for child in children)
-    joined = "".join("<nothing/>" if result is None else f"<result>{result}</result>" for result in results)
     return Spawn(
         (Block(f"<spawn>{call}</spawn>", sampled=True),),
         tuple(children),
-        Block(f"<join>{joined}</join>", sampled=False),
+        Block(_join_block(results), sampled=False),
     )
+
+
+def _join_block(results: Sequence[str | None]) -> str:
+    parts = ("<nothing/>" if result is None else f"<result>{result}</result>" for result in results)
+    return f"<join>{''.join(parts)}</join>"
 
 
 def tag_tokenizer(words: Iterable[str], max_number: int) -> Tokenizer:

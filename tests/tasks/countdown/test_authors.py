@@ -85,7 +85,7 @@ def test_golden_traces_are_written_back_to_the_letter(entry):
         found = protocol.parse_spawn(text)
         assert list(found.children) == [child.blocks[0].content for child in spawn.children]
         results = [protocol.result(child.text) for child in spawn.children]
-        assert after.startswith(protocol.join(text, results))
+        assert after.startswith(text[: found.position] + protocol.join(found, results))
     one = tree_from_trace({"main_calls": [entry["sosp"]], "sub_calls": []})
     assert len(one.root.blocks) == 2 and one.root.text == entry["sosp"]
     assert one.info == {**{key: tree.info[key] for key in ("numbers", "target")}, "solved": one.info["solved"]}

@@ -74,8 +74,8 @@ def test_the_protocol_makes_the_same_children_and_joins(made):
             spawn = protocol.parse_spawn(called)
             assert list(spawn.children) == [child.blocks[0].content for child in item.children]
             results = [protocol.result(child.text) for child in item.children]
+            assert protocol.join(spawn, results) == item.join.content and called[: spawn.position] == text
             text += item.join.content
-            assert protocol.join(called, results) == text
 
 
 def test_spawns_nest_to_the_depth_asked_for():

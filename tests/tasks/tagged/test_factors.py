@@ -35,20 +35,6 @@ def test_steps_count_what_was_tried():
     assert FactorTask().steps("15/2 no\n15/3 yes\n15/4 yes\n15/0 no\n") == (2, 4)
 
 
-def test_a_child_is_right_where_it_found_the_smallest_divisor_of_its_range():
-    protocol = TagProtocol(FactorTask())
-    for problem in PROBLEMS:
-        for half in problem.halves if problem.first < problem.last else ():
-            text = solve(half).root.text
-            assert protocol.child_correct(text) == (half.divisor is not None)
-            assert not protocol.child_correct(text.replace("<return>", "<return>1"))
-    inherits = TagProtocol(FactorTask(), inherit=True)
-    assert inherits.child_correct("in 2 to 5\n15/3 yes\n<return>3</return>")
-    assert not inherits.child_correct("in 2 to 5\n<return>7</return>") and not inherits.child_correct(
-        "<return>3</return>"
-    )
-
-
 @pytest.mark.parametrize("inherit", [False, True])
 def test_the_runner_replays_the_solver(inherit):
     """Nested children, with a context of their own or their parent's: contents, calls, joins, ends."""

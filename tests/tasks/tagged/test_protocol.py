@@ -46,9 +46,11 @@ def test_malformed_spawns_have_a_kind(text, kind):
 
 
 def test_a_join_takes_the_place_of_the_spawn():
-    text = "x " + spawn("a", "b")
-    assert PROTOCOL.join(text, ["7", None]) == "x <join><result>7</result><nothing/></join>"
-    assert PROTOCOL.join_nothing("x <spawn>what</spawn>") == "x <join></join>"
+    request = PROTOCOL.parse_spawn("x " + spawn("a", "b"))
+    assert PROTOCOL.join(request, ["7", None]) == "<join><result>7</result><nothing/></join>"
+    with pytest.raises(ValueError, match="2 children were spawned, 1 results"):
+        PROTOCOL.join(request, ["7"])
+    assert PROTOCOL.join_nothing() == "<join></join>"
 
 
 def test_a_result_is_the_last_return():
@@ -65,8 +67,8 @@ def test_no_text_raises_anything_else(seed):
     except MalformedSpawn as error:
         assert error.kind in SPAWN_ERRORS
     else:
-        assert request is None or PROTOCOL.join(text, [None] * len(request.children)).endswith("</join>")
-    assert PROTOCOL.join_nothing(text) and PROTOCOL.result(text) != "" and PROTOCOL.steps(text)[0] >= 0
+        assert request is None or PROTOCOL.join(request, [None] * len(request.children)).endswith("</join>")
+    assert PROTOCOL.result(text) != "" and PROTOCOL.steps(text)[0] >= 0
 
 
 @given(st.integers(0, 10**9))

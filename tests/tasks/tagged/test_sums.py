@@ -33,7 +33,6 @@ def test_every_way_to_share_out_is_right_and_does_the_same_work(parts):
         counts = [PROTOCOL.steps(text) for text in texts]
         assert all(right == all_ for right, all_ in counts)
         assert sum(n for _, n in counts) == problem.last - problem.first + 1 + children(tree)
-        assert all(PROTOCOL.child_correct(child.text) for child in tree.root.children)
 
 
 def test_more_threads_are_a_shorter_chain_and_more_tokens():
@@ -61,9 +60,6 @@ def test_wrong_answers_and_problems_are_told():
     assert SumTask().correct(problem, f"55:{right}")
     assert not any(SumTask().correct(problem, wrong) for wrong in (f"54:{right}", f"55:{right - 1}", "55", "", None))
     assert SumTask().steps("13+0=3\n14+3=8\n39:9+3=2\n") == (2, 3)
-    assert PROTOCOL.child_correct("13 to 14 from 0\n<return>14:7</return>")
-    assert not PROTOCOL.child_correct("13 to 14 from 0\n<return>14:8</return>")
-    assert not PROTOCOL.child_correct("<return>14:7</return>")
     for wrong in ((9, 60, 0), (25, 60, 0), (10, 54, 0), (10, 60, 10)):
         with pytest.raises(ValueError, match="begins with 10 to 24"):
             RangeSum(*wrong)
