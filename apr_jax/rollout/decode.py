@@ -37,6 +37,16 @@ class SlotOutputs(NamedTuple):
     counts: Array  # int32 [S], tokens sampled
 
 
+class DecodeState(NamedTuple):
+    """What the loop carries from one token to the next."""
+
+    step: Array  # int32 [], tokens drawn so far: the column of `out` that comes next
+    cache: list[LayerCache]  # of the call's slots: by layer k and v [S, K, width, H]
+    tokens: Array  # int32 [S], the last id of each slot, not yet in the cache
+    active: Array  # bool [S], which slots go on
+    out: SlotOutputs  # [S, n] each, filled up to column `step`
+
+
 class Distribution(NamedTuple):
     """How a token is drawn, as numbers; `apr_jax.threads.engine.Sampling` says what they mean."""
 
@@ -153,11 +163,10 @@ def make_decode(graphdef, mesh: Mesh, width: int, steps: int, truncated: bool):
         blank = SlotOutputs(zeros_Sxn.astype(jnp.int32), zeros_Sxn, zeros_Sxn, jnp.zeros(S, jnp.int32))
         blank = jax.tree.map(lambda x: jax.lax.pcast(x, "data", to="varying"), blank)
 
-        def running(state):
-            step, _, _, active_S, _ = state
-            return (step < steps) & (jnp.sum(active_S) > leave_1[0])
+        def running(state: DecodeState):
+            return (state.step < steps) & (jnp.sum(state.active) > leave_1[0])
 
-        def body(state):
+        def body(state: DecodeState) -> DecodeState:
             step, cache, tokens_S, active_S, out = state
             # A slot that does not run writes past the width, that is nowhere.
             positions_S = jnp.where(active_S, inputs.positions + step, NO_POSITION)
@@ -170,10 +179,16 @@ def make_decode(graphdef, mesh: Mesh, width: int, steps: int, truncated: bool):
 
             out = SlotOutputs(*map(noted, out[:3], drawn), out.counts + active_S)
             active_S = active_S & ~stop_V[drawn[0]] & (step + 1 < inputs.steps)
-            return step + 1, cache, drawn[0], active_S, out
+            return DecodeState(step + 1, cache, drawn[0], active_S, out)
 
-        state = (jnp.zeros((), jnp.int32), take(pool, inputs.rows, width), inputs.tokens, inputs.steps > 0, blank)
-        _, cache, _, _, out = jax.lax.while_loop(running, body, state)
-        return put(pool, inputs.rows, cache, inputs.positions, min(steps, width)), out
+        begin = DecodeState(
+            step=jnp.zeros((), jnp.int32),
+            cache=take(pool, inputs.rows, width),
+            tokens=inputs.tokens,
+            active=inputs.steps > 0,
+            out=blank,
+        )
+        end = jax.lax.while_loop(running, body, begin)
+        return put(pool, inputs.rows, end.cache, inputs.positions, min(steps, width)), end.out
 
     return decode

@@ -52,7 +52,8 @@ def plain():
 
 def idle(engine):
     """Nothing is left behind: no request, and no slot in anybody's hands."""
-    return not engine._waiting and not engine._running and not any(engine._slots.owners)
+    engine._scheduler.check()
+    return not engine._scheduler.busy and not any(engine._scheduler.slots.owners)
 
 
 def run_trees(engine, protocol, budget, names, order=None, temperature=1.0):

@@ -7,9 +7,9 @@ import pytest
 
 from apr_jax.rollout import slots
 from apr_jax.rollout.decode import make_copy, make_decode, make_prefill
-from apr_jax.rollout.engine import JaxEngine, _Plan
+from apr_jax.rollout.engine import JaxEngine
 from apr_jax.rollout.shapes import ACCELERATOR_SHAPES, CPU_SHAPES, width_of
-from apr_jax.rollout.slots import HEAD, Sequence, Slots
+from apr_jax.rollout.slots import Sequence, Slots, State
 from apr_jax.threads.engine import Sampling
 from apr_jax.train.step import data_mesh
 from tests.tiny import make_model
@@ -116,48 +116,6 @@ def test_new_weights_make_what_is_held_useless(model, mesh):
     assert engine.prefilled == 2 * 39
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_a_plan_in_its_order_fills_every_slot_with_what_it_should_hold(seed):
-    """Played on lists: copies read what stands there at their moment, prefills write what they were given."""
-    rng = random.Random(seed)
-    table = Slots(12, devices=2)
-    cache = [[] for _ in range(12)]
-    stems = [[rng.randrange(9) for _ in range(60)] for _ in range(3)]
-    live = []
-    for _ in range(40):
-        plan, filled = _Plan(), []
-        for _ in range(rng.randint(1, 5)):
-            ids = rng.choice(stems)[: rng.randint(1, 60)] + [rng.randrange(9) for _ in range(rng.randint(1, 6))]
-            sequence = Sequence(ids, None, 1)
-            placed = table.place(sequence)
-            if placed is None:
-                break
-            source, shared = placed
-            assert shared == 0 or table.device(source) == table.device(sequence.slot)
-            table.run(sequence.slot)
-            plan.add(sequence, source, shared)
-            table.note(sequence, len(ids) - 1)
-            live.append(sequence)
-            filled.append(sequence)
-        for copies, prefills in plan.rounds:
-            for source, target, count in copies:
-                assert count >= HEAD
-                cache[target] = cache[source][:count] + cache[target][count:]
-            for sequence, first in prefills:
-                new = sequence.ids[first:-1]
-                cache[sequence.slot][first : first + len(new)] = new
-        for sequence in filled:
-            assert cache[sequence.slot][: len(sequence.ids) - 1] == sequence.ids[:-1]
-        for sequence in [s for s in live if s.slot is None or rng.random() < 0.2]:
-            live.remove(sequence)  # evicted, or waiting: it may be
-            if sequence.slot is not None:
-                table.wait(sequence.slot)
-        for sequence in rng.sample(live, rng.randint(0, len(live))):
-            live.remove(sequence)
-            sequence.freed = True
-            table.give(sequence)
-
-
 def test_a_device_that_runs_dry_takes_over_from_the_other(model, mesh):
     """All that is left runs on one device: the shortest move, and nobody's tokens change."""
 
@@ -170,7 +128,7 @@ def test_a_device_that_runs_dry_takes_over_from_the_other(model, mesh):
         async def one(sequence, count):
             decoded = await engine.decode(sequence, NOWHERE, count, Sampling(0.0))
             if count == 40:
-                devices.add(engine._slots.device(sequence.slot))
+                devices.add(engine._scheduler.slots.device(sequence.slot))
             return decoded.ids
 
         async def run():
@@ -184,27 +142,34 @@ def test_a_device_that_runs_dry_takes_over_from_the_other(model, mesh):
     assert all(ids[:4] == other for ids, other in zip(found, plain))
 
 
+def asking(ids, depth=1):
+    """A sequence in the state of one that waits for a slot."""
+    sequence = Sequence(ids, None, depth)
+    sequence.state = State.WAITING
+    return sequence
+
+
 def test_a_long_prefix_draws_its_children_to_its_device():
     table = Slots(32, devices=2)
-    parent = Sequence(range(300), None, 1)
+    parent = asking(range(300))
     table.place(parent)
     table.note(parent, 299)
     for _ in range(6):
-        child = Sequence([*range(290), 7, 8], None, 2)
+        child = asking([*range(290), 7, 8], 2)
         child.parent = parent
         assert table.place(child) == (parent.slot, 290)
-    short = Sequence([*range(40), 7, 8], None, 2)
+    short = asking([*range(40), 7, 8], 2)
     assert table.place(short) == (-1, 0) and table.device(short.slot) != table.device(parent.slot)
 
 
 def test_a_child_finds_its_parent_among_many_with_the_same_head():
     table = Slots(40, devices=1)
-    roots = [Sequence([*range(20), *([i] * 30)], None, 1) for i in range(20)]
+    roots = [asking([*range(20), *([i] * 30)]) for i in range(20)]
     for root in roots:
         table.place(root)
         table.note(root, 49)
     for root in (roots[0], roots[13], roots[19]):
-        child = Sequence([*root.ids[:45], 3], None, 2)
+        child = asking([*root.ids[:45], 3], 2)
         child.parent = root
         assert table.place(child) == (root.slot, 45)
 
