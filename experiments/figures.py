@@ -16,7 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from apr_jax.evaluate.evaluate import Record, even_edges, wilson_interval
+from apr_jax.evaluate.records import Record
+from apr_jax.evaluate.statistics import even_edges, wilson_interval
 
 # Okabe and Ito's colours, told apart with every common kind of colour blindness; lines and markers differ too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 
-from apr_jax.evaluate.evaluate import wilson_interval
 from apr_jax.evaluate.latency import Sample, Setting, summarise_latency
+from apr_jax.evaluate.statistics import wilson_interval
 from experiments.figures import COLOURS, INK, LINES, MARKERS, legend, percent_axis, save_figure
 
 TITLES = {"sosp": "SoS+", "apr": "APR"}

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from apr_jax.errors import UserError
-from apr_jax.evaluate.evaluate import Record, paired_difference, read_records, summarise
+from apr_jax.evaluate.records import Record, read_records
+from apr_jax.evaluate.statistics import paired_difference, summarise
 from apr_jax.io.files import write_text
 from apr_jax.io.paths import read_json
 from apr_jax.train.checkpoint import fingerprint, last_step, load_model
@@ -14,7 +15,7 @@ from experiments.dataset import load_manifest
 
 TITLES = {"sft_sosp": "SoS+ SFT", "sft_apr": "APR SFT", "grpo_sosp": "SoS+ SFT+GRPO", "grpo_apr": "APR SFT+GRPO"}
 HEADER = (
-    "| model | accuracy (95 % interval) | claimed | right operations | total tokens | sequential tokens | children |"
+    "| model | accuracy (95 % interval) | answered | step accuracy | total tokens | sequential tokens | children |"
     " threads cut by the window | malformed spawns | tokens trained |"
 )
 
@@ -215,7 +216,7 @@ def _row(title: str, s: dict, trained: float, problems: int) -> str:
     return (
         f"| {title} | {s['accuracy']:.1%} ({s['accuracy_low']:.1%} to {s['accuracy_high']:.1%}),"
         f" n={s['n']} of {problems}"
-        f" | {s['claimed']:.1%} | {s['operations_right']:.1%} | {s['total_tokens']:.0f} | {s['sequential_tokens']:.0f}"
+        f" | {s['answered']:.1%} | {s['step_accuracy']:.1%} | {s['total_tokens']:.0f} | {s['sequential_tokens']:.0f}"
         f" | {s['children']:.1f} | {s['failures'].get('length', 0)} | {malformed} | {trained / 1e6:.2f} M |"
     )
 

@@ -19,8 +19,10 @@ from absl import flags
 from matplotlib.axes import Axes
 
 from apr_jax.errors import UserError
-from apr_jax.evaluate.evaluate import evaluate, summarise
+from apr_jax.evaluate.run import evaluate
+from apr_jax.evaluate.statistics import summarise
 from apr_jax.rollout.engine import JaxEngine
+from apr_jax.tasks.stand_in import StandIn
 from apr_jax.tasks.tagged import SUM_WORDS, SumTask, TagProtocol, range_sums, solve_sum, tag_tokenizer
 from apr_jax.tasks.tagged.sums import CUTS
 from apr_jax.threads.engine import Sampling
@@ -77,7 +79,9 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
         engine = JaxEngine(model, mesh, slots=slots, context=BUDGET.context)
         runner = TreeRunner(engine, protocol, tokenizer, BUDGET, Sampling(1.0))
         path = _folder(workdir, name) / "evaluate.jsonl"
-        records = evaluate(runner, held_out, path, name=name, weights=fingerprint(model))
+        records = evaluate(
+            runner, held_out, path, task=StandIn("sums"), variant="apr", name=name, weights=fingerprint(model)
+        )
         summary = summarise(records)
         found["held_out"][name] = {key: summary[key if key != "correct" else "accuracy"] for key in QUANTITIES}
         if name in PRICES:

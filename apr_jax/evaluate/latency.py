@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from apr_jax.evaluate.costs import Costs, predict
-from apr_jax.evaluate.evaluate import NAME_TAG, wilson_interval
+from apr_jax.evaluate.run import NAME_TAG
+from apr_jax.evaluate.statistics import wilson_interval
 from apr_jax.io.progress import Progress
 from apr_jax.rollout.measure import Measurement, Measurements
 from apr_jax.rollout.sglang import ServerError

@@ -7,7 +7,7 @@ import struct
 
 import pytest
 
-from apr_jax.evaluate.evaluate import Record
+from apr_jax.evaluate.records import Record
 from apr_jax.train.metrics import MetricsLog
 from experiments import figures
 
@@ -20,7 +20,7 @@ def records(count, rate, seed=0):
     for i in range(count):
         correct, n = rng.random() < rate, rng.randrange(1, 900)
         costs = {"longest_context": n, "sequential_tokens": n, "total_tokens": 3 * n}
-        made.append(Record(i, "toy", "", {}, correct, True, {}, **costs))
+        made.append(Record(i, {}, correct=correct, answered=True, **costs))
     return made
 
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from apr_jax.evaluate.evaluate import NAME_TAG
 from apr_jax.evaluate.latency import read_samples
+from apr_jax.evaluate.run import NAME_TAG
 from apr_jax.export.hf import export_hf
 from apr_jax.rollout.sglang import SglangEngine
 from apr_jax.train.checkpoint import save_model
