@@ -32,7 +32,7 @@ from apr_jax.train.grpo import run_grpo
 from apr_jax.train.objective import GrpoConfig
 from apr_jax.train.optimizer import OptimizerConfig
 from apr_jax.train.reward import Prices
-from experiments import figures
+from experiments.figures import style
 from tools import command
 from tools.factors import BATCH_ROWS, SLOTS, batch_mesh, train_pupil
 
@@ -85,7 +85,7 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
         summary = summarise(records)
         found["held_out"][name] = {key: summary[key if key != "correct" else "accuracy"] for key in QUANTITIES}
         if name in PRICES:
-            lines = figures.read_metrics(_folder(workdir, name) / "metrics.jsonl")
+            lines = style.read_metrics(_folder(workdir, name) / "metrics.jsonl")
             found["steps"][name] = {key: [line[f"rollout/{key}"] for line in lines] for key in QUANTITIES}
     print(table(found))
     command.write_json(out, found)
@@ -113,14 +113,14 @@ def draw(found: dict, path: Path) -> None:
     def lines(axes: Axes) -> None:
         for i, (name, rows) in enumerate(found["steps"].items()):
             values = rows["children"]
-            axes.plot(range(1, len(values) + 1), values, lw=2.2, marker=figures.MARKERS[i], label=f"price on {name}",
-                      color=figures.COLOURS[i], ls=figures.LINES[i])  # fmt: skip
+            axes.plot(range(1, len(values) + 1), values, lw=2.2, marker=style.MARKERS[i], label=f"price on {name}",
+                      color=style.COLOURS[i], ls=style.LINES[i])  # fmt: skip
         axes.set_ylim(bottom=0)
         axes.set_xlabel("GRPO step")
         axes.set_ylabel("children per tree")
         axes.legend(loc="upper left", frameon=True, framealpha=0.85, edgecolor="none")
 
-    figures.save_figure(path, "What is paid for decides how parallel the model works", lines)
+    style.save_figure(path, "What is paid for decides how parallel the model works", lines)
 
 
 def main(argv: Sequence[str]) -> int:
