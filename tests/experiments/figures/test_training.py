@@ -26,13 +26,6 @@ def test_figures_of_metrics(runs, tmp_path):
         assert size(tmp_path / "curve.png") == (800, 500)
 
 
-def test_metrics_are_read_up_to_where_a_kill_cut_them(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    assert style.read_metrics(path) == []
-    path.write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "lo')
-    assert style.read_metrics(path) == [{"step": 1, "loss": 2.5}]
-
-
 def test_values_that_are_not_finite_are_left_out(tmp_path):
     log = MetricsLog(tmp_path, 0)
     for step, loss in enumerate([2.5, math.nan, math.inf, 2.0], 1):
