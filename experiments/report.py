@@ -5,16 +5,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from apr_jax.errors import UserError
-from apr_jax.evaluate.evaluate import Record, paired_difference, read_records, summarise
+from apr_jax.evaluate.records import Record, read_records
+from apr_jax.evaluate.statistics import paired_difference, summarise
 from apr_jax.io.files import write_text
 from apr_jax.io.paths import read_json
 from apr_jax.train.checkpoint import fingerprint, last_step, load_model
-from experiments import figures
 from experiments.dataset import load_manifest
+from experiments.figures import accuracy, training
+from experiments.figures.style import read_metrics
 
 TITLES = {"sft_sosp": "SoS+ SFT", "sft_apr": "APR SFT", "grpo_sosp": "SoS+ SFT+GRPO", "grpo_apr": "APR SFT+GRPO"}
 HEADER = (
-    "| model | accuracy (95 % interval) | claimed | right operations | total tokens | sequential tokens | children |"
+    "| model | accuracy (95 % interval) | answered | step accuracy | total tokens | sequential tokens | children |"
     " threads cut by the window | malformed spawns | tokens trained |"
 )
 
@@ -66,7 +68,7 @@ def write_report(
         for line in ("", f"The weights of {titles[name]} are not in {name}/ any more: its row is of records alone.")
     ]  # fmt: skip
     metrics = {
-        titles[name]: figures.read_metrics(path)
+        titles[name]: read_metrics(path)
         for name in TITLES
         if (path := workdir / name / "metrics.jsonl").exists()
     }
@@ -121,14 +123,14 @@ def write_report(
             lines.append(f"SFT left out {left_out} {style} threads that are longer than a row.")
     folder = workdir / "figures"
     folder.mkdir(exist_ok=True)
-    figures.accuracy_bars(records, folder / "accuracy.png")
-    figures.accuracy_against_window(records, folder / "accuracy_window.png")
-    figures.accuracy_against_sequential(records, folder / "accuracy_sequential.png")
-    figures.accuracy_against_total(records, folder / "accuracy_total.png")
+    accuracy.accuracy_bars(records, folder / "accuracy.png")
+    accuracy.accuracy_against_window(records, folder / "accuracy_window.png")
+    accuracy.accuracy_against_sequential(records, folder / "accuracy_sequential.png")
+    accuracy.accuracy_against_total(records, folder / "accuracy_total.png")
     if sft := {title: rows for title, rows in metrics.items() if "GRPO" not in title}:
-        figures.sft_losses(sft, folder / "sft_loss.png")
+        training.sft_losses(sft, folder / "sft_loss.png")
     if grpo := {title: rows for title, rows in metrics.items() if "GRPO" in title}:
-        figures.grpo_rewards(grpo, folder / "grpo_reward.png")
+        training.grpo_rewards(grpo, folder / "grpo_reward.png")
     text = "\n".join(lines) + "\n"
     write_text(workdir / "summary.json", json.dumps(summaries, indent=1))
     write_text(workdir / "report.md", text)
@@ -215,7 +217,7 @@ def _row(title: str, s: dict, trained: float, problems: int) -> str:
     return (
         f"| {title} | {s['accuracy']:.1%} ({s['accuracy_low']:.1%} to {s['accuracy_high']:.1%}),"
         f" n={s['n']} of {problems}"
-        f" | {s['claimed']:.1%} | {s['operations_right']:.1%} | {s['total_tokens']:.0f} | {s['sequential_tokens']:.0f}"
+        f" | {s['answered']:.1%} | {s['step_accuracy']:.1%} | {s['total_tokens']:.0f} | {s['sequential_tokens']:.0f}"
         f" | {s['children']:.1f} | {s['failures'].get('length', 0)} | {malformed} | {trained / 1e6:.2f} M |"
     )
 

@@ -33,13 +33,14 @@ from jax.experimental import multihost_utils
 from apr_jax import interrupt
 from apr_jax.data.dataset import read_manifest
 from apr_jax.errors import UserError
-from apr_jax.evaluate.evaluate import evaluate
+from apr_jax.evaluate.run import evaluate
 from apr_jax.export.hf import check_export, check_trees, export_hf
 from apr_jax.io.files import write_text
 from apr_jax.io.paths import read_json
 from apr_jax.model.llama import Llama, LlamaConfig, abstract_llama, parameter_count
 from apr_jax.rollout.engine import JaxEngine
 from apr_jax.tasks.countdown import CountdownProtocol
+from apr_jax.tasks.stand_in import StandIn
 from apr_jax.text.hub import find_tokenizer, load_tokenizer
 from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.threads.run import TreeRunner
@@ -258,7 +259,8 @@ class Run:
                     engine, protocol, self.tokenizer, self.settings.budget_of(meta["style"]), sampling
                 )  # fmt: skip
                 evaluate(
-                    runner, problems, folder / f"{records}.jsonl", condition=condition, weights=stamp["weights"],
+                    runner, problems, folder / f"{records}.jsonl", task=StandIn("countdown"), variant=meta["style"],
+                    condition=condition, weights=stamp["weights"],
                     progress_title=f"evaluate {title}{records.removeprefix(name)}",
                     at_once=max(256, self.settings.evaluate_slots),
                 )  # fmt: skip

@@ -19,8 +19,10 @@ from absl import flags
 from matplotlib.axes import Axes
 
 from apr_jax.errors import UserError
-from apr_jax.evaluate.evaluate import evaluate, summarise
+from apr_jax.evaluate.run import evaluate
+from apr_jax.evaluate.statistics import summarise
 from apr_jax.rollout.engine import JaxEngine
+from apr_jax.tasks.stand_in import StandIn
 from apr_jax.tasks.tagged import SUM_WORDS, SumTask, TagProtocol, range_sums, solve_sum, tag_tokenizer
 from apr_jax.tasks.tagged.sums import CUTS
 from apr_jax.threads.engine import Sampling
@@ -30,7 +32,7 @@ from apr_jax.train.grpo import run_grpo
 from apr_jax.train.objective import GrpoConfig
 from apr_jax.train.optimizer import OptimizerConfig
 from apr_jax.train.reward import Prices
-from experiments import figures
+from experiments.figures import style
 from tools import command
 from tools.factors import BATCH_ROWS, SLOTS, batch_mesh, train_pupil
 
@@ -77,11 +79,13 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
         engine = JaxEngine(model, mesh, slots=slots, context=BUDGET.context)
         runner = TreeRunner(engine, protocol, tokenizer, BUDGET, Sampling(1.0))
         path = _folder(workdir, name) / "evaluate.jsonl"
-        records = evaluate(runner, held_out, path, name=name, weights=fingerprint(model))
+        records = evaluate(
+            runner, held_out, path, task=StandIn("sums"), variant="apr", name=name, weights=fingerprint(model)
+        )
         summary = summarise(records)
         found["held_out"][name] = {key: summary[key if key != "correct" else "accuracy"] for key in QUANTITIES}
         if name in PRICES:
-            lines = figures.read_metrics(_folder(workdir, name) / "metrics.jsonl")
+            lines = style.read_metrics(_folder(workdir, name) / "metrics.jsonl")
             found["steps"][name] = {key: [line[f"rollout/{key}"] for line in lines] for key in QUANTITIES}
     print(table(found))
     command.write_json(out, found)
@@ -109,14 +113,14 @@ def draw(found: dict, path: Path) -> None:
     def lines(axes: Axes) -> None:
         for i, (name, rows) in enumerate(found["steps"].items()):
             values = rows["children"]
-            axes.plot(range(1, len(values) + 1), values, lw=2.2, marker=figures.MARKERS[i], label=f"price on {name}",
-                      color=figures.COLOURS[i], ls=figures.LINES[i])  # fmt: skip
+            axes.plot(range(1, len(values) + 1), values, lw=2.2, marker=style.MARKERS[i], label=f"price on {name}",
+                      color=style.COLOURS[i], ls=style.LINES[i])  # fmt: skip
         axes.set_ylim(bottom=0)
         axes.set_xlabel("GRPO step")
         axes.set_ylabel("children per tree")
         axes.legend(loc="upper left", frameon=True, framealpha=0.85, edgecolor="none")
 
-    figures.save_figure(path, "What is paid for decides how parallel the model works", lines)
+    style.save_figure(path, "What is paid for decides how parallel the model works", lines)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -20,9 +20,11 @@ from jax.sharding import Mesh
 
 from apr_jax.data.packing import lay_out_tree
 from apr_jax.errors import UserError
-from apr_jax.evaluate.evaluate import evaluate, summarise
+from apr_jax.evaluate.run import evaluate
+from apr_jax.evaluate.statistics import summarise
 from apr_jax.model.llama import Llama, LlamaConfig
 from apr_jax.rollout.engine import JaxEngine
+from apr_jax.tasks.stand_in import StandIn
 from apr_jax.tasks.tagged import WORDS, FactorTask, TagProtocol, solve, spans, tag_tokenizer
 from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.threads import ThreadTree, encode_tree
@@ -61,7 +63,8 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
 
     engine = JaxEngine(model, mesh, slots=SLOTS, context=WINDOW)
     runner = TreeRunner(engine, protocol, tokenizer, Budget(WINDOW, depth=3), Sampling(0.0))
-    records = evaluate(runner, held_out, workdir / "evaluate.jsonl", name="factors")
+    path = workdir / "evaluate.jsonl"
+    records = evaluate(runner, held_out, path, task=StandIn("factors"), variant="apr", name="factors")
     summary = summarise(records)
     print(json.dumps(summary))
 

@@ -80,7 +80,7 @@ def draw(found: list[Described], path: Path) -> None:
     """A histogram of every quantity, training trees only, one line a style."""
     from matplotlib.figure import Figure
 
-    from experiments.figures import COLOURS, LINES
+    from experiments.figures.style import COLOURS, LINES
 
     kinds = [kind for kind in found if kind.name.endswith("_train")]
     figure = Figure(figsize=(13, 7), layout="constrained")

@@ -15,7 +15,7 @@ from pathlib import Path
 from absl import flags
 
 from apr_jax.errors import UserError
-from apr_jax.evaluate.evaluate import Record
+from apr_jax.evaluate.records import Record
 from apr_jax.tasks.countdown import CountdownProtocol
 from apr_jax.text.hub import HubTokenizer, load_tokenizer
 from apr_jax.text.tokenizer import Tokenizer

@@ -164,6 +164,8 @@ def export_hf(
         raise ExportError(f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}")
     positions = (meta or {}).get("max_position_embeddings")
     arrays, config = hf_arrays(model, dtype), hf_config(model, tokenizer, dtype, positions)
+    if "task" in (meta or {}):
+        config["apr_jax"] = {name: meta[name] for name in ("task", "task_settings", "variant", "condition", "window")}
     generation = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     try:
         folder = whole_path(folder)

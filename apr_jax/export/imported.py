@@ -61,7 +61,7 @@ FREE = (
     "repetition_penalty", "return_dict", "return_dict_in_generate", "sep_token_id", "suppress_tokens",
     "task_specific_params", "temperature", "tf_legacy_loss", "tokenizer_class", "top_k", "top_p", "torch_dtype",
     "torchscript", "transformers.js_config", "transformers_version", "typical_p", "unsloth_fixed", "unsloth_version",
-    "use_bfloat16", "use_cache",
+    "use_bfloat16", "use_cache", "apr_jax",
 )  # fmt: skip
 POSITIONS = 2048  # of a config that does not say how many
 ROPE = ("rope_type", "type", "rope_theta", "partial_rotary_factor")

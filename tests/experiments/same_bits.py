@@ -66,7 +66,7 @@ def _trees(path: Path) -> str:
     for line in path.read_text().splitlines():
         row = json.loads(line)
         kept = [
-            row[key] for key in ("index", "problem", "condition", "correct", "sequential_tokens", "operations_right")
+            row[key] for key in ("index", "problem", "condition", "correct", "sequential_tokens", "steps_right")
         ]
         digest.update(json.dumps([*kept, row["tree"]["root"]], sort_keys=True).encode())
     return digest.hexdigest()[:16]

@@ -8,7 +8,8 @@ import pytest
 
 from apr_jax.data.imported import import_dataset
 from apr_jax.data.store import TreeStore
-from apr_jax.evaluate.evaluate import NAME_TAG, read_records
+from apr_jax.evaluate.records import read_records
+from apr_jax.evaluate.run import NAME_TAG
 from apr_jax.tasks.countdown import CountdownProtocol
 from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.threads import map_blocks

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from apr_jax.errors import UserError
-from apr_jax.evaluate.evaluate import read_records
+from apr_jax.evaluate.records import read_records
 from experiments.report import _changes, write_report
 
 ROWS = {"sft_sosp": "SoS+ SFT", "sft_apr": "APR SFT", "grpo_apr": "APR SFT+GRPO"}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from apr_jax.evaluate.evaluate import Record, read_records
+from apr_jax.evaluate.records import Record, read_records
 from apr_jax.export.hf import hf_arrays
 from apr_jax.rollout.engine import JaxEngine
 from apr_jax.threads import Spawn

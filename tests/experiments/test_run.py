@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from apr_jax.evaluate.evaluate import read_records
+from apr_jax.evaluate.records import read_records
 from apr_jax.export.hf import load_transformers
 from apr_jax.train.checkpoint import Checkpoints, load_model
 from experiments import stages, sweep

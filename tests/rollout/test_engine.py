@@ -10,7 +10,8 @@ from flax import nnx
 
 from apr_jax.data.packing import first_fit, lay_out, lay_out_tree, pack_rows
 from apr_jax.data.store import SAMPLED_ROLES
-from apr_jax.evaluate.evaluate import evaluate, read_records
+from apr_jax.evaluate.records import read_records
+from apr_jax.evaluate.run import evaluate
 from apr_jax.rollout.engine import JaxEngine
 from apr_jax.rollout.shapes import ACCELERATOR_SHAPES
 from apr_jax.tasks.countdown import CountdownProtocol, Problem, ProblemRange
@@ -20,6 +21,7 @@ from apr_jax.threads.metrics import children, depth
 from apr_jax.threads.run import Budget, TreeRunner, run_all
 from apr_jax.train.loss import row_logits, token_logprobs
 from apr_jax.train.step import data_mesh
+from tests.evaluate.nonsense import Nonsense
 from tests.tiny import (
     SIZES,
     TOKENIZER,
@@ -344,7 +346,7 @@ def test_a_tree_that_raises_ends_the_evaluation_and_leaves_the_engine_whole(spaw
 
     def records(which, path):
         runner = TreeRunner(engine, Breaking(which), TOKENIZER, BUDGET, Sampling(1.0))
-        return evaluate(runner, problems, path, name="x", at_once=3)
+        return evaluate(runner, problems, path, task=Nonsense(), variant="threads", name="x", at_once=3)
 
     with pytest.raises(ZeroDivisionError, match="on purpose"):
         records({problem.target for problem in problems[3::3]}, tmp_path / "broken.jsonl")

@@ -1,5 +1,4 @@
-"""The latency harness: what it predicts, how it takes a sample's time apart, and that no sample is lost or doubled,
-whatever servers do."""
+"""Passes: how a sample's time is taken apart, and that no sample is lost or doubled, whatever servers do."""
 
 import asyncio
 import dataclasses
@@ -7,44 +6,28 @@ import json
 import sys
 import threading
 import time
-import types
 
 import pytest
 
-from apr_jax.evaluate import latency
-from apr_jax.evaluate.costs import Costs, calibrate, predict
-from apr_jax.evaluate.latency import Setting, measure, read_samples, summarise_latency, waited_for
-from apr_jax.rollout import measure as measure_module
-from apr_jax.rollout.measure import Measurement, Measurements, TimedEngine
+from apr_jax.evaluate.latency.costs import Costs
+from apr_jax.evaluate.latency.passes import measure, read_throughput
+from apr_jax.evaluate.latency.sample import Setting, read_samples
+from apr_jax.evaluate.latency.summary import summarise_latency
+from apr_jax.rollout.measure import Measurements, TimedEngine
 from apr_jax.rollout.servers import Servers, StartedServers
 from apr_jax.rollout.sglang import Patience, ServerError, SglangEngine
-from apr_jax.threads import Block, Spawn, Thread, metrics
 from apr_jax.threads.engine import Sampling
 from apr_jax.threads.run import Budget, TreeRunner
+from tests.evaluate.nonsense import SPEC, Nonsense, Question
 from tests.rollout.fake_server import CONTEXT, SPARE, ContextEngine, FakeServer
 from tests.tiny import TOKENIZER, NonsenseProtocol
 
 COSTS = Costs(token=1.0, prefill=100.0, prefill_token=0.01)
-SETTING = Setting("apr", "w", "sglang", 1, "one", 1, 190, 2, 0, 0.0)
+SETTING = Setting(SPEC, "threads", "In threads", "w", "sglang", 1, "one", 1, 190, 2, 0, 0.0)
 SERVE = [sys.executable, "-m", "tests.rollout.fake_server", "serve"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Question:
-    number: int
-
-
 PROBLEMS = [Question(number) for number in range(8)]
-
-
-def written(length, sampled=True):
-    return Block(tuple(range(length)), sampled)
-
-
-def example():
-    children = (Thread((written(6, False), written(7))), Thread((written(6, False), written(2))))
-    spawn = Spawn((written(3),), children, written(2, False))
-    return Thread((written(5, False), written(4), spawn, written(1)))
 
 
 def nobody():
@@ -59,7 +42,9 @@ def measured(engine, path, measurements, problems=PROBLEMS, setting=SETTING, rec
             nobody()
 
         try:
-            return await measure(runner, problems, path, setting, measurements, COSTS, recover or default, tell)
+            return await measure(
+                runner, Nonsense(), problems, path, setting, measurements, COSTS, recover or default, tell
+            )
         finally:
             if isinstance(engine, SglangEngine):
                 await engine.close()
@@ -96,56 +81,12 @@ def check_whole(path, samples, expected):
     assert sorted(json.loads(line)["index"] for line in lines) == list(range(len(PROBLEMS)))
 
 
-# ---------------------------------------------------------------------- prediction and parts
-
-
-def test_a_prediction_follows_the_longest_chain():
-    found = predict(example(), COSTS)
-    assert (found.prefill, found.decode, found.tokens) == (pytest.approx(300 + 0.13), 12.0, 15)
-    one = Thread((written(5, False), written(0), written(3)))
-    assert predict(one, COSTS).seconds == pytest.approx(100.05 + 2)
-
-
-def test_calibration_finds_what_an_engine_takes(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(measure_module, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
-
-    class Slow(ContextEngine):
-        async def decode(self, sequence, stop, limit, sampling):
-            if len(sequence.ids) != self.written:
-                now[0] += 0.3 + 0.5 * len(sequence.ids)
-            decoded = await super().decode(sequence, stop, limit, sampling)
-            now[0] += 2.0 * len(decoded.ids)
-            self.written = len(sequence.ids)
-            return decoded
-
-        written = 0
-
-    measurements = Measurements()
-    costs = asyncio.run(calibrate(TimedEngine(Slow(), "slow", measurements), measurements, len(TOKENIZER)))
-    assert vars(costs) == pytest.approx({"token": 2.0, "prefill": 2.3, "prefill_token": 0.5})
-    assert not measurements
-
-
-def request(thread, asked, end, first=None, output=3, queue=None):
-    return Measurement(thread, (len(thread) - 2) // 2, "s", 9, output, asked, asked, first, end, server_queue=queue)
-
-
-def test_a_sample_waits_for_the_child_that_ends_last():
-    root, a, b = (0, 0), (0, 0, 0, 0), (0, 0, 0, 1)
-    calls = [
-        request(root, 0, 2), request(a, 2.1, 4), request(b, 2.1, 3), request(b, 3.1, 6), request(a, 4.1, 5),
-        request(root, 6.2, 7),
-    ]  # fmt: skip
-    assert [(one.thread, one.end) for one in waited_for(calls[::-1])] == [(root, 2), (b, 3), (b, 6), (root, 7)]
-    assert waited_for([]) == []
-
-
 def test_the_parts_of_a_latency_are_the_whole(tmp_path):
     measurements = Measurements()
     with FakeServer(wait=0.003) as server:
         samples = measured(engine_of(server.url, measurements=measurements), tmp_path / "s.jsonl", measurements)
     for sample in samples:
+        assert (sample.task, sample.variant, sample.condition) == (SPEC, "threads", "")
         parts = sample.queue + sample.prefill + sample.decode + sample.overhead
         assert parts == pytest.approx(sample.latency) and sum(sample.gap.values()) == pytest.approx(
             sample.latency - sample.predicted
@@ -157,20 +98,6 @@ def test_the_parts_of_a_latency_are_the_whole(tmp_path):
     shares = sum(summary[f"{part}_share"] for part in ("queue", "prefill", "decode", "overhead"))
     assert shares == pytest.approx(1) and summary["n"] == len(PROBLEMS) and 0 < summary["cached_share"] < 1
     json.dumps(summary)
-
-
-def test_a_chain_holds_what_a_tree_with_one_child_at_a_time_wrote():
-    measurements = Measurements()
-    engine = TimedEngine(ContextEngine(), "memory", measurements)
-    runner = TreeRunner(engine, NonsenseProtocol(1), TOKENIZER, Budget(190, threads=20, depth=2), Sampling(0.0))
-    spawned = 0
-    for index in range(12):
-        tree = asyncio.run(runner.run(index, (0, index)))
-        calls = measurements.take((0, index))
-        assert waited_for(calls) == calls
-        assert sum(one.output_tokens for one in calls) >= predict(tree.root, COSTS).tokens
-        spawned += metrics.children(tree)
-    assert spawned
 
 
 # ---------------------------------------------------------------------- going on
@@ -192,7 +119,7 @@ def test_a_run_goes_on_where_it_was_cut(tmp_path, expected):
         other = dataclasses.replace(SETTING, concurrency=3)
         measured(engine, path, measurements, setting=other)
     assert len(read_samples(path)) == 2 * len(PROBLEMS)
-    passes = latency.read_throughput(tmp_path / "passes.jsonl")
+    passes = read_throughput(tmp_path / "passes.jsonl")
     assert other in passes and passes[other].tokens > 0 and passes[other].samples == len(PROBLEMS)
 
 
@@ -219,14 +146,15 @@ def test_a_failure_of_the_engine_ends_the_run_and_is_no_sample(tmp_path, expecte
     check_whole(path, measured(TimedEngine(ContextEngine(), "memory", measurements), path, measurements), expected)
 
 
-def test_a_sample_of_an_old_file_whose_engine_broke_is_measured_again(tmp_path, expected):
+def test_a_sample_of_an_old_file_with_other_fields_is_measured_again(tmp_path, expected):
     path, measurements = tmp_path / "s.jsonl", Measurements()
     engine = TimedEngine(ContextEngine(), "memory", measurements)
     measured(engine, path, measurements)
-    rows = [{**json.loads(line), "ran": True} for line in path.read_text().splitlines()]
-    rows[5] |= {"ran": False, "failures": {"error:KeyError": 1}, "latency": 0.0}
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[5] |= {"ran": True}
+    rows[6] |= {"setting": {"model": "apr"}}
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert [sample.index for sample in read_samples(path)] == [0, 1, 2, 3, 4, 6, 7]
+    assert [sample.index for sample in read_samples(path)] == [0, 1, 2, 3, 4, 7]
     check_whole(path, measured(engine, path, measurements), expected)
 
 

@@ -1,25 +1,14 @@
-"""Figures of latency, drawn from the samples that `apr_jax.evaluate.latency` leaves; the manner is that of
-`experiments.figures`."""
+"""Figures of latency, drawn from samples."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
 
-from apr_jax.evaluate.evaluate import wilson_interval
-from apr_jax.evaluate.latency import Sample, Setting, summarise_latency
-from experiments.figures import COLOURS, INK, LINES, MARKERS, legend, percent_axis, save_figure
-
-TITLES = {"sosp": "SoS+", "apr": "APR"}
-Group = tuple[Setting, Sequence[Sample]]
-
-
-def engine_title(setting: Setting) -> str:
-    """Where samples come from, for titles: nobody is to take one for the other."""
-    if setting.engine == "jax":
-        return "JAX engine, in process"
-    servers = "1 SGLang server" if setting.servers == 1 else f"{setting.servers} SGLang servers"
-    return servers if setting.servers == 1 else f"{servers}, {setting.placement.replace('_', ' ')}"
+from apr_jax.evaluate.latency.sample import Group, Setting
+from apr_jax.evaluate.latency.summary import summarise_latency
+from apr_jax.evaluate.statistics import wilson_interval
+from experiments.figures.style import COLOURS, INK, LINES, MARKERS, legend, percent_axis, save_figure
 
 
 def accuracy_against_latency(groups: Sequence[Group], path: str | Path) -> None:
@@ -27,10 +16,10 @@ def accuracy_against_latency(groups: Sequence[Group], path: str | Path) -> None:
     interval); hollow, where the model of latency has it."""
 
     def draw(axes: Axes) -> None:
-        models: dict[str, list[tuple[Setting, dict]]] = {}
+        models: dict[str, list[tuple[Setting, dict]]] = {}  # by title
         for setting, samples in groups:
-            models.setdefault(setting.model, []).append((setting, summarise_latency(samples)))
-        for i, (model, rows) in enumerate(models.items()):
+            models.setdefault(setting.title, []).append((setting, summarise_latency(samples)))
+        for i, (title, rows) in enumerate(models.items()):
             rows.sort(key=lambda row: row[1]["latency"])
             rates = [row["accuracy"] for _, row in rows]
             errors = [
@@ -38,7 +27,6 @@ def accuracy_against_latency(groups: Sequence[Group], path: str | Path) -> None:
                 [row["accuracy_high"] - row["accuracy"] for _, row in rows],
             ]
             colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
-            title = TITLES.get(model, model)
             axes.errorbar([1000 * row["latency"] for _, row in rows], rates, errors, color=colour, marker=marker, ms=8,
                           ls=LINES[0], lw=1.5, capsize=4, label=f"{title}, measured", zorder=3)  # fmt: skip
             axes.plot([1000 * row["predicted"] for _, row in rows], rates, color=colour, marker=marker, ms=9,
@@ -54,7 +42,7 @@ def accuracy_against_latency(groups: Sequence[Group], path: str | Path) -> None:
         axes.set_ylabel("problems answered right (%)")
         legend(axes, "upper left")
 
-    save_figure(path, f"Accuracy against latency: {_title(groups)}", draw)
+    save_figure(path, f"Accuracy against latency: {_engines(groups)}", draw)
 
 
 def accuracy_within_latency(groups: Sequence[Group], path: str | Path) -> None:
@@ -64,8 +52,8 @@ def accuracy_within_latency(groups: Sequence[Group], path: str | Path) -> None:
         longest = 0.0
         for i, (setting, samples) in enumerate(groups):
             colour = COLOURS[i % len(COLOURS)]
-            budget = _budget(setting, [other for other, _ in groups if other.model == setting.model])
-            title = ", ".join(filter(None, (TITLES.get(setting.model, setting.model), budget)))
+            budget = _budget(setting, [other for other, _ in groups if other.title == setting.title])
+            title = ", ".join(filter(None, (setting.title, budget)))
             right = [sample for sample in samples if sample.correct]
             measured, predicted = ([1000 * getattr(s, name) for s in right] for name in ("latency", "predicted"))
             rates = [n / len(samples) for n in range(len(right) + 1)]
@@ -78,7 +66,7 @@ def accuracy_within_latency(groups: Sequence[Group], path: str | Path) -> None:
         axes.set_ylabel("problems answered right (%)")
         legend(axes, "upper left")
 
-    save_figure(path, f"Accuracy within a latency (dashed: predicted): {_title(groups)}", draw)
+    save_figure(path, f"Accuracy within a latency (dashed: predicted): {_engines(groups)}", draw)
 
 
 def load_curves(curves: Mapping[str, Sequence[tuple[int, float, float]]], path: str | Path) -> None:
@@ -120,5 +108,5 @@ def _top(groups: Sequence[Group]) -> float:
     return 1.08 * max([*highest, 0.02])
 
 
-def _title(groups: Sequence[Group]) -> str:
-    return "; ".join(dict.fromkeys(engine_title(setting) for setting, _ in groups))
+def _engines(groups: Sequence[Group]) -> str:
+    return "; ".join(dict.fromkeys(setting.engine_title for setting, _ in groups))

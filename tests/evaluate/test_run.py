@@ -1,32 +1,22 @@
 """Evaluation: one record per problem in the problems' order, whatever fails and whenever it is killed."""
 
 import dataclasses
-import json
 import random
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from apr_jax.errors import UserError
-from apr_jax.evaluate.evaluate import (
-    NAME_TAG,
-    Record,
-    accuracy_by_sequential,
-    accuracy_by_window,
-    evaluate,
-    even_edges,
-    paired_difference,
-    read_records,
-    summarise,
-    wilson_interval,
-)
+from apr_jax.evaluate.records import Record, read_records
+from apr_jax.evaluate.run import NAME_TAG
+from apr_jax.evaluate.run import evaluate as run_evaluation
+from apr_jax.evaluate.statistics import summarise
 from apr_jax.tasks.countdown import CountdownProtocol, ProblemRange, trace
 from apr_jax.tasks.countdown.solver import SolverConfig, solve_apr
 from apr_jax.tasks.countdown.vocabulary import countdown_tokenizer
 from apr_jax.threads import encode_tree, metrics
 from apr_jax.threads.engine import Sampling
 from apr_jax.threads.run import Budget, TreeRunner
+from tests.evaluate.nonsense import SPEC, Nonsense
 from tests.threads.fake_engine import FakeEngine, scripts_of
 
 TOKENIZER = countdown_tokenizer(99)
@@ -46,6 +36,10 @@ PROBLEMS, TEXTS, TREES = make_problems()
 SCRIPTS = {}
 for _index, _tree in enumerate(TREES):
     SCRIPTS |= scripts_of(_tree, (NAME_TAG, _index))
+
+
+def evaluate(*arguments, task=Nonsense(), variant="threads", **named):
+    return run_evaluation(*arguments, task=task, variant=variant, **named)
 
 
 class Killed(BaseException):
@@ -78,20 +72,21 @@ def test_records_stand_in_the_problems_order_and_say_what_the_trees_are(tmp_path
     assert [file.name for file in path.parent.iterdir()] == ["apr.jsonl"], "no partial file is left"
     for record, problem, text, tree in zip(records, PROBLEMS, TEXTS, TREES):
         assert record.problem == {"numbers": list(problem.numbers), "target": problem.target}
-        assert record.correct == record.claimed == text.info["solved"]
+        assert (record.task, record.variant) == (SPEC, "threads")
+        assert record.correct == record.answered == text.info["solved"]
         assert record.failures == record.malformed == {}
         for field in ("total_tokens", "sampled_tokens", "sequential_tokens", "longest_context", "children", "depth"):
             assert getattr(record, field) == getattr(metrics, field)(tree), field
-        assert record.operations_right == record.operations
+        assert record.steps_right == record.steps
         assert record.thread_tree.root.blocks[0] == tree.root.blocks[0]
     assert {record.correct for record in records} == {True, False}
 
 
-def test_operations_are_those_that_threads_wrote_not_those_of_joins(tmp_path):
+def test_steps_are_those_that_threads_wrote_not_those_of_joins(tmp_path):
     records = evaluate(make_runner(), PROBLEMS, tmp_path / "apr.jsonl", name="apr")
     for record, text in zip(records, TEXTS):
         written = [block.content for thread in text.threads() for block in thread.context if block.sampled]
-        assert record.operations == "".join(written).count("Exploring Operation:")
+        assert record.steps == "".join(written).count("Exploring Operation:")
     joined = [spawn.join.content for text in TEXTS for spawn in text.root.spawns]
     assert any("Exploring Operation:" in join for join in joined), "or this test shows nothing"
 
@@ -118,9 +113,7 @@ def test_a_failure_of_the_system_that_an_old_file_holds_is_no_result(tmp_path):
     path = tmp_path / "apr.jsonl"
     whole = evaluate(make_runner(), PROBLEMS, path, name="apr")
     text = path.read_bytes()
-    failed = dataclasses.replace(
-        Record(3, "apr", "", whole[3].problem, False, False, {}), failures={"error:XlaRuntimeError": 1}
-    )
+    failed = dataclasses.replace(Record(3, whole[3].problem, name="apr"), failures={"error:XlaRuntimeError": 1})
     path.write_text("".join(record.line() for record in [*whole[:3], failed, *whole[4:]]))
     with pytest.raises(UserError, match="line 4: problem 3 .*error:XlaRuntimeError"):
         read_records(path)
@@ -164,6 +157,11 @@ def test_a_finished_file_is_taken_over_and_another_evaluation_is_not(tmp_path):
     assert {name[1] for name in trained.engine.names} == set(range(COUNT)), "those of other weights are not taken over"
     evaluate(make_runner(broken=range(COUNT)), PROBLEMS, path, name="apr@2", weights="a1")
     evaluate(make_runner(), PROBLEMS, path, name="apr@2")
+    asked = make_runner()
+    evaluate(asked, PROBLEMS, path, name="apr@2", variant="serial")
+    assert {name[1] for name in asked.engine.names} == set(range(COUNT)), "nor those of another variant"
+    evaluate(make_runner(broken=range(COUNT)), PROBLEMS, path, name="apr@2", variant="serial")
+    evaluate(make_runner(), PROBLEMS, path, name="apr@2")
     swapped = [PROBLEMS[1], PROBLEMS[0], *PROBLEMS[2:]]
     changed = make_runner()
     evaluate(changed, swapped, path, name="apr@2")
@@ -190,72 +188,12 @@ def test_no_problems_are_no_records(tmp_path):
     assert summarise([])["n"] == 0
 
 
-def test_a_broken_records_file_is_named_with_its_line(tmp_path):
-    path = tmp_path / "broken.jsonl"
-    path.write_text(Record(0, "apr", "", {}, True, True, {}).line() + '{"index": 1')
-    with pytest.raises(ValueError, match="line 2"):
-        read_records(path)
+def test_a_problem_is_written_as_its_task_says(tmp_path):
+    class Named(Nonsense):
+        def problem_json(self, problem):
+            return {"asked": (*problem.numbers, problem.target)}
 
-
-@given(st.integers(0, 60).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
-def test_wilson_interval_holds_its_rate_and_mirrors(case):
-    right, total = case
-    low, high = wilson_interval(right, total)
-    assert 0 <= low <= high <= 1
-    if total:
-        assert low <= right / total <= high
-        mirrored = wilson_interval(total - right, total)
-        assert mirrored == pytest.approx((1 - high, 1 - low))
-
-
-def test_a_paired_difference_counts_what_changed():
-    before = [record(i, i < 54, 10, 10, problem={"i": i}) for i in range(100)]
-    after = [record(i, 4 <= i < 63, 10, 10, problem={"i": i}) for i in range(100)]
-    mean, low, high, gained, lost = paired_difference(before, after)
-    assert (gained, lost) == (9, 4) and mean == pytest.approx(0.05)
-    rng, differences = random.Random(0), [int(b.correct) - int(a.correct) for a, b in zip(before, after)]
-    drawn = sorted(sum(rng.choices(differences, k=100)) / 100 for _ in range(4000))  # the bootstrap, as an oracle
-    assert (low, high) == pytest.approx((drawn[100], drawn[3900]), abs=0.015)
-    assert paired_difference(before, before)[:3] == (0, 0, 0)
-    with pytest.raises(ValueError, match="the same problems"):
-        paired_difference(before, after[::-1])
-
-
-def test_wilson_interval_known_values_and_errors():
-    assert wilson_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert wilson_interval(834, 1000) == pytest.approx((0.8097, 0.8558), abs=1e-4)
-    assert wilson_interval(0, 0) == (0, 1)
-    for right, total in ((3, 2), (-1, 2)):
-        with pytest.raises(ValueError, match="right"):
-            wilson_interval(right, total)
-
-
-def record(index, correct, longest, sequential, **changes):
-    base = Record(
-        index, "toy", "", {}, correct, correct, {}, longest_context=longest, sequential_tokens=sequential, tree={}
-    )
-    return dataclasses.replace(base, **changes)
-
-
-def test_summary_of_four_records():
-    records = [
-        record(0, True, 100, 150, children=2, operations=4, operations_right=4),
-        record(1, True, 300, 350, children=4, operations=4, operations_right=2),
-        record(2, False, 90, 90, failures={"length": 2, "malformed:empty": 1}, malformed={"empty": 1}, guarded=3),
-        record(3, False, 80, 80, failures={"tokens": 1}),
-    ]
-    assert accuracy_by_window(records, [99, 100, 299, 300]) == [(99, 0.0), (100, 0.25), (299, 0.25), (300, 0.5)]
-    assert accuracy_by_sequential(records, [100, 400]) == [(100, 0.0), (400, 0.5)]
-    summary = summarise(records)
-    assert (summary["n"], summary["ran"], summary["right"], summary["accuracy"]) == (4, 4, 2, 0.5)
-    assert summary["children"] == 1.5 and summary["operations_right"] == 0.75
-    assert summary["failures"] == {"length": 2, "malformed:empty": 1, "tokens": 1}
-    assert summary["malformed"] == {"empty": 1} and summary["guarded"] == 3
-    assert summary["accuracy_by_window"][-1][1] == summary["accuracy"]
-    assert json.loads(json.dumps(summary))["accuracy_low"] == wilson_interval(2, 4)[0]
-
-
-@given(st.lists(st.integers(0, 5000), max_size=5))
-def test_even_edges_hold_every_value(values):
-    edges = even_edges(values)
-    assert len(edges) <= 8 and edges == sorted(set(edges)) and edges[-1] >= max([*values, 0])
+    first = evaluate(make_runner(), PROBLEMS[:2], tmp_path / "apr.jsonl", task=Named())
+    assert [record.problem for record in first] == [{"asked": [*p.numbers, p.target]} for p in PROBLEMS[:2]]
+    again = make_runner()
+    assert evaluate(again, PROBLEMS[:2], tmp_path / "apr.jsonl", task=Named()) == first and not again.engine.names

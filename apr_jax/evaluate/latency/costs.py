@@ -1,12 +1,16 @@
 """A model of a tree's latency, and the measuring of what it is made of: the time of a token and of a prefill."""
 
 import dataclasses
+import json
 import random
 import statistics
 import time
+from pathlib import Path
 
 import numpy as np
 
+from apr_jax.io.files import write_text
+from apr_jax.io.paths import read_json
 from apr_jax.rollout.measure import Measurements
 from apr_jax.threads.engine import Engine, Sampling
 from apr_jax.threads.tree import Block, Spawn, Thread
@@ -77,8 +81,9 @@ def predict(thread: Thread, costs: Costs) -> Predicted:
     return chain
 
 
-async def calibrate(engine: Engine, measurements: Measurements, words: int) -> Costs:
-    """Measures an engine that nothing else uses, with prompts of random ids below `words`, that no cache knows."""
+async def calibrate(engine: Engine, measurements: Measurements, vocab_size: int) -> Costs:
+    """Measures an engine that nothing else uses, with prompts of random ids below `vocab_size`, that no
+    cache knows."""
     rng, greedy = random.Random(time.time_ns()), Sampling(0.0)
     room = engine.context - min(TOKENS, engine.context // 4)
     lengths = sorted({min(16, room), max(room // 3, 1), room})
@@ -87,7 +92,7 @@ async def calibrate(engine: Engine, measurements: Measurements, words: int) -> C
     for repeat in range(REPEATS + 1):  # what the first compiles or allocates is left out
         for number, length in enumerate(lengths):
             name = (NAME_TAG, repeat * len(lengths) + number)
-            sequence = engine.open([rng.randrange(words) for _ in range(length)], name)
+            sequence = engine.open([rng.randrange(vocab_size) for _ in range(length)], name)
             await engine.decode(sequence, frozenset(), min(TOKENS, engine.context - length), greedy)
             engine.free(sequence)
             calls = measurements.take(name)
@@ -100,3 +105,13 @@ async def calibrate(engine: Engine, measurements: Measurements, words: int) -> C
     base = max(statistics.mean(seconds - slope * length for length, seconds in points), 0.0)
     tokens = sum(count for _, count in decoded)
     return Costs(sum(seconds for seconds, _ in decoded) / max(tokens, 1), base, slope)
+
+
+async def known_costs(path: Path, key: str, engine: Engine, measurements: Measurements, vocab_size: int) -> Costs:
+    """The costs that a JSON file holds under a key, measured first where it has none: passes and restarts are predicted
+    by the same. Raises UserError where the file is broken."""
+    known = read_json(path, "delete it, it is measured again") if path.exists() else {}
+    if key not in known:
+        known[key] = dataclasses.asdict(await calibrate(engine, measurements, vocab_size))
+        write_text(path, json.dumps(known, indent=1) + "\n")
+    return Costs(**known[key])

@@ -1,0 +1,138 @@
+"""Records of trees, and their files: one JSON object a line.
+
+`TreeRecord` holds all that is counted of one problem's tree, whether it was evaluated (`Record`) or measured
+(`apr_jax.evaluate.latency.sample.Sample`).
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_origin
+
+from apr_jax.errors import UserError
+from apr_jax.tasks.task import Task
+from apr_jax.threads.metrics import (
+    children,
+    depth,
+    duplicate_children,
+    longest_context,
+    sampled_tokens,
+    sequential_tokens,
+    total_tokens,
+)
+from apr_jax.threads.tree import ThreadTree
+from apr_jax.threads.tree_json import tree_from_json
+
+SYSTEM_FAILURE = "error:"  # how failures of the system begin in old files, which held them as records
+
+
+@dataclasses.dataclass(frozen=True)
+class TreeRecord:
+    """What is counted of the tree of one problem. Lengths are tokens."""
+
+    index: int  # of the problem in its list
+    problem: dict[str, Any]  # `Task.problem_json`
+    task: str = ""  # a spec, as `load_task` reads it
+    variant: str = ""  # of the task
+    condition: str = ""  # first on the root's prompt
+    correct: bool = False
+    answered: bool = False  # the root returned a result, right or wrong
+    failures: dict[str, int] = dataclasses.field(default_factory=dict)  # threads: "length", "tokens", "malformed:KIND"
+    malformed: dict[str, int] = dataclasses.field(default_factory=dict)  # spawns by kind
+    suppressed_joins: int = 0  # join blocks that a thread began to write itself
+    total_tokens: int = 0
+    sampled_tokens: int = 0
+    sequential_tokens: int = 0
+    longest_context: int = 0
+    children: int = 0
+    duplicate_children: int = 0
+    depth: int = 0
+
+    def line(self) -> str:
+        """The record as one line of JSON."""
+        return json.dumps(vars(self), separators=(",", ":")) + "\n"
+
+
+def tree_counts(tree: ThreadTree) -> dict[str, Any]:
+    """What a `TreeRecord` counts of a tree that a runner made, by the names of its fields."""
+    return {
+        "correct": bool(tree.info["correct"]), "answered": tree.info["claimed"], "failures": tree.info["failures"],
+        "malformed": tree.info["malformed"], "suppressed_joins": tree.info["guarded"],
+        "total_tokens": total_tokens(tree), "sampled_tokens": sampled_tokens(tree),
+        "sequential_tokens": sequential_tokens(tree), "longest_context": longest_context(tree),
+        "children": children(tree), "duplicate_children": duplicate_children(tree), "depth": depth(tree),
+    }  # fmt: skip
+
+
+def problem_rows(task: Task, problems: Sequence[Any]) -> list[dict[str, Any]]:
+    """The JSON form of problems, as it comes back from a file: tuples are lists."""
+    return [json.loads(json.dumps(task.problem_json(problem))) for problem in problems]
+
+
+@dataclasses.dataclass(frozen=True)
+class Record(TreeRecord):
+    """An evaluated problem: its tree, and whether it is right."""
+
+    name: str = ""  # what was evaluated
+    weights: str = ""  # whose tree it is: `fingerprint` of the model; "": not told
+    steps: int = 0  # that threads wrote themselves
+    steps_right: int = 0
+    tree: dict[str, Any] | None = None  # as `tree_to_json`; `thread_tree` reads it
+
+    @property
+    def thread_tree(self) -> ThreadTree | None:
+        return None if self.tree is None else tree_from_json(self.tree)
+
+    @property
+    def system_failure(self) -> str | None:
+        """What ended the run of the tree, as "error:MemoryError": such a record, of an old file, is no result."""
+        return next((kind for kind in self.failures if kind.startswith(SYSTEM_FAILURE)), None)
+
+    @classmethod
+    def read(cls, line: str) -> "Record":
+        """Raises UserError where the line is no whole record; its tree is read by `thread_tree`."""
+        try:
+            record = cls(**json.loads(line))
+        except (ValueError, TypeError, RecursionError) as error:  # no JSON, or other fields
+            raise UserError(f"no record: {error}") from None
+        for field in dataclasses.fields(cls):
+            kind, value = get_origin(field.type) or field.type, getattr(record, field.name)
+            if field.name != "tree" and not (isinstance(value, kind) and isinstance(value, bool) == (kind is bool)):
+                raise UserError(f"no record: {field.name} is {str(value)[:40]!r}, no {kind.__name__}")
+        for name in ("failures", "malformed"):
+            if not all(isinstance(count, int) for count in getattr(record, name).values()):
+                raise UserError(f"no record: {name} is {str(getattr(record, name))[:40]}, no counts by kind")
+        return record
+
+
+def read_records(path: str | Path) -> list[Record]:
+    """All records of a file. Raises FileNotFoundError, and UserError that names the line for one that is broken or is
+    no result."""
+    records = []
+    for number, line in enumerate(Path(path).read_text(errors="replace").splitlines(), 1):
+        try:
+            record = Record.read(line)
+        except UserError as error:
+            raise UserError(f"{path}, line {number}: {error}") from None
+        if record.system_failure:
+            raise UserError(
+                f"{path}, line {number}: problem {record.index} was not answered but ended by a failure of the system "
+                f"({record.system_failure}): evaluate again, which runs it anew"
+            )
+        records.append(record)
+    return records
+
+
+def whole_records(path: Path) -> list[Record]:
+    """The records of a file that a killed run may have left; no file, no records. A line that was cut short and one
+    that is no result are left out, so that their problems are run again."""
+    records = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        try:
+            record = Record.read(line)
+        except UserError:
+            continue
+        if not record.system_failure:
+            records.append(record)
+    return records

@@ -1,0 +1,58 @@
+"""A task for models that know nothing: what evaluation and latency need of a task, and no more."""
+
+import dataclasses
+
+from apr_jax.errors import UserError
+from apr_jax.tasks.task import Task
+from tests.tiny import TOKENIZER, NonsenseProtocol
+
+SPEC = "tests.evaluate.nonsense:Nonsense"
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    number: int
+
+
+@dataclasses.dataclass(frozen=True)
+class NonsenseSettings:
+    width: int = 2  # children of a spawn
+    first: int = 0  # number of the first problem
+
+
+class Nonsense(Task):
+    """Numbers, of which every fifth is no problem. Models of "threads" spawn and can be asked for a number of children,
+    those of "serial" cannot."""
+
+    name, variants, Settings = "nonsense", ("threads", "serial"), NonsenseSettings
+
+    def __init__(self, settings=None):
+        super().__init__(settings)
+        self.spec = SPEC
+
+    def problems(self, seed, split, indices):
+        return [None if index % 5 == 4 else Question(self.settings.first + index) for index in indices]
+
+    def read_problem(self, row):
+        if set(row) != {"number"} or not isinstance(row["number"], int):
+            raise UserError(f"a problem has a number, was given {row}")
+        return Question(row["number"])
+
+    def tokenizer(self):
+        return TOKENIZER
+
+    def demonstration(self, problem, variant, seed, split, index):
+        return None
+
+    def protocol(self, variant):
+        self.check_variant(variant)
+        return NonsenseProtocol(self.settings.width)
+
+    def condition(self, variant, budget):
+        return f"Sub Call Budget: {budget} " if variant == "threads" else super().condition(variant, budget)
+
+    def spawns(self, variant):
+        return variant == "threads"
+
+    def title(self, variant):
+        return {"threads": "In threads", "serial": "Alone"}[variant]

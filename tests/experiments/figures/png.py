@@ -1,0 +1,9 @@
+"""How large a PNG is."""
+
+import struct
+
+
+def size(path):
+    head = path.read_bytes()[:24]
+    assert head.startswith(b"\x89PNG")
+    return struct.unpack(">II", head[16:24])
