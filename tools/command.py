@@ -10,6 +10,7 @@ from absl import flags
 
 from apr_jax.errors import UserError, debug_asked, with_causes
 from apr_jax.io import streams
+from apr_jax.io.files import write_text
 from apr_jax.io.paths import expand_home
 
 
@@ -60,8 +61,7 @@ def use_all_cores() -> None:
 def write_json(path: str | None, found: dict) -> None:
     """Writes figures to a file, if one is named."""
     if path:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(found, indent=1) + "\n")
+        write_text(Path(path), json.dumps(found, indent=1) + "\n")
 
 
 def fail(message: str) -> int:

@@ -48,8 +48,8 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     for name in ("model", "out"):
         if not values[name].value:
             raise UserError(f"--{name} is needed, see --help")
-    from apr_jax.export.folder import replaced  # here: --help and a refusal need not wait for JAX
     from apr_jax.export.imported import import_hf, read_positions
+    from apr_jax.io.folder import replaced  # here: --help and a refusal need not wait for JAX
     from apr_jax.model.llama import parameter_count
     from apr_jax.text.hub import GENERATION, HubTokenizer, load_tokenizer, with_ends
     from apr_jax.train.checkpoint import save_model

@@ -16,6 +16,7 @@ from absl import flags
 
 from apr_jax.errors import UserError
 from apr_jax.evaluate.evaluate import Record
+from apr_jax.io.files import write_text
 from apr_jax.tasks.countdown import CountdownProtocol
 from apr_jax.text.hub import HubTokenizer, load_tokenizer
 from apr_jax.text.tokenizer import Tokenizer
@@ -53,7 +54,7 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     except RecursionError:
         raise UserError(f"{title}: threads are nested too deep to be drawn") from None
     if values["html"].value:
-        Path(values["html"].value).write_text(text, encoding="utf-8")
+        write_text(Path(values["html"].value), text)
         print(f"wrote {values['html'].value}")
     else:
         print(text, end="")

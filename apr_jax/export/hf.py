@@ -27,7 +27,7 @@ from safetensors.numpy import save_file
 
 from apr_jax.errors import UserError
 from apr_jax.export.card import model_card
-from apr_jax.export.folder import replaced, whole_path
+from apr_jax.io.folder import replaced, whole_path
 from apr_jax.io.progress import Progress
 from apr_jax.model.attention import attend_masked
 from apr_jax.model.llama import Llama

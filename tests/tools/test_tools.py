@@ -11,7 +11,7 @@ from apr_jax.evaluate.evaluate import Record
 from apr_jax.tasks.countdown import CountdownProtocol, Problem
 from apr_jax.tasks.countdown.solver import SolverConfig, solve_apr
 from apr_jax.tasks.countdown.vocabulary import countdown_tokenizer
-from apr_jax.threads import Block, Spawn, Thread, ThreadTree, encode_tree, metrics
+from apr_jax.threads import Block, Spawn, Thread, ThreadTree, encode_tree, tree_json
 from tools import solve, view
 from tools.draw import Drawing, lay_out
 
@@ -24,7 +24,7 @@ def solver_tree(seed=1):
 
 
 def record(index, tree, **changes):
-    fields = {"failures": {}, "correct": True, "claimed": True, "tree": tree and metrics.tree_to_json(tree)} | changes
+    fields = {"failures": {}, "correct": True, "claimed": True, "tree": tree and tree_json.tree_to_json(tree)} | changes
     return Record(index, "sft_apr", "", {"numbers": list(PROBLEM.numbers), "target": PROBLEM.target}, **fields)
 
 
@@ -207,7 +207,7 @@ def damaged(value, rng):
 def test_damaged_records_are_drawn_or_refused_in_one_line(run_folder, capsys):
     path, rng, codes = run_folder / "evaluate" / "sft_apr.jsonl", random.Random(0), []
     rows = [json.loads(line) for line in path.read_text().splitlines()[:2]]
-    rows.append(rows[0] | {"tree": metrics.tree_to_json(solver_tree())})
+    rows.append(rows[0] | {"tree": tree_json.tree_to_json(solver_tree())})
     for number in range(400):
         row = rng.choice(rows)
         row = row | {"tree": damaged(row["tree"], rng)} if number % 2 else damaged(row, rng)

@@ -7,7 +7,6 @@ Rounds alternate, so that whatever else the machine does hits both. Statistics a
 is within sampling error where it is under three of its standard errors.
 """
 
-import json
 import os
 import platform
 import random
@@ -174,10 +173,7 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
                 f"{style:<5} {name:<24} ours {row['ours']:>10}   authors {row['authors']:>10}   "
                 f"{row['standard_errors']:>5} standard errors apart: {sampling} sampling error"
             )
-    if values["out"].value:
-        out = Path(values["out"].value)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(found, indent=1) + "\n")
+    command.write_json(values["out"].value, found)
 
 
 def main(argv: Sequence[str]) -> int:
