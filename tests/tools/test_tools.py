@@ -11,7 +11,7 @@ from apr_jax.evaluate.evaluate import Record
 from apr_jax.tasks.countdown import CountdownProtocol, Problem
 from apr_jax.tasks.countdown.solver import SolverConfig, solve_apr
 from apr_jax.tasks.countdown.vocabulary import countdown_tokenizer
-from apr_jax.threads import Block, Spawn, Thread, ThreadTree, encode_tree, tree_json
+from apr_jax.threads import Block, Spawn, Thread, ThreadTree, encode_tree, metrics, tree_json
 from tools import solve, view
 from tools.draw import Drawing, lay_out
 
