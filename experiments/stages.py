@@ -371,7 +371,7 @@ class Run:
                 f"{len(self.tokenizer)}: set tokenizer.name or tokenizer.max_number"
             )
         try:
-            path = find_tokenizer(Path(checkpoint).absolute())
+            path = find_tokenizer(Path(checkpoint))
         except FileNotFoundError:
             return
         tokenizer = load_tokenizer(str(path))

@@ -18,7 +18,6 @@ import jax
 from absl import flags
 from matplotlib.axes import Axes
 
-from apr_jax.errors import UserError
 from apr_jax.evaluate.evaluate import evaluate, summarise
 from apr_jax.rollout.engine import JaxEngine
 from apr_jax.tasks.tagged import SUM_WORDS, SumTask, TagProtocol, range_sums, solve_sum, tag_tokenizer
@@ -51,8 +50,6 @@ def _define(values: flags.FlagValues) -> None:
 
 
 def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
-    if arguments:
-        raise UserError(f"only flags are taken, was given {arguments[0]!r}")
     sft_steps, steps, out = (values[name].value for name in ("sft_steps", "steps", "out"))
     workdir = Path(values["workdir"].value) / f"{sft_steps}_{steps}"
     protocol, tokenizer = TagProtocol(SumTask()), tag_tokenizer(SUM_WORDS, 99)
@@ -120,8 +117,7 @@ def draw(found: dict, path: Path) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    command.use_all_cores()
-    return command.run(__doc__, _define, _work, argv)
+    return command.run(__doc__, _define, _work, argv, devices=True)
 
 
 if __name__ == "__main__":

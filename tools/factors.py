@@ -19,7 +19,6 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from apr_jax.data.packing import lay_out_tree
-from apr_jax.errors import UserError
 from apr_jax.evaluate.evaluate import evaluate, summarise
 from apr_jax.model.llama import Llama, LlamaConfig
 from apr_jax.rollout.engine import JaxEngine
@@ -47,8 +46,6 @@ def _define(values: flags.FlagValues) -> None:
 
 
 def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
-    if arguments:
-        raise UserError(f"only flags are taken, was given {arguments[0]!r}")
     inherit, steps = values["inherit"].value, values["steps"].value
     workdir = Path(values["workdir"].value) / f"{'inherit' if inherit else 'fresh'}_{steps}"
     protocol, tokenizer = TagProtocol(FactorTask(), inherit), tag_tokenizer(WORDS, LARGEST)
@@ -86,8 +83,7 @@ def train_pupil(
 
 
 def main(argv: Sequence[str]) -> int:
-    command.use_all_cores()
-    return command.run(__doc__, _define, _work, argv)
+    return command.run(__doc__, _define, _work, argv, devices=True)
 
 
 if __name__ == "__main__":

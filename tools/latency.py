@@ -48,8 +48,6 @@ PATIENCE = Patience(request=600.0, retry=5.0)  # short: a sample that had to wai
 
 
 def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
-    if arguments:
-        raise UserError(f"only flags are taken, was given {arguments[0]!r}")
     plan = make_plan(values)
     for engine in plan.engines if plan.exports else ():
         for export in plan.exports:
@@ -179,8 +177,7 @@ def _jax_engine(export: Export, setting: Setting, sampling: Sampling, measuremen
 
 
 def main(argv: Sequence[str]) -> int:
-    command.use_all_cores()
-    return command.run(__doc__, define_flags, _work, argv)
+    return command.run(__doc__, define_flags, _work, argv, devices=True)
 
 
 if __name__ == "__main__":

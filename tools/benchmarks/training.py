@@ -240,8 +240,7 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    command.use_all_cores()
-    return command.run(__doc__, _define, _work, argv)
+    return command.run(__doc__, _define, _work, argv, devices=True)
 
 
 if __name__ == "__main__":
