@@ -14,6 +14,8 @@ from apr_jax.io import streams
 from apr_jax.io.files import write_text
 from apr_jax.io.paths import expand_home
 
+ROOT = Path(__file__).resolve().parent.parent  # the checkout
+
 
 def run(
     doc: str,
