@@ -7,7 +7,18 @@ from pathlib import Path
 import pytest
 from setuptools import find_packages
 
-from tools.benchmarks.structure import FLOORS, by_room, circles, module_links, read_modules, room_links, upward
+from tools.benchmarks.structure import (
+    FLOORS,
+    by_room,
+    circles,
+    implied,
+    levels_of,
+    main,
+    module_links,
+    read_modules,
+    room_links,
+    upward,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = read_modules(ROOT)
@@ -86,3 +97,30 @@ def test_names_of_a_task_are_found(tmp_path):
 def test_one_task_s_names_stand_with_the_task_alone():
     paths = [module.path for module in MODULES if not module.path.as_posix().startswith(KNOW_IT)]
     assert {path.as_posix(): found for path in paths if (found := names_of(ROOT / path))} == {}
+
+
+def test_a_checkout_is_told_and_drawn(tmp_path, capsys):
+    files = {
+        "apr_jax/__init__.py": "", "apr_jax/errors.py": "class A:\n    pass\n", "apr_jax/train/a.py": "",
+        "apr_jax/model/a.py": "from apr_jax.train import a\nimport apr_jax.errors\n",
+        "apr_jax/attic/a.py": "from ..train import a\n", "experiments/run.py": "from apr_jax import attic, errors\n",
+    }  # fmt: skip
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "apr_jax" / "attic" / "__init__.py").write_text("from apr_jax.attic.a import a\n")
+    modules = read_modules(tmp_path)
+    assert {module.name: module.statements for module in modules if module.room == "model"} == {"apr_jax.model.a": 2}
+    pairs = room_links(modules)
+    assert set(pairs) == {
+        ("model", "train"), ("model", "errors"), ("attic", "train"),
+        ("experiments", "attic"), ("experiments", "errors"),
+    }  # fmt: skip
+    rooms = {"model", "train", "errors", "attic", "experiments"}
+    assert levels_of(pairs, rooms) == {"model": 0, "train": 3, "errors": 0, "attic": 3, "experiments": 5}
+    assert implied({*pairs, ("attic", "errors")}) == {("experiments", "errors")}
+    assert main(["structure", f"--root={tmp_path}", f"--out={tmp_path}/a.png"]) == 0
+    out = capsys.readouterr().out
+    assert "model -> train" in out and "on no floor: attic" in out
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["structure", f"--root={tmp_path}/nowhere"]) == 1

@@ -175,53 +175,89 @@ def report(modules: Sequence[Module]) -> str:
     return "\n".join(lines)
 
 
+def levels_of(pairs: Iterable[tuple[str, str]], rooms: Iterable[str]) -> dict[str, int]:
+    """The floor of each room. A room of no floor is put on the highest floor that it imports from."""
+    floors = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+    levels = {room: floors.get(room, 0) for room in rooms}
+    for _ in levels:  # a chain of such rooms is as long as they are many
+        for room, other in pairs:
+            if room not in floors:
+                levels[room] = max(levels[room], levels[other])
+    return levels
+
+
+def implied(pairs: Iterable[tuple[str, str]]) -> set[tuple[str, str]]:
+    """The imports (room, other) where a chain of other imports leads from room to other. None in a circle."""
+    links = by_room(pairs)
+    together = {room: group for group in circles(links) for room in group}
+
+    def reached(room: str, seen: set[str]) -> set[str]:
+        for other in links.get(room, set()) - seen:
+            seen.add(other)
+            reached(other, seen)
+        return seen
+
+    return {
+        (room, other)
+        for room, others in links.items()
+        for other in others
+        if other not in together.get(room, ()) and any(other in reached(step, set()) for step in others - {other})
+    }
+
+
 def draw(modules: Sequence[Module], path: Path) -> None:
-    """The rooms as boxes on their floors with their statements, an arrow for each import between them: grey downwards,
-    blue on one floor, red upwards. A PNG."""
+    """The rooms as boxes on their floors with their statements, and an arrow for each import between them, but for
+    those downwards that other arrows imply. Rooms of no floor are dashed. A PNG."""
     from matplotlib.figure import Figure  # here: the table need not wait for it
 
-    house = [module for module in modules if module.name.partition(".")[0] != "tests"]
+    house = [module for module in modules if module.name.partition(".")[0] != "tests" and module.room != "apr_jax"]
     pairs = {pair: count for pair, count in room_links(house).items() if "apr_jax" not in pair}
-    sizes = Counter()
+    sizes: Counter = Counter()
     for module in house:
         sizes[module.room] += module.statements
-    sizes.pop("apr_jax", None)
-    homeless = sorted(set(sizes) - {name for names in FLOORS for name in names})
-    levels = [[name for name in names if name in sizes] for names in FLOORS]
-    if homeless:
-        levels.append(homeless)
-    widest = 12.0
+    levels = levels_of(pairs, sizes)
+    left_out = implied(pair for pair in pairs if levels[pair[0]] >= levels[pair[1]])
+    width, height = 14.0, 1.7  # of the picture, and of a floor
     where = {}
-    for level, names in enumerate(levels):
+    for level in range(len(FLOORS)):
+        order = [name for name in FLOORS[level] if name in sizes]
+        names = order + sorted(name for name in sizes if levels[name] == level and name not in order)
+        step = width / max(len(names), 1)
         for i, name in enumerate(names):
-            shift = 0.5 * (level % 2)  # so that arrows pass between the boxes of a floor
-            where[name] = ((i + 0.5) * widest / max(len(names), 1) + shift * (len(names) > 1), 1.6 * level)
-    figure = Figure(figsize=(13, 1.5 * len(levels) + 1), dpi=110, layout="constrained")
+            shift = 0.2 * step * (-1) ** level if len(names) > 1 else (-0.3 if level % 2 else 0.1) * width
+            where[name] = ((i + 0.5) * step + shift, height * level)  # arrows pass between the boxes of a floor
+    figure = Figure(figsize=(width, height * len(FLOORS)), dpi=100, layout="constrained")
     axes = figure.add_subplot()
     axes.axis("off")
-    axes.set_xlim(-1.2, widest + 0.8)
-    axes.set_ylim(-0.6, 1.6 * len(levels) - 0.7)
-    for level in range(len(levels)):
-        title = "no floor" if homeless and level == len(levels) - 1 else f"floor {level}"
-        axes.axhspan(1.6 * level - 0.45, 1.6 * level + 0.45, color="#F2F2F2", zorder=0)
-        axes.text(-1.15, 1.6 * level, title, va="center", ha="left", fontsize=10, color="#777777")
-    for (room, other), count in sorted(pairs.items()):
-        (x, y), (to_x, to_y) = where[room], where[other]
-        colour = "#AAAAAA" if y > to_y else "#0072B2" if y == to_y else "#D55E00"
-        bend = -0.35 if y == to_y else 0.06
-        side = 0.27 if y > to_y else -0.27 if y < to_y else 0.27
-        axes.annotate(
-            "", xy=(to_x, to_y + (0.27 if y >= to_y else -0.27)), xytext=(x, y - side if y != to_y else y + 0.27),
-            zorder=2 if y > to_y else 3,
-            arrowprops={"arrowstyle": "-|>", "color": colour, "lw": 0.6 + 0.25 * count**0.7,
-                        "connectionstyle": f"arc3,rad={bend}", "alpha": 0.75 if y > to_y else 1.0},
-        )  # fmt: skip
-    for name, (x, y) in where.items():
-        axes.text(
-            x, y, f"{name}\n{sizes[name]}", ha="center", va="center", fontsize=9, zorder=4,
-            bbox={"boxstyle": "round,pad=0.35", "fc": "white", "ec": "#333333"},
-        )  # fmt: skip
-    axes.set_title("Rooms, their statements, and imports (blue: same floor, red: upwards)", loc="left", fontsize=12)
+    axes.set_xlim(-1.3, width + 0.6)
+    axes.set_ylim(-0.6, height * len(FLOORS) - 0.7)
+    for level in range(len(FLOORS)):
+        axes.axhspan(height * level - 0.45, height * level + 0.45, color="#F2F2F2", zorder=0)
+        axes.text(-1.2, height * level, f"floor {level}", va="center", color="#777777")
+    boxes = {
+        name: axes.text(
+            x, y, f"{name}\n{sizes[name]}", ha="center", va="center", fontsize=11, zorder=4,
+            bbox={"boxstyle": "round,pad=0.35", "fc": "white", "ec": "#333333",
+                  "ls": "-" if any(name in names for names in FLOORS) else "--"},
+        )
+        for name, (x, y) in where.items()
+    }  # fmt: skip
+    for pair, count in sorted(pairs.items()):
+        (x, y), (to_x, to_y) = where[pair[0]], where[pair[1]]
+        down, level = y > to_y, y == to_y
+        if pair in left_out:
+            continue
+        bend = (0.18 + 0.5 / abs(to_x - x)) * (-1 if to_x > x else 1) if level else 0.0 if down else 0.15
+        arrow = {
+            "arrowstyle": "-|>", "color": "#777777" if down else "#0072B2" if level else "#D55E00",
+            "lw": 0.8 + 0.3 * count**0.7, "connectionstyle": f"arc3,rad={bend}", "mutation_scale": 13,
+            "patchA": boxes[pair[0]].get_bbox_patch(), "patchB": boxes[pair[1]].get_bbox_patch(),
+        }  # fmt: skip
+        axes.annotate("", xy=(to_x, to_y), xytext=(x, y), zorder=2 if down else 3, arrowprops=arrow)
+    title = (
+        "Rooms with their statements. Imports: grey downwards (less those that others imply), blue on a floor, red up"
+    )
+    axes.set_title(title, loc="left", fontsize=12)
     with whole(path) as part:
         figure.savefig(part, format="png", facecolor="white")
 
