@@ -4,7 +4,7 @@
 # CONFIG=FILE                the demo's configuration
 # ARGS="-k name"             further words for the demo, pytest or ruff
 #
-# torch (only used to check the exported checkpoint) comes as its plain build, which on Linux brings gigabytes of CUDA
+# torch (the extra `check`: only used to check the exported checkpoint) comes as its plain build, which on Linux brings gigabytes of CUDA
 # libraries. For the CPU build, either
 #   PIP_FIND_LINKS=folder-of-wheels make env     a local folder that holds a torch 2.13.0+cpu wheel, or
 #   UV_TORCH_BACKEND=cpu make env                lets uv find torch's own CPU builds (needs a network that reaches them)
@@ -89,7 +89,7 @@ $(STAMP): requirements.lock
 # build needs is left out: the build that an install finds brings its own, exactly pinned, or none.
 lock: env
 	set -o pipefail; trap 'rm -f .lock.in' EXIT; cp requirements.lock .lock.in; \
-	$(PY) -m uv pip compile -q --universal --python-version 3.11 --no-header --no-annotate --extra test --extra lint --extra bench \
+	$(PY) -m uv pip compile -q --universal --python-version 3.11 --no-header --no-annotate --extra check --extra test --extra lint --extra bench \
 	  $(UPGRADE) -o .lock.in pyproject.toml >/dev/null && \
 	{ sed '/^[^#]/,$$d' requirements.lock; grep -vE '^(#|(nvidia|cuda)-|triton=)' .lock.in; } > .lock.out && mv .lock.out requirements.lock
 

@@ -1,5 +1,9 @@
-"""How many devices JAX will have, told before JAX is asked: asking it fixes their number."""
+"""How JAX is started by all command lines: how many devices it has, where its compiled functions are kept.
 
+It is told before JAX is asked for a device: asking fixes their number.
+"""
+
+import os
 import sys
 import traceback
 from importlib.util import find_spec
@@ -7,9 +11,25 @@ from pathlib import Path
 
 import jax
 
+from apr_jax.compilation import use_cache
+
+CACHE = Path(__file__).resolve().parent.parent / ".jax_cache"  # of a checkout
+# XLA ends a process whose devices have waited 40 s for each other, which virtual ones on busy cores may.
+COLLECTIVES_WAIT = "--xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_cpu_collective_timeout_seconds=600"
 PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 # What NVIDIA's driver puts there: on a machine, in a container, under WSL, on a Tegra board.
 DRIVER = ("/dev/nvidia*", "/proc/driver/nvidia", "/dev/dxg", "/dev/nvhost-gpu", "/dev/nvmap")
+
+
+def start_devices(count: int, cache: bool = True) -> None:
+    """Starts JAX with its GPUs, or with `count` virtual devices of the CPU where it finds none. With `cache` all
+    compiled functions are kept in the checkout's `CACHE`."""
+    if set_cpu_devices(count) and jax.__version_info__ < (0, 11):  # a flag that XLA does not know ends the process, and
+        given = os.environ.get("XLA_FLAGS", "")  # later versions were not tried
+        if COLLECTIVES_WAIT not in given:
+            os.environ["XLA_FLAGS"] = f"{COLLECTIVES_WAIT} {given}"
+    if cache:
+        use_cache(CACHE)
 
 
 def set_cpu_devices(count: int) -> bool:

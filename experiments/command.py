@@ -5,7 +5,6 @@ Whatever is wrong raises UserError or OSError in one line that says what was giv
 
 import dataclasses
 import difflib
-import errno
 import importlib.util
 import math
 import re
@@ -255,16 +254,3 @@ def _nearest(given: str, names: Iterable[str], before: str = "") -> str:
 def _presets() -> str:
     """The presets, as words of a sentence."""
     return "one of " + ", ".join(f"experiments/configs/{p.name}" for p in sorted(PRESETS.glob("[a-z]*.py")))
-
-
-def reason(error: BaseException) -> str | None:
-    """One line for an error that a user can mend: a `UserError`, or one of the operating system. None for any other: it
-    is a bug, and its traceback is needed."""
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    if isinstance(error, OSError):
-        if not error.strerror:
-            return text
-        where = f"{error.filename}: " if error.filename else ""
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        return f"{where}{error.strerror}{'; make room, the same command then goes on' if full else ''}"
-    return text if isinstance(error, UserError) else None

@@ -20,7 +20,6 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 from apr_jax import interrupt
 from apr_jax.io import streams
@@ -31,25 +30,17 @@ if __name__ == "__main__":  # the imports take seconds
 
 import jax
 
-from apr_jax.devices import no_backend, set_cpu_devices
-from apr_jax.errors import UserError, debug_asked, with_causes
+from apr_jax.devices import no_backend, start_devices
+from apr_jax.errors import UserError, end_in_error
 from apr_jax.train.termination import Terminated
-from experiments.command import FLAGS_HELP, Command, parse, reason
-from experiments.compilation import use_cache
+from experiments.command import FLAGS_HELP, Command, parse
 from experiments.sweep import expand, run_each
-
-# XLA ends a process whose devices have waited 40 s for each other, which virtual ones on busy cores may.
-COLLECTIVES_WAIT = "--xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_cpu_collective_timeout_seconds=600"
-CACHE = Path(__file__).resolve().parent.parent / ".jax_cache"
 
 
 def start(command: Command) -> None:
     """Runs the stages asked for."""
     settings = command.settings
-    if set_cpu_devices(settings.devices // command.processes):
-        if jax.__version_info__ < (0, 11):  # an unknown flag would end the process, and others were not tried
-            os.environ["XLA_FLAGS"] = f"{COLLECTIVES_WAIT} {os.environ.get('XLA_FLAGS', '')}"
-    use_cache(CACHE)
+    start_devices(settings.devices // command.processes)
     if command.processes > 1:
         jax.config.update("jax_enable_preemption_service", False)  # it would take our SIGTERM
         if command.process == 0:
@@ -105,12 +96,7 @@ def _main(argv: Sequence[str]) -> int:
     except Exception as error:
         if interrupt.given():  # what has become of it inside JAX
             return _stopped()
-        if debug_asked(argv):
-            raise with_causes(error)
-        if (line := reason(error) or _lost_process(error) or no_backend(error)) is None:
-            raise
-        print(f"error: {line}", file=sys.stderr)
-        return 1
+        return end_in_error(error, argv, _lost_process, no_backend)
     return 0
 
 

@@ -139,7 +139,7 @@ class Run:
             "machine": platform.machine(),
             "device": jax.devices()[0].device_kind,
         }
-        versions |= {name: metadata.version(name) for name in PACKAGES}
+        versions |= {name: _version(name) for name in PACKAGES}
         noted = _read_json(self.workdir / "versions.json")
         before = noted.pop("earlier", [])
         known = [*(before if isinstance(before, list) else []), noted] if noted else []
@@ -373,7 +373,7 @@ class Run:
                 f"{len(self.tokenizer)}: set tokenizer.name or tokenizer.max_number"
             )
         try:
-            path = find_tokenizer(Path(checkpoint).absolute())
+            path = find_tokenizer(Path(checkpoint))
         except FileNotFoundError:
             return
         tokenizer = load_tokenizer(str(path))
@@ -437,6 +437,14 @@ class Run:
             "parameters": total, "parameters_without_embeddings": inner,
             "condition": most_frequent(self._conditions(style)),  # first on a root's prompt, where nothing else is said
         }  # fmt: skip
+
+
+def _version(package: str) -> str | None:
+    """None where it is not installed, as torch need not be."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _read_json(path: Path) -> dict:

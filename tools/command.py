@@ -1,6 +1,7 @@
-"""What the tools' command lines share: flags of their own, a --help for newcomers, errors in one line."""
+"""The command line that all tools share: flags of their own, a --help for newcomers, errors in one line."""
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -8,19 +9,35 @@ from pathlib import Path
 
 from absl import flags
 
-from apr_jax.errors import UserError, debug_asked, with_causes
+from apr_jax.errors import UserError, end_in_error, first_line
 from apr_jax.io import streams
+from apr_jax.io.files import write_text
 from apr_jax.io.paths import expand_home
 
+ROOT = Path(__file__).resolve().parent.parent  # the checkout
 
-def run(doc: str, define: Callable[[flags.FlagValues], None], work: Callable[..., None], argv: Sequence[str]) -> int:
+
+def run(
+    doc: str,
+    define: Callable[[flags.FlagValues], None],
+    work: Callable[[flags.FlagValues, list[str]], None],
+    argv: Sequence[str],
+    *,
+    takes: Sequence[str] | None = (),
+    required: Sequence[str] = (),
+    devices: bool = False,
+) -> int:
     """Parses `argv` (the program's name first), calls ``work(values, arguments)``, returns the exit code.
 
-    Each call has its own `FlagValues`, so that tools may share names and run within one process. UserError
-    and OSError are a user's: one line on stderr and code 1. Anything else is ours and keeps its traceback, with --debug
-    any error does. A flag or argument that begins with ~ is read as a path in a home folder.
+    `takes` names the arguments that are no flags, each of them needed; None leaves them to the tool. `required` names
+    the flags that are needed. With `devices` JAX is started for work on all cores, or on the GPUs.
+
+    Each call has its own `FlagValues`, so that tools may share names and run within one process. UserError and OSError
+    are a user's: one line on stderr and code 1. Anything else is ours and keeps its traceback, with --debug any error
+    does. A flag or argument that begins with ~ is read as a path in a home folder.
     """
     streams.open_closed()
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every file
     values = flags.FlagValues()
     define(values)
     flags.DEFINE_boolean("help", False, "Show this and stop.", short_name="h", flag_values=values)
@@ -33,41 +50,50 @@ def run(doc: str, define: Callable[[flags.FlagValues], None], work: Callable[...
         for name in values:
             if isinstance(given := values[name].value, str):
                 values[name].value = expand_home(given)
+        if takes is not None:
+            check_arguments(arguments, takes)
+        need(values, *required)
+        if devices:
+            use_all_cores()
         work(values, [expand_home(argument) for argument in arguments])
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, a pager perhaps, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
-        if debug_asked(argv):
-            raise with_causes(error)
-        if isinstance(error, flags.Error):
-            return fail(f"{_first_line(error)} (--help lists the flags)")
-        if not isinstance(error, UserError | OSError):
-            if line := _no_backend(error):
-                return fail(line)
-            raise
-        return fail(_first_line(error))
+        return end_in_error(error, argv, _wrong_flag, _no_backend)
     return 0
+
+
+def check_arguments(given: Sequence[str], names: Sequence[str]) -> None:
+    """Raises UserError unless there is one argument for each name."""
+    if not names and given:
+        raise UserError(f"only flags are taken, --name=value, was given {given[0]!r} (--help lists the flags)")
+    if len(given) != len(names):
+        raise UserError(f"the arguments are {' '.join(names)}, {len(given)} were given (--help explains)")
+
+
+def need(values: flags.FlagValues, *names: str) -> None:
+    """Raises UserError for the first flag without a value."""
+    for name in names:
+        if values[name].value in (None, ""):
+            raise UserError(f"--{name} is needed, see --help")
 
 
 def use_all_cores() -> None:
     """Makes a virtual device of every core where JAX has no GPU; before its first device is asked for."""
-    from apr_jax.devices import set_cpu_devices  # here: --help of other tools need not wait for JAX
+    from apr_jax.devices import start_devices  # here: --help of other tools need not wait for JAX
 
-    set_cpu_devices(os.cpu_count() or 1)
+    start_devices(os.cpu_count() or 1)
 
 
 def write_json(path: str | None, found: dict) -> None:
     """Writes figures to a file, if one is named."""
     if path:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(found, indent=1) + "\n")
+        write_text(Path(path), json.dumps(found, indent=1) + "\n")
 
 
-def fail(message: str) -> int:
-    """Prints one line; returns the exit code of bad input."""
-    print(f"error: {message}", file=sys.stderr)
-    return 1
+def _wrong_flag(error: Exception) -> str | None:
+    return f"{first_line(error)} (--help lists the flags)" if isinstance(error, flags.Error) else None
 
 
 def _no_backend(error: Exception) -> str | None:
@@ -76,10 +102,6 @@ def _no_backend(error: Exception) -> str | None:
     from apr_jax.devices import no_backend
 
     return no_backend(error)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _flag_help(values: flags.FlagValues) -> str:

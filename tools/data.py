@@ -46,22 +46,19 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     if not arguments or arguments[0] not in COMMANDS:
         given = repr(arguments[0]) if arguments else "nothing"
         raise UserError(f"the first word is one of {', '.join(COMMANDS)}, was given {given}")
-    if arguments[0] in ("make", "import", "export") and not values["out"].value:
-        raise UserError("--out is needed, see --help")
+    if arguments[0] in ("make", "import", "export"):
+        command.need(values, "out")
     if arguments[0] == "import":
         _import([Path(name) for name in arguments[1:]], values)
     elif arguments[0] == "export":
-        if len(arguments) != 2:
-            given = len(arguments) - 1
-            raise UserError(f"export takes one folder of trees, as data/paper/apr_train, {given} were given")
+        command.check_arguments(arguments, ["export", "FOLDER"])
         _export(Path(arguments[1]), Path(values["out"].value))
     elif arguments[0] == "make":
         if len(arguments) > 1:
             raise UserError(f"no such argument: {arguments[1]!r}; settings are given as --set=A.B=VALUE")
         _make(values)
     else:
-        if len(arguments) != 2:
-            raise UserError(f"stats takes one folder, {len(arguments) - 1} were given")
+        command.check_arguments(arguments, ["stats", "FOLDER"])
         _stats(Path(arguments[1]), values)
 
 
@@ -70,8 +67,7 @@ def _make(values: flags.FlagValues) -> None:
     from experiments.dataset import make_data
     from experiments.settings import read_settings
 
-    if not values["config"].value:
-        raise UserError("--config is needed, see --help")
+    command.need(values, "config")
     shard = read_shard(values["shard"].value)
     config = load_config(values["config"].value)
     for change in values["set"].value:
@@ -150,7 +146,7 @@ def _stats(folder: Path, values: flags.FlagValues) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    return command.run(__doc__, _define, _work, argv)
+    return command.run(__doc__, _define, _work, argv, takes=None)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import flags, logging
+from absl import flags
 
 from apr_jax.errors import UserError
 from tools import command
@@ -47,8 +47,7 @@ def run(checkpoint: str, out: str, dtype: str, tokenizer: str | None, check: int
     from apr_jax.text.hub import find_tokenizer, load_tokenizer
     from apr_jax.train.checkpoint import load_model
 
-    logging.set_verbosity(logging.ERROR)  # Orbax tells of every file
-    path = Path(tokenizer).absolute() if tokenizer else find_tokenizer(folder)
+    path = find_tokenizer(folder, tokenizer)
     words = load_tokenizer(str(path))
     model, meta = load_model(folder)
     export_hf(model, words, out, meta, dtype)
@@ -105,16 +104,11 @@ def _problems(path: Path, count: int) -> list:
 
 
 def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
-    if arguments:
-        raise UserError(f"no such argument: {arguments[0]!r}; options are given as --name=value, see --help")
-    for name in ("checkpoint", "out"):
-        if not values[name].value:
-            raise UserError(f"--{name} is needed, see --help")
     run(**{name: values[name].value for name in ("checkpoint", "out", "dtype", "tokenizer", "check", "window")})
 
 
 def main(argv: Sequence[str]) -> int:
-    return command.run(__doc__, _define, _work, argv)
+    return command.run(__doc__, _define, _work, argv, required=("checkpoint", "out"))
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import flags, logging
+from absl import flags
 
-from apr_jax.errors import UserError
+from apr_jax.errors import UserError, first_line
 from tools import command
 
 WANTED = ("*.safetensors", "*.json")  # of a model of the hub; a pickle is not even fetched
@@ -43,18 +43,12 @@ def _define(values: flags.FlagValues) -> None:
 
 
 def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
-    if arguments:
-        raise UserError(f"no such argument: {arguments[0]!r}; flags are given as --name=value")
-    for name in ("model", "out"):
-        if not values[name].value:
-            raise UserError(f"--{name} is needed, see --help")
-    from apr_jax.export.folder import replaced  # here: --help and a refusal need not wait for JAX
     from apr_jax.export.imported import import_hf, read_positions
+    from apr_jax.io.folder import replaced  # here: --help and a refusal need not wait for JAX
     from apr_jax.model.llama import parameter_count
     from apr_jax.text.hub import GENERATION, HubTokenizer, load_tokenizer, with_ends
     from apr_jax.train.checkpoint import save_model
 
-    logging.set_verbosity(logging.ERROR)  # Orbax tells of every file
     with replaced(values["out"].value, _foreign, "import") as part:
         folder = _model_folder(values["model"].value)
         words = values["tokenizer"].value or str(folder / "tokenizer.json")
@@ -91,8 +85,9 @@ def _model_folder(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(WANTED)))
     except Exception as error:  # of many kinds: no network, no such model, no leave to read it, a full disk
-        why = str(error).strip().splitlines() or [type(error).__name__]
-        raise OSError(f"no folder at {name}, and the hub did not give a model of that name: {why[0]}") from None
+        raise OSError(
+            f"no folder at {name}, and the hub did not give a model of that name: {first_line(error)}"
+        ) from None
 
 
 def _source(name: str) -> str:
@@ -114,7 +109,7 @@ def _foreign(folder: Path) -> str | None:
 
 
 def main(argv: Sequence[str]) -> int:
-    return command.run(__doc__, _define, _work, argv)
+    return command.run(__doc__, _define, _work, argv, required=("model", "out"))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ from collections.abc import Iterator, Sequence
 from absl import flags
 
 from apr_jax import interrupt
-from apr_jax.errors import UserError
 from apr_jax.evaluate.latency.costs import known_costs
 from apr_jax.evaluate.latency.engines import empty_caches, jax_engine, sglang_engine
 from apr_jax.evaluate.latency.passes import TRIES, measure, warm_up
@@ -44,8 +43,6 @@ from tools.latency_flags import WARM, Plan, define_flags, make_plan
 
 
 def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
-    if arguments:
-        raise UserError(f"only flags are taken, was given {arguments[0]!r}")
     plan = make_plan(values)
     for engine in plan.engines if plan.exports else ():
         for export in plan.exports:
@@ -128,8 +125,7 @@ async def _pass(plan: Plan, export: Export, setting: Setting, budget: Budget, se
 
 
 def main(argv: Sequence[str]) -> int:
-    command.use_all_cores()
-    return command.run(__doc__, define_flags, _work, argv)
+    return command.run(__doc__, define_flags, _work, argv, devices=True)
 
 
 if __name__ == "__main__":

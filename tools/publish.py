@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import flags, logging
+from absl import flags
 
 from apr_jax.errors import UserError
 from tools import command
@@ -27,8 +27,6 @@ def _define(values: flags.FlagValues) -> None:
 
 
 def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
-    if len(arguments) != 2:
-        raise UserError(f"two folders are needed, a run's and the one to write, {len(arguments)} were given")
     run, out = map(Path, arguments)
     if missing := [name for name in (*FILES, "figures") if not (run / name).exists()]:
         raise FileNotFoundError(f"{run} is no finished run: it has no {missing[0]}")
@@ -75,7 +73,6 @@ def _check_weights(run: Path, checkpoint: Path) -> None:
 def _publish_model(checkpoint: Path, tokenizer: Path, out: Path) -> None:
     from apr_jax.train.checkpoint import load_model, save_model
 
-    logging.set_verbosity(logging.ERROR)  # Orbax tells of every file
     model, meta = load_model(checkpoint)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     save_model(out / "checkpoints", model, meta)
@@ -83,7 +80,7 @@ def _publish_model(checkpoint: Path, tokenizer: Path, out: Path) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    return command.run(__doc__, _define, _work, argv)
+    return command.run(__doc__, _define, _work, argv, takes=["RUN", "OUT"])
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from apr_jax.errors import UserError
+from apr_jax.errors import UserError, fail
 from apr_jax.tasks.countdown import CountdownProtocol, Problem, check_solution, trace
 from apr_jax.tasks.countdown.problem import solvable
 from apr_jax.tasks.countdown.solver import SOLVERS, SolverConfig
@@ -65,12 +65,10 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
         print("not found, though a solution exists: try another --seed or a wider --beam")
 
 
-def read_problem(arguments: Sequence[str], target: int | None) -> Problem:
+def read_problem(arguments: Sequence[str], target: int) -> Problem:
     """Raises UserError, in one line that says what was given and what is allowed."""
     if not COUNTS[0] <= len(arguments) <= COUNTS[1]:
         raise UserError(f"{COUNTS[0]} to {COUNTS[1]} numbers are needed, {len(arguments)} were given")
-    if target is None:
-        raise UserError("--target=NUMBER is needed")
     for given in arguments:
         if not re.fullmatch(r"[0-9]{1,9}", given) or not 1 <= int(given) <= MOST:
             raise UserError(f"numbers are integers from 1 to {MOST}, was given {given[:40]!r}")
@@ -83,8 +81,8 @@ def main(argv: Sequence[str]) -> int:
     for before, given in zip(argv, argv[1:]):
         # A negative number would be read as a flag, and refused with a message about flags.
         if re.fullmatch(r"-[0-9.]+", given) and not (before.startswith("--") and "=" not in before):
-            return command.fail(f"numbers are integers from 1 to {MOST}, was given {given!r}")
-    return command.run(__doc__, _define, _work, argv)
+            return fail(f"numbers are integers from 1 to {MOST}, was given {given!r}")
+    return command.run(__doc__, _define, _work, argv, takes=None, required=("target",))
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ from absl import flags
 
 from apr_jax.errors import UserError
 from apr_jax.evaluate.records import Record
+from apr_jax.io.files import write_text
 from apr_jax.tasks.countdown import CountdownProtocol
-from apr_jax.text.hub import HubTokenizer, load_tokenizer
-from apr_jax.text.tokenizer import Tokenizer
+from apr_jax.text.hub import find_tokenizer, load_tokenizer
 from apr_jax.threads import ThreadTree
 from tools import command
 from tools.draw import Drawing, own_blocks
@@ -32,8 +32,6 @@ def _define(values: flags.FlagValues) -> None:
 
 
 def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
-    if len(arguments) != 1:
-        raise UserError(f"one file of records is needed, {len(arguments)} were given")
     path = Path(arguments[0])
     record = find_record(path, values["index"].value)
     title, verdict = describe(record), "right" if record.correct else "wrong"
@@ -43,7 +41,7 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
         raise UserError(f"{title}: {error}") from None
     if tree is None:
         raise UserError(f"{title}: no tree, the run of it failed with {', '.join(record.failures)}")
-    decode = None if _is_text(tree) else _decode(tree, find_tokenizer(path, values["tokenizer"].value))
+    decode = None if _is_text(tree) else _decode(tree, path, values["tokenizer"].value)
     try:
         drawing = Drawing(tree, decode, CountdownProtocol().result)
         if values["html"].value:
@@ -53,7 +51,7 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     except RecursionError:
         raise UserError(f"{title}: threads are nested too deep to be drawn") from None
     if values["html"].value:
-        Path(values["html"].value).write_text(text, encoding="utf-8")
+        write_text(Path(values["html"].value), text)
         print(f"wrote {values['html'].value}")
     else:
         print(text, end="")
@@ -80,17 +78,6 @@ def _lines(path: Path) -> Iterator[str]:
         yield from (line for line in file if line.strip())
 
 
-def find_tokenizer(path: Path, given: str | None) -> Tokenizer | HubTokenizer:
-    """The tokenizer given, else the nearest tokenizer.json in the folders above `path` or their data/."""
-    if given is not None:
-        return load_tokenizer(str(Path(given).absolute()))
-    for folder in path.resolve().parents:
-        for place in (folder / "tokenizer.json", folder / "data" / "tokenizer.json"):
-            if place.is_file():
-                return load_tokenizer(str(place))
-    raise FileNotFoundError(f"no tokenizer.json above {path}: give --tokenizer=FILE")
-
-
 def describe(record: Record) -> str:
     if isinstance(record.problem.get("numbers"), list) and "target" in record.problem:
         numbers = " ".join(map(str, record.problem["numbers"]))
@@ -98,8 +85,10 @@ def describe(record: Record) -> str:
     return f"{record.name}, problem {record.index}"
 
 
-def _decode(tree: ThreadTree, tokenizer: Tokenizer | HubTokenizer) -> Callable[[Sequence[int]], str]:
-    """The tokenizer's. Raises UserError where the tree has an id that the tokenizer has not."""
+def _decode(tree: ThreadTree, path: Path, given: str | None) -> Callable[[Sequence[int]], str]:
+    """That of the tokenizer given, else of the run that the file at `path` belongs to. Raises FileNotFoundError, and
+    UserError where the tree has an id that the tokenizer has not."""
+    tokenizer = load_tokenizer(str(find_tokenizer(path, given)))
     blocks = [block for thread in tree.threads() for item in thread.blocks for block in own_blocks(item)]
     largest = max((token for block in blocks for token in block.content), default=0)
     if largest >= len(tokenizer):
@@ -114,7 +103,7 @@ def _is_text(tree: ThreadTree) -> bool:
 
 
 def main(argv: Sequence[str]) -> int:
-    return command.run(__doc__, _define, _work, argv)
+    return command.run(__doc__, _define, _work, argv, takes=["RECORDS"])
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 from collections import Counter
 from collections.abc import Hashable, Iterable
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 from apr_jax.data.dataset import SHARD_PROBLEMS, VALIDATION
 from apr_jax.data.store import write_shard
 from apr_jax.errors import UserError
-from apr_jax.io.files import part_of, remove_left, write_text
+from apr_jax.io.files import remove_left, whole, write_text
 from apr_jax.tasks.countdown.problem import Problem, solvable
 from apr_jax.tasks.countdown.recipe import COUNTED, DROPPED, count_tree, gave_up
 from apr_jax.tasks.countdown.vocabulary import countdown_tokenizer
@@ -47,16 +46,11 @@ def import_dataset(
     """
     if folder.exists():
         raise UserError(f"{folder} is there already: give another folder")
-    part = part_of(folder)
     if folder.parent.is_dir():
         named = (path for path in folder.parent.iterdir() if path.name.startswith(f"{folder.name}."))
         remove_left(path for path in named if path.suffix == ".part")
-    try:
-        manifest = _import(traces, held_out, part, window, max_number, tokenizer)
-        part.replace(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return manifest
+    with whole(folder) as part:
+        return _import(traces, held_out, part, window, max_number, tokenizer)
 
 
 def _import(traces, held_out, folder: Path, window: int, max_number: int, tokenizer: str) -> dict:

@@ -1,4 +1,4 @@
-"""Packing thread trees into rows, each shared prefix once (design: training on trees).
+"""Packing thread trees into rows, each shared prefix once.
 
 A thread's blocks form a small tree of tokens: a spawn's call and what follows the join both continue the
 same prefix. Laid out depth first, every token carries

@@ -18,7 +18,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ import numpy as np
 import tensorstore as ts
 
 from apr_jax.errors import UserError
-from apr_jax.io.files import part_of
+from apr_jax.io.files import whole
 from apr_jax.threads.tree import Block, Spawn, Thread, ThreadTree
 
 # What a block is to its thread. A call leaves the thread's context where its join comes in. A child that inherits its
@@ -97,16 +96,12 @@ def write_shard(folder: Path, trees: Iterable[ThreadTree], counts: dict) -> dict
     for name in ARRAYS:
         digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}\n".encode() + arrays[name].tobytes())
     described = {**counts, "threads": len(threads), "tokens": len(tokens), "sha256": digest.hexdigest()}
-    part = part_of(folder)
-    part.mkdir(parents=True)
-    try:
+    with whole(folder) as part:
+        part.mkdir()
         for name, values in arrays.items():
             _create(part / name, values)
         (part / "shard.json").write_text(json.dumps(described))
         shutil.rmtree(folder, ignore_errors=True)
-        os.replace(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return described
 
 

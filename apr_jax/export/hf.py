@@ -27,7 +27,8 @@ from safetensors.numpy import save_file
 
 from apr_jax.errors import UserError
 from apr_jax.export.card import model_card
-from apr_jax.export.folder import replaced, whole_path
+from apr_jax.export.oracle import TransformersEngine, import_torch
+from apr_jax.io.folder import replaced, whole_path
 from apr_jax.io.progress import Progress
 from apr_jax.model.attention import attend_masked
 from apr_jax.model.llama import Llama
@@ -245,7 +246,7 @@ def check_export(model: Llama, tokenizer: Tokenizer, folder: Path | str, sequenc
     """{"max_logit_difference": largest absolute difference over all sequences, positions and tokens,
     "sequences": their number}: transformers against this model rounded to the export's dtype, both computing
     in float32 on the CPU or, ours, on JAX's own device. Every sequence goes forward alone."""
-    import torch
+    torch = import_torch()
 
     theirs, ours = load_transformers(folder), _as_exported(model, folder)
     graphdef, weights = nnx.split(ours)
@@ -272,7 +273,7 @@ def _logits(graphdef, weights, tokens_BxT: jax.Array) -> jax.Array:
 def greedy_agreement(model: Llama, folder: Path | str, prompts: Sequence[Sequence[int]], new_tokens: int) -> int:
     """How many prompts transformers' `generate` and the JAX engine continue with the same tokens, greedily,
     to the end token or for `new_tokens`. Raises UserError where a prompt and its continuation do not fit."""
-    import torch
+    torch = import_torch()
 
     longest = max(map(len, prompts), default=0) + new_tokens
     if longest > model.config.context:
@@ -307,8 +308,6 @@ def check_trees(
 ) -> tuple[int, int]:  # fmt: skip
     """(equal, total): how many problems' greedy trees are the same, token for token and thread for thread,
     from the JAX engine and from transformers. `condition` stands first on every root's prompt."""
-    from apr_jax.export.oracle import TransformersEngine
-
     engines = (
         _engine(_as_exported(model, folder), slots=16, context=budget.context),
         TransformersEngine(load_transformers(folder), budget.context),
@@ -348,7 +347,7 @@ def _as_exported(model: Llama, folder: Path | str) -> Llama:
 def load_transformers(folder: Path | str):
     """The export as a transformers model in float32 on the CPU. Raises ExportError where it cannot be read
     or its weights are not exactly those that the model has."""
-    import torch
+    torch = import_torch()
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 

@@ -4,9 +4,19 @@ import asyncio
 import dataclasses
 from collections.abc import Sequence as Ids
 
-import torch
-
+from apr_jax.errors import UserError
 from apr_jax.threads.engine import Decoded, Sampling
+
+
+def import_torch():
+    """torch, which nothing but comparisons with transformers needs. Raises UserError where it is not installed."""
+    try:
+        import torch
+    except ImportError:
+        raise UserError(
+            "torch is needed to compare with transformers: python -m pip install 'torch>=2.13', the extra `check`"
+        ) from None
+    return torch
 
 
 @dataclasses.dataclass
@@ -27,6 +37,7 @@ class TransformersEngine:
 
     def __init__(self, model, context: int, batch: int = 64):
         self.model, self.context, self.batch = model, context, batch
+        self._torch = import_torch()
         self._waiting: list[_Request] = []
         self._stop: frozenset[int] = frozenset()
         self._loop: asyncio.Task | None = None
@@ -82,6 +93,7 @@ class TransformersEngine:
                     request.future.set_result(result)
 
     def _generate(self, requests: list[_Request]) -> list[Decoded]:
+        torch = self._torch
         longest = max(len(request.sequence.ids) for request in requests)
         prompts = torch.zeros(len(requests), longest, dtype=torch.long)
         seen = torch.zeros_like(prompts)
@@ -101,7 +113,7 @@ class TransformersEngine:
         )
         return [self._decoded(request, *row) for request, row in zip(requests, zip(tokens_BxT, logprobs_BxT))]
 
-    def _decoded(self, request: _Request, tokens_T: torch.Tensor, logprobs_T: torch.Tensor) -> Decoded:
+    def _decoded(self, request: _Request, tokens_T, logprobs_T) -> Decoded:
         """What belongs to one request: up to its first stop token or its own limit."""
         ids = tokens_T[: request.limit].tolist()
         end = next((at + 1 for at, token in enumerate(ids) if token in self._stop), len(ids))

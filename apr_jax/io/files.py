@@ -34,9 +34,9 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all, and makes its folder."""
+    """Writes a UTF-8 file whole or not at all, and makes its folder."""
     with whole(path) as part:
-        part.write_text(text)
+        part.write_text(text, encoding="utf-8")
 
 
 def remove_left(parts: Iterable[Path]) -> None:

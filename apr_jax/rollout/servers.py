@@ -16,6 +16,7 @@ from pathlib import Path
 
 import httpx
 
+from apr_jax.io.files import write_text
 from apr_jax.rollout.sglang import ServerError, make_client
 
 PROBE = 20.0  # seconds that one look at a server's health may take; SGLang's own takes one at least
@@ -125,7 +126,7 @@ class StartedServers(Servers):
             except OSError as error:
                 raise ServerError(f"{url}: {self._commands[index][0]} cannot be run: {error.strerror}") from None
         known = {"pid": self._processes[index].pid, "mark": self._mark}
-        self._known(index).write_text(json.dumps(known))
+        write_text(self._known(index), json.dumps(known))
 
     async def _ready(self, index: int, client: httpx.AsyncClient) -> None:
         process = self._processes[index]

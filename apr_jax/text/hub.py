@@ -5,6 +5,7 @@ of a prompt never depend on what follows it, whatever the tokenizer would merge 
 """
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from apr_jax.errors import UserError
 from apr_jax.text.tokenizer import Tokenizer, check_ids
 
 FILE = "tokenizer.json"
+ABOVE = 4  # folders from a saved step up to the one that holds its run
 GENERATION = "generation_config.json"
 # Roles of tokens that are no text. Other special tokens are text: a task's spawn tokens may be added as special ones.
 ROLES = ("bos", "eos", "pad", "unk")
@@ -109,10 +111,15 @@ def read_ends(folder: Path) -> tuple[Path, tuple[int, ...]]:
     return folder / GENERATION, ()
 
 
-def find_tokenizer(checkpoint: Path, above: int = 4) -> Path:
-    """The nearest tokenizer.json in a folder's `above` parents. Raises FileNotFoundError."""
-    for folder in (checkpoint, *checkpoint.parents[:above]):
+def find_tokenizer(near: Path, given: str | None = None) -> Path:
+    """The tokenizer of a file or folder of a run, as a whole path: the one that a user named, else the nearest
+    tokenizer.json in `near`, in the `ABOVE` folders above it, or in the data/ of any of these. Raises
+    FileNotFoundError."""
+    if given:
+        return Path(given).absolute()
+    near = Path(os.path.abspath(near))
+    for folder in (near, *near.parents[:ABOVE]):
         for path in (folder / FILE, folder / "data" / FILE):
             if path.is_file():
                 return path
-    raise FileNotFoundError(f"no {FILE} in {checkpoint} or above it: name it with --tokenizer=FILE")
+    raise FileNotFoundError(f"no {FILE} in {near} or above it: name it with --tokenizer=FILE")

@@ -1,8 +1,8 @@
 """The tokenizer: one token per number and per phrase of a line, saved as a standard tokenizer.json.
 
-It is prefix-stable by construction (design: always true, 2): text is split into pieces by one regular
-expression, a piece is looked up whole in the vocabulary or else spelled in characters, and no piece
-reaches across a place where a prompt or a join can end. Such places are: before a line end that follows
+It is prefix-stable by construction, so that the ids of a text never depend on what follows it: text is split into
+pieces by one regular expression, a piece is looked up whole in the vocabulary or else spelled in characters, and no
+piece reaches across a place where a prompt or a join can end. Such places are: before a line end that follows
 ``]`` of an operations list, and after any line end.
 """
 

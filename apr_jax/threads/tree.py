@@ -148,7 +148,7 @@ def decode_tree(tree: ThreadTree, decode: Callable[[Sequence[int]], str]) -> Thr
 def encode_tree(tree: ThreadTree, encode: Callable[[str], Sequence[int]], bos: int, eos: int) -> ThreadTree:
     """A tree of text as a tree of ids: every thread with a context of its own starts with `bos`, and a thread
     that ended by itself ends with `eos` as its last written token. Blocks are encoded one by one: the
-    tokenizer is prefix-stable at their ends (design: always true, 2), so the ids are those of the whole text."""
+    tokenizer is prefix-stable at their ends, so the ids are those of the whole text."""
 
     def ends(thread: Thread) -> Thread:
         blocks = list(thread.blocks)

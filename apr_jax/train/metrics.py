@@ -1,11 +1,12 @@
 """What a stage tells of its steps: JSON lines and TensorBoard."""
 
 import contextlib
-import json
 import math
-import os
 import sys
 from pathlib import Path
+
+from apr_jax.io import json_lines
+from apr_jax.io.files import write_text
 
 
 class MetricsLog:
@@ -19,10 +20,9 @@ class MetricsLog:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         if path.exists():
-            lines = [line for line in path.read_text().splitlines() if _step(line) <= resume_at]
-            part = path.with_name(path.name + ".part")
-            part.write_text("".join(line + "\n" for line in lines))
-            os.replace(part, path)
+            rows = [row for _, row in json_lines.read_lines(path, cut_short=True)]
+            kept = [row for row in rows if row.get("step", sys.maxsize) <= resume_at]
+            write_text(path, "".join(map(json_lines.to_line, kept)))
         self._file = path.open("a")
         from tensorboardX import SummaryWriter  # here, since it brings in torch: 3 s before any message
 
@@ -30,8 +30,7 @@ class MetricsLog:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         shown = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, **shown}, allow_nan=False) + "\n")
-        self._file.flush()
+        json_lines.append(self._file, {"step": step, **shown})
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
@@ -40,10 +39,3 @@ class MetricsLog:
         for file in (self._file, self._board):
             with contextlib.suppress(OSError):
                 file.close()
-
-
-def _step(line: str) -> int:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):  # a line cut short by a kill
-        return sys.maxsize

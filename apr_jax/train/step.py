@@ -2,7 +2,7 @@
 
 Losses are sums over tokens and are divided by the whole step's weight at the update; a mean of per-device means
 would weigh devices, not tokens. Inside `shard_map` weights are cast to varying before the gradient is taken, so that
-it stays each device's own (facts: under check_vma a gradient with respect to replicated weights comes out summed, once
+it stays each device's own (under check_vma a gradient with respect to replicated weights comes out summed, once
 per microbatch). Microbatches add up on each device, and the sum over devices is taken once, at the update, which is
 left to the partitioner: it is elementwise, but for Muon's matrices, of which each device does its own layers.
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+from pathlib import Path
 
 import pytest
 import tokenizers
@@ -14,7 +15,7 @@ from transformers import AddedToken, PreTrainedTokenizerFast
 from apr_jax.errors import UserError
 from apr_jax.tasks.countdown import CountdownProtocol, Problem, trace
 from apr_jax.tasks.countdown.solver import SolverConfig, solve_apr
-from apr_jax.text.hub import HubTokenizer, load_tokenizer
+from apr_jax.text.hub import HubTokenizer, find_tokenizer, load_tokenizer
 from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.threads import encode_tree
 from apr_jax.threads.engine import Sampling
@@ -206,3 +207,22 @@ def test_a_tokenizer_with_an_id_at_or_past_its_length_is_refused(tmp_path):
     for name in (theirs, theirs / "tokenizer.json"):
         with pytest.raises(UserError, match=f"{length} tokens, but .* has the id {length + 1}"):
             load_tokenizer(str(name))
+
+
+def test_the_tokenizer_of_a_run_is_the_nearest(tmp_path):
+    run = tmp_path / "run"
+    step = run / "sft" / "checkpoints" / "10"
+    step.mkdir(parents=True)
+    (run / "data").mkdir()
+    with pytest.raises(FileNotFoundError):
+        find_tokenizer(step)
+    (tmp_path / "tokenizer.json").touch()
+    assert find_tokenizer(step) == tmp_path / "tokenizer.json"
+    assert find_tokenizer(step.parent / ".." / "checkpoints" / "10") == tmp_path / "tokenizer.json"
+    (run / "data" / "tokenizer.json").touch()
+    assert find_tokenizer(step) == find_tokenizer(run / "a.jsonl") == run / "data" / "tokenizer.json"
+    assert find_tokenizer(step, "given.json") == Path("given.json").absolute()
+    far = step.joinpath("further", "down")
+    far.mkdir(parents=True)
+    with pytest.raises(FileNotFoundError):
+        find_tokenizer(far)

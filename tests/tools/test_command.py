@@ -19,6 +19,10 @@ WRONG = {  # a command that a user can mend, and one that is right as far as it 
     adaptive: ["x"], data: [], export_hf: ["--out=x"], factors: ["x"], import_hf: ["--out=x"], latency: ["x"],
     publish: ["x"], solve: ["3"], view: ["nowhere.jsonl"],
 }  # fmt: skip
+WHOLE = {  # all that a tool's command line needs; of the others nothing
+    export_hf: ["--checkpoint=x", "--out=x"], import_hf: ["--model=x", "--out=x"], publish: ["x", "y"],
+    solve: ["--target=3"], view: ["x"],
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +59,20 @@ def test_a_bug_is_not_taken_for_bad_input(tool, bug, monkeypatch):
 
     monkeypatch.setattr(tool, "_work", work)
     with pytest.raises(type(bug)):
-        tool.main(["tool"])
+        tool.main(["tool", *WHOLE.get(tool, [])])
+
+
+@pytest.mark.parametrize("tool", TOOLS, ids=name)
+def test_what_a_command_line_lacks_or_has_too_much_of_is_named(tool, capsys, monkeypatch):
+    monkeypatch.setattr(tool, "_work", lambda values, arguments: None)
+    line = WHOLE.get(tool, [])
+    assert tool.main(["tool", *line]) == 0
+    for i, left_out in enumerate(line):
+        assert tool.main(["tool", *line[:i], *line[i + 1 :]]) == 1
+        assert left_out.partition("=")[0].removeprefix("x").removeprefix("y") in capsys.readouterr().err
+    if tool not in (data, solve):  # they count for themselves
+        assert tool.main(["tool", *line, "surplus"]) == 1
+        assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_bug_inside_an_export_is_not_taken_for_bad_input(tmp_path, monkeypatch):

@@ -219,11 +219,11 @@ def test_stats_of_validation_trees_that_were_all_dropped(tmp_path, capsys):
         (["make", f"--config={CONFIG}", "--out=x", "--shard=3/3"], "--shard is i/n with i from 0 to n - 1, was given"),
         (["make", f"--config={CONFIG}", "--out=x", "--set=problems.trian=3"], "no setting problems.trian"),
         (["make", "more", f"--config={CONFIG}", "--out=x"], "no such argument: 'more'"),
-        (["stats"], "stats takes one folder, 0 were given"),
+        (["stats"], "the arguments are stats FOLDER, 1 were given"),
         (["stats", "nowhere"], "no finished data set at nowhere"),
         (["import", "--out=x"], "import takes one file of traces or more, none was given"),
         (["import", "nowhere.json", "--out=x/y"], "No such file"),
-        (["export", "--out=x"], "export takes one folder of trees"),
+        (["export", "--out=x"], "the arguments are export FOLDER, 1 were given"),
         (["export", "nowhere", "--out=x"], "no trees under nowhere"),
     ],
 )

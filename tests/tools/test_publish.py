@@ -91,7 +91,7 @@ def test_what_is_no_finished_run_is_named(run_folder, tmp_path, capsys):
     for arguments, says in (
         ([run_folder, tmp_path / "out"], "is no finished run: it has no export/check.json"),
         ([tmp_path / "nothing", tmp_path / "out"], "is no finished run: it has no report.md"),
-        ([run_folder], "two folders are needed, a run's and the one to write, 1 were given"),
+        ([run_folder], "the arguments are RUN OUT, 1 were given"),
     ):
         assert call(*arguments) == 1
         err = capsys.readouterr().err

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import jax
 
-jax.config.update("jax_num_cpu_devices", 8)
+from apr_jax.devices import start_devices
+
+start_devices(8, cache=False)  # the tests' own cache stays
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 import numpy as np  # noqa: E402

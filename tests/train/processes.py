@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from apr_jax.data.packing import lay_out
+from apr_jax.devices import start_devices
 from apr_jax.train.optimizer import OptimizerConfig, path_name
 from apr_jax.train.sft import SftConfig, SftRun, run_sft
 from apr_jax.train.step import data_mesh
@@ -47,7 +48,7 @@ def notify():
 
 if __name__ == "__main__":
     address, index, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
-    jax.config.update("jax_num_cpu_devices", 4)
+    start_devices(4, cache=False)
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(address, 2, index)
     assert jax.device_count() == 8 and jax.local_device_count() == 4

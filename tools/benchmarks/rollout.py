@@ -42,7 +42,7 @@ from apr_jax.threads import map_blocks
 from apr_jax.threads.engine import Engine, Sampling
 from apr_jax.threads.metrics import children, sampled_tokens
 from apr_jax.threads.run import Budget, TreeRunner, run_all
-from apr_jax.train.checkpoint import CheckpointError, load_model
+from apr_jax.train.checkpoint import load_model
 from apr_jax.train.step import data_mesh
 from tools import command
 
@@ -155,13 +155,9 @@ def _fork(engine: JaxEngine, rounds: int, vocabulary: int, tokens: int = 512) ->
 
 
 def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
-    if arguments:
-        raise ValueError(f"only flags are taken, was given {arguments[0]!r}")
+    jax.config.update("jax_enable_compilation_cache", False)  # compiling is measured
     published = Path(values["checkpoint"].value)
-    try:
-        model, meta = load_model(published / "checkpoints")
-    except CheckpointError as error:
-        raise ValueError(str(error)) from None
+    model, meta = load_model(published / "checkpoints")
     model = widened(model, values["widen"].value)
     tokenizer = Tokenizer.load(published / "tokenizer.json")
     given = meta["config"]
@@ -221,8 +217,7 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    command.use_all_cores()
-    return command.run(__doc__, _define, _work, argv)
+    return command.run(__doc__, _define, _work, argv, devices=True)
 
 
 if __name__ == "__main__":

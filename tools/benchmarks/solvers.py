@@ -7,7 +7,6 @@ Rounds alternate, so that whatever else the machine does hits both. Statistics a
 is within sampling error where it is under three of its standard errors.
 """
 
-import json
 import os
 import platform
 import random
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
+from apr_jax.errors import UserError
 from apr_jax.tasks.countdown import Problem, ProblemRange
 from apr_jax.tasks.countdown.search import APR_PROMISING, SOSP_PROMISING, SolverConfig
 from apr_jax.tasks.countdown.solver import SOLVERS
@@ -31,7 +31,9 @@ MOST_APART = 3  # standard errors
 
 
 def _define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("authors", None, "A checkout of the authors' repository.", flag_values=values)
+    flags.DEFINE_string(
+        "authors", None, "A checkout of the authors' repository, Parallel-Reasoning/APR.", flag_values=values
+    )
     flags.DEFINE_integer("problems", 2000, "Problems solved by both.", lower_bound=ROUNDS, flag_values=values)
     flags.DEFINE_string("out", None, "A JSON file for the figures.", flag_values=values)
 
@@ -61,7 +63,7 @@ class Authors:
 
     def __init__(self, folder: str):
         if not (Path(folder) / "src" / "data" / "search.py").is_file():
-            raise ValueError(f"--authors is a checkout of the authors' repository, {folder} has no src/data/search.py")
+            raise UserError(f"--authors is a checkout of the authors' repository, {folder} has no src/data/search.py")
         sys.path.insert(0, folder)
         from src.countdown_utils import mult_heuristic
         from src.data.countdown import CountDown
@@ -126,8 +128,6 @@ def compare(ours: list[ThreadTree], theirs: list[dict]) -> dict:
 
 
 def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
-    if not values["authors"].value:
-        raise ValueError("--authors=FOLDER is needed: a checkout of Parallel-Reasoning/APR")
     authors, count = Authors(values["authors"].value), values["problems"].value
     random.seed(0)
     source, rng = ProblemRange(), random.Random(0)
@@ -174,14 +174,11 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
                 f"{style:<5} {name:<24} ours {row['ours']:>10}   authors {row['authors']:>10}   "
                 f"{row['standard_errors']:>5} standard errors apart: {sampling} sampling error"
             )
-    if values["out"].value:
-        out = Path(values["out"].value)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(found, indent=1) + "\n")
+    command.write_json(values["out"].value, found)
 
 
 def main(argv: Sequence[str]) -> int:
-    return command.run(__doc__, _define, _work, argv)
+    return command.run(__doc__, _define, _work, argv, required=("authors",))
 
 
 if __name__ == "__main__":

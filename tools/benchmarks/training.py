@@ -33,6 +33,7 @@ from flax import nnx
 
 from apr_jax.data.packing import Piece, first_fit, lay_out, lay_out_tree, pack_rows
 from apr_jax.export.hf import export_hf, load_transformers
+from apr_jax.export.oracle import import_torch
 from apr_jax.model.flops import peak_flops, training_flops
 from apr_jax.model.llama import PRESETS, Llama, LlamaConfig
 from apr_jax.tasks.countdown.recipe import Recipe
@@ -94,7 +95,7 @@ class TorchLoop:
     """transformers' Llama with the weights of an export, trained on packed rows."""
 
     def __init__(self, folder: str, dtype: str):
-        import torch
+        torch = import_torch()
 
         self._torch = torch
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -240,8 +241,7 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    command.use_all_cores()
-    return command.run(__doc__, _define, _work, argv)
+    return command.run(__doc__, _define, _work, argv, devices=True)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from apr_jax.errors import UserError
-from apr_jax.io.files import part_of
+from apr_jax.io.files import whole
 from apr_jax.tasks.countdown import trace
 from apr_jax.tasks.countdown.problem import Problem, successors
 from apr_jax.tasks.countdown.verify import check_path
@@ -320,16 +320,10 @@ def _token_counts(texts: dict[str, Any], encode: Callable[[str], list[int]]) -> 
 
 def _write(path: Path, rows: Iterable[Any]) -> None:
     """One array, an entry a line; whole or not at all."""
-    path = Path(path)
-    part = part_of(path)
-    try:
-        with open(part, "w", encoding="utf-8") as file:
-            for number, row in enumerate(rows):
-                file.write(("[\n" if number == 0 else ",\n") + json.dumps(row))
-            file.write("[]\n" if file.tell() == 0 else "\n]\n")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole(Path(path)) as part, open(part, "w", encoding="utf-8") as file:
+        for number, row in enumerate(rows):
+            file.write(("[\n" if number == 0 else ",\n") + json.dumps(row))
+        file.write("[]\n" if file.tell() == 0 else "\n]\n")
 
 
 def _problem_row(problem: Problem) -> dict[str, Any]:

@@ -5,11 +5,11 @@ writes over a file that is there: a damaged entry would be compiled anew by ever
 modules, which have no public way in; where another version has other names, nothing is changed.
 """
 
-import os
-import threading
 from pathlib import Path
 
 import jax
+
+from apr_jax.io.files import whole
 
 
 def use_cache(folder: Path) -> None:
@@ -41,9 +41,8 @@ def _mend() -> None:
         path = _entry(cache.path, key)
         if cache.eviction_enabled or path.exists():  # the first keeps books of its own
             return write(cache, key, value)
-        part = path.with_name(f"{os.getpid()}.{threading.get_ident()}.part")
-        part.write_bytes(value)
-        os.replace(part, path)
+        with whole(path) as part:
+            part.write_bytes(value)
 
     read_or_remove.mended = True
     compilation_cache.get_executable_and_time, LRUCache.put = read_or_remove, write_whole

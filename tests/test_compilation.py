@@ -12,7 +12,7 @@ from pathlib import Path
 import jax, jax.numpy as jnp
 from jax import monitoring
 if sys.argv[2] == "mended":
-    from experiments.compilation import use_cache
+    from apr_jax.compilation import use_cache
     use_cache(Path(sys.argv[1]))
 else:
     jax.config.update("jax_compilation_cache_dir", sys.argv[1])
