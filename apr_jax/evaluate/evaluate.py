@@ -192,8 +192,8 @@ def _record(blank: Record, tree: ThreadTree, runner: TreeRunner) -> Record:
     texts = (text for thread in tree.threads() for text in _written(thread, runner.tokenizer.decode))
     counts = list(map(runner.protocol.steps, texts))
     return dataclasses.replace(
-        blank, correct=tree.info["correct"], claimed=tree.info["claimed"], failures=tree.info["failures"],
-        malformed=tree.info["malformed"], guarded=tree.info["guarded"],
+        blank, correct=tree.outcome.correct, claimed=tree.outcome.answered, failures=tree.outcome.failures,
+        malformed=tree.outcome.malformed, guarded=tree.outcome.suppressed_joins,
         total_tokens=total_tokens(tree), sampled_tokens=sampled_tokens(tree), sequential_tokens=sequential_tokens(tree),
         longest_context=longest_context(tree), children=children(tree), duplicate_children=duplicate_children(tree),
         depth=depth(tree), operations_right=sum(right for right, _ in counts), operations=sum(n for _, n in counts),

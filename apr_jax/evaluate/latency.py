@@ -261,7 +261,7 @@ def _described(
     roots = [one.first for one in calls if one.depth == 0 and one.first is not None]
     cached = [one.cached_tokens for one in calls]
     return dataclasses.replace(
-        blank, correct=bool(tree.info["correct"]), failures=tree.info["failures"], began=began, latency=latency,
+        blank, correct=tree.outcome.correct, failures=tree.outcome.failures, began=began, latency=latency,
         first_token=min(roots) - start if roots else None, **_parts(chain, latency),
         predicted_prefill=predicted.prefill, predicted_decode=predicted.decode, predicted_chain_tokens=predicted.tokens,
         chain_requests=len(chain), chain_tokens=sum(one.output_tokens for one in chain), requests=len(calls),
