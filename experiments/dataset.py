@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from apr_jax.data.dataset import SHARD_PROBLEMS, DatasetConfig, ProblemFile, make_dataset, read_manifest
-from apr_jax.data.packing import StoredPieces
+from apr_jax.data.packing import StoredSegments
 from apr_jax.data.store import TreeStore
 from apr_jax.errors import UserError
 from apr_jax.io.progress import Progress
@@ -45,7 +45,8 @@ def make_data(settings: Settings, folder: Path, processes: int = 0, shard: tuple
     if manifest["config"].get("imported"):
         _check_imported(settings, folder, manifest)
     if settings.grpo.steps and settings.grpo.validate_every:
-        hold_back(load_problems(folder / "train.npy"), settings.grpo)  # now, not when SFT has ended
+        problems = load_problems(folder / "train.npy")
+        hold_back(problems, settings.grpo, lambda problem: problem.key)  # now, not when SFT has ended
     return manifest
 
 
@@ -72,7 +73,7 @@ def _shared(*files: np.ndarray) -> int:
     return len(one & two)
 
 
-def load_pieces(folder: Path, style: str, part: str, children: int = 0, seed: int = 0) -> StoredPieces:
+def load_pieces(folder: Path, style: str, part: str, children: int = 0, seed: int = 0) -> StoredSegments:
     """The threads of a style's trees ("train" or "validation") to train on: roots, and of each tree's children at most
     `children` (0: all), drawn by the seed, those that found the target first.
 
@@ -90,7 +91,7 @@ def load_pieces(folder: Path, style: str, part: str, children: int = 0, seed: in
     except UserError as error:
         raise UserError(f"{error}: {_mend(folder)}") from None
     if not children:
-        return StoredPieces(store)
+        return StoredSegments(store)
     rng = random.Random(f"{seed}/{style}/children")
     chosen: list[int] = []
     for tree, (first, end) in enumerate(zip(store.tree_threads, store.tree_threads[1:])):
@@ -99,7 +100,7 @@ def load_pieces(folder: Path, style: str, part: str, children: int = 0, seed: in
         found = set(store.info(tree)["found"])
         drawn.sort(key=lambda thread: thread not in found)
         chosen += [int(first) + thread for thread in (0, *drawn[:children])]
-    return StoredPieces(store, np.array(chosen))
+    return StoredSegments(store, np.array(chosen))
 
 
 def load_held_out(folder: Path) -> Sequence[Problem]:

@@ -139,7 +139,6 @@ def default_config() -> ml_collections.ConfigDict:
     c.grpo.normalise = True
     c.grpo.aggregate = "tree"  # tree, sequence, paper (as the authors' code), token, constant (Dr. GRPO)
     c.grpo.importance_cap = 0.0  # of weights between engine and trainer; 0: none
-    c.grpo.child_credit = 0.0  # weight of a child's own advantage against its siblings
     c.grpo.prices = ml_collections.ConfigDict({field.name: 0.0 for field in dataclasses.fields(Prices)})
     c.grpo.fresh_rounds = 0  # most times that groups without a signal are replaced by those of fresh prompts
     c.grpo.temperature = 1.0

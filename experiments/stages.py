@@ -45,8 +45,8 @@ from apr_jax.text.hub import find_tokenizer, load_tokenizer
 from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.threads.run import TreeRunner
 from apr_jax.train.checkpoint import CheckpointError, fingerprint, last_step, load_meta, load_model, newest_step
-from apr_jax.train.grpo import most_frequent, run_grpo
-from apr_jax.train.sft import run_sft
+from apr_jax.train.grpo import GrpoJob, RolloutSpec, most_frequent, run_grpo
+from apr_jax.train.sft import SftJob, run_sft
 from apr_jax.train.step import data_mesh
 from experiments.dataset import (
     load_conditions,
@@ -183,10 +183,11 @@ class Run:
                 load_pieces(self.workdir / "data", style, part, children, self.settings.seed)
                 for part in ("train", "validation")
             )
-            run_sft(
-                model, pieces, validation, self.settings.sft, self.mesh, self.workdir / f"sft_{style}",
+            job = SftJob(
+                model, self.settings.sft, pieces, self.mesh, self.workdir / f"sft_{style}", validation,
                 self._meta(model.config, style, "sft"),
             )  # fmt: skip
+            run_sft(job)
 
     def grpo(self) -> None:
         for style in self.settings.grpo_styles if self.settings.grpo.steps else ():
@@ -204,13 +205,17 @@ class Run:
                     f"{self.workdir / f'grpo_{style}'} began with other weights than sft_{style} has now: remove it, "
                     "or give another --workdir"
                 )
-            run_grpo(
-                model, load_problems(self.workdir / "data" / "train.npy"), CountdownProtocol(style), self.tokenizer,
-                self.settings.budget_of(style), self.settings.grpo, self.mesh, self.settings.grpo_slots,
-                self.workdir / f"grpo_{style}",
-                self._meta(model.config, style, "grpo") | {"began_with": began_with},
-                self.settings.evaluate_sampling, self._conditions(style),
+            rollouts = RolloutSpec(
+                CountdownProtocol(style), self.tokenizer, self.settings.budget_of(style), self.settings.grpo_slots,
+                self._conditions(style),
             )  # fmt: skip
+            job = GrpoJob(
+                model, self.settings.grpo, rollouts, load_problems(self.workdir / "data" / "train.npy"), self.mesh,
+                self.workdir / f"grpo_{style}", key=lambda problem: problem.key,
+                meta=self._meta(model.config, style, "grpo") | {"began_with": began_with},
+                validation_sampling=self.settings.evaluate_sampling,
+            )  # fmt: skip
+            run_grpo(job)
 
     def evaluate(self) -> None:
         problems = load_held_out(self.workdir / "data")

@@ -28,7 +28,7 @@ from apr_jax.tasks.tagged.sums import CUTS
 from apr_jax.threads.engine import Sampling
 from apr_jax.threads.run import Budget, TreeRunner
 from apr_jax.train.checkpoint import fingerprint
-from apr_jax.train.grpo import run_grpo
+from apr_jax.train.grpo import GrpoJob, RolloutSpec, run_grpo
 from apr_jax.train.objective import GrpoConfig
 from apr_jax.train.optimizer import OptimizerConfig
 from apr_jax.train.reward import Prices
@@ -65,15 +65,14 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     mesh = batch_mesh()
     models = {"before": train_pupil(trees, tokenizer, mesh, sft_steps, workdir / "sft", {}, row=BUDGET.context)}
     slots = 2 * SLOTS
+    rollouts = RolloutSpec(protocol, tokenizer, BUDGET, slots)
     for name, prices in PRICES.items():
         config = GrpoConfig(
             steps=steps, prompts=12, group=8, batch_rows=BATCH_ROWS, row_length=BUDGET.context, inner_steps=1,
             prices=prices, aggregate="constant", normalise=False, save_every=10,
             optimizer=OptimizerConfig(name="muon", peak_rate=1e-3, muon_rate=5e-3, warmup_steps=1, schedule="constant"),
         )  # fmt: skip
-        models[name] = run_grpo(
-            models["before"], train, protocol, tokenizer, BUDGET, config, mesh, slots, _folder(workdir, name), {}
-        )
+        models[name] = run_grpo(GrpoJob(models["before"], config, rollouts, train, mesh, _folder(workdir, name)))
     found = {"device": jax.devices()[0].device_kind, "sft_steps": sft_steps, "held_out": {}, "steps": {}}
     for name, model in models.items():
         engine = JaxEngine(model, mesh, slots=slots, context=BUDGET.context)

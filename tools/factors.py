@@ -18,7 +18,7 @@ from absl import flags
 from flax import nnx
 from jax.sharding import Mesh
 
-from apr_jax.data.packing import lay_out_tree
+from apr_jax.data.packing import flatten_tree
 from apr_jax.errors import UserError
 from apr_jax.evaluate.run import evaluate
 from apr_jax.evaluate.statistics import summarise
@@ -31,7 +31,7 @@ from apr_jax.threads import ThreadTree, encode_tree
 from apr_jax.threads.engine import Sampling
 from apr_jax.threads.run import Budget, TreeRunner
 from apr_jax.train.optimizer import OptimizerConfig
-from apr_jax.train.sft import SftConfig, run_sft
+from apr_jax.train.sft import SftConfig, SftJob, run_sft
 from apr_jax.train.step import data_mesh
 from tools import command
 
@@ -79,13 +79,13 @@ def train_pupil(
 ) -> Llama:
     """A small model trained on all threads of trees of text, in rows of so many tokens, or what is left to train."""
     encoded = [encode_tree(tree, tokenizer.encode, tokenizer.bos, tokenizer.eos) for tree in trees]
-    pieces = [piece for tree in encoded for piece in lay_out_tree(tree)]
+    segments = [segment for tree in encoded for segment in flatten_tree(tree)]
     model = Llama(LlamaConfig(len(tokenizer), width=64, layers=2, heads=4, context=row), rngs=nnx.Rngs(0))
     optimizer = OptimizerConfig(
         name="muon", peak_rate=3e-3, muon_rate=0.02, warmup_steps=20, schedule="linear", end_rate=0.02
     )
     config = SftConfig(steps=steps, batch_rows=BATCH_ROWS, row_length=row, optimizer=optimizer, log_every=100)
-    return run_sft(model, pieces, pieces[:64], config, mesh, folder, {"stage": "sft", **meta})
+    return run_sft(SftJob(model, config, segments, mesh, folder, segments[:64], {"stage": "sft", **meta}))
 
 
 def main(argv: Sequence[str]) -> int:

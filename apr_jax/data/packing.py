@@ -1,7 +1,7 @@
 """Packing thread trees into rows, each shared prefix once.
 
 A thread's blocks form a small tree of tokens: a spawn's call and what follows the join both continue the
-same prefix. Laid out depth first, every token carries
+same prefix. In the flat form, depth first, every token carries
 
 * its position on its path,
 * the index of its predecessor on the path, whose logits predict it (-1 for a first token),
@@ -9,7 +9,7 @@ same prefix. Laid out depth first, every token carries
   ``enter[j] <= enter[i] < exit[j]`` and j is not later.
 
 A child that inherits its parent's context is one more branch of the prefix. A child that begins with a context of
-its own is a piece by itself, and the same rule packs the pieces of any trees into one row: one mask, one loss, no
+its own is a segment by itself, and the same rule packs the segments of any trees into one row: one mask, one loss, no
 special case.
 
     prompt P, written W, call C, join J, written X  ->  row   P W C J X
@@ -21,31 +21,95 @@ import dataclasses
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import jax
 import numpy as np
 
 from apr_jax.data.store import BRANCH, CALL_FORCED, CALL_SAMPLED, END, JOIN, SAMPLED_ROLES, TreeStore, block_rows
 from apr_jax.errors import UserError
 from apr_jax.threads import Block, Thread, ThreadTree
 
-ROW_FIELDS = (
-    "tokens", "positions", "predecessors", "enter", "exit", "role", "logprobs", "share", "kl_share", "advantage",
-)  # fmt: skip
+Array = np.ndarray | jax.Array
+_INTEGERS = ("tokens", "positions", "predecessors", "enter", "exit", "role")
+_FLOATS = ("logprobs", "loss_weight", "kl_weight", "advantage")
+_ADDED = ("reference_logprobs", "old_logprobs")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PackedBatch:
+    """B rows of T tokens, each row some segments and then padding. A pytree of arrays [B, T]: NumPy's where it is
+    packed, JAX's inside a compiled function."""
+
+    tokens: Array  # [B, T] int32
+    positions: Array  # [B, T] int32, on the token's path; 0 in padding
+    predecessors: Array  # [B, T] int32, index in the row of the token before it on its path; -1: none
+    enter: Array  # [B, T] int32, number of its block in the row; -1 in padding
+    exit: Array  # [B, T] int32, number of the first block that no longer sees it; -1 in padding
+    role: Array  # [B, T] int32, who wrote it and where, a role of data.store; -1 in padding
+    logprobs: Array  # [B, T] float32, under the distribution it was drawn from; 0 where forced or unknown
+    loss_weight: Array  # [B, T] float32, weight of a trained token (1 in SFT, GRPO's aggregation); 0 in padding
+    kl_weight: Array  # [B, T] float32, the same for the divergence from a reference
+    advantage: Array  # [B, T] float32, GRPO's; 0 in SFT
+    reference_logprobs: Array | None = None  # [B, T] float32, of the model that GRPO began with, where there is a kl
+    old_logprobs: Array | None = None  # [B, T] float32, of the trainer before the update, where weights are capped
+
+    @property
+    def real(self) -> Array:
+        """[B, T] bool: the token is no padding."""
+        return self.exit > self.enter
+
+    def check(self) -> None:
+        """Raises ValueError where an invariant does not hold: arrays have one shape and their types; padding sees
+        nothing (nothing sees it, its intervals being empty), has no role and no weight; intervals are nested; a token's
+        predecessor is the last token before it that it sees, and its position is how many tokens it sees before
+        itself."""
+        shape = np.shape(self.tokens)
+        for names, dtype in ((_INTEGERS, np.int32), (_FLOATS + _ADDED, np.float32)):
+            for name in names:
+                values = getattr(self, name)
+                if values is None and name in _ADDED:
+                    continue
+                if (values.shape, values.dtype) != (shape, dtype) or len(shape) != 2:
+                    raise ValueError(f"{name} is {values.dtype} {values.shape}, not {np.dtype(dtype)} {shape}")
+        for row in range(shape[0]):
+            if broken := self._broken(row):
+                raise ValueError(f"row {row} of a batch: {broken}")
+
+    def _broken(self, row: int) -> str | None:
+        """The first invariant that a row breaks; None: it keeps all."""
+        enter_T, exit_T, predecessors_T = (np.asarray(x)[row] for x in (self.enter, self.exit, self.predecessors))
+        T = len(enter_T)
+        real_T = np.asarray(self.real)[row]
+        sees_TxT = (enter_T <= enter_T[:, None]) & (enter_T[:, None] < exit_T)  # a token (first axis) sees another
+        before_TxT = sees_TxT & np.tri(T, k=-1, dtype=bool)
+        last_T = np.where(before_TxT.any(axis=1), T - 1 - before_TxT[:, ::-1].argmax(axis=1), -1)
+        role_T, positions_T = np.asarray(self.role)[row], np.asarray(self.positions)[row]
+        weights_T = np.asarray(self.loss_weight)[row], np.asarray(self.kl_weight)[row]
+        rules = {
+            "padding sees a token": ~sees_TxT[~real_T].any(),
+            "padding has a role": (role_T[~real_T] < 0).all() and (role_T[real_T] >= 0).all(),
+            "padding has a weight": not any(weight_T[~real_T].any() for weight_T in weights_T),
+            "intervals are not nested": (~sees_TxT | (exit_T[:, None] <= exit_T))[np.ix_(real_T, real_T)].all(),
+            "a predecessor is not the last token seen before": (predecessors_T == last_T).all(),
+            "a position is not the number of tokens seen before": (positions_T == before_TxT.sum(axis=1)).all(),
+        }
+        return next((rule for rule, holds in rules.items() if not holds), None)
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
-    """One thread laid out with those that inherit from it; every array has its n tokens, `nodes` counts its blocks."""
+class Segment:
+    """One thread, flat, with the children that inherit from it: n tokens; `nodes` counts its blocks."""
 
-    tokens: np.ndarray  # int32
-    positions: np.ndarray  # int32
-    predecessors: np.ndarray  # int32, index within the piece, -1 for the first
-    enter: np.ndarray  # int32
-    exit: np.ndarray  # int32
-    role: np.ndarray  # int32: who wrote it and where, a role of threads.store
-    logprobs: np.ndarray  # float32: under the distribution it was drawn from; 0 where forced or unknown
-    share: np.ndarray  # float32: weight of each of its trained tokens (1 in SFT, GRPO's aggregation)
-    kl_share: np.ndarray  # float32: the same for the divergence from a reference
-    advantage: np.ndarray  # float32: GRPO's, 0 in SFT
+    tokens: np.ndarray  # [n] int32
+    positions: np.ndarray  # [n] int32
+    predecessors: np.ndarray  # [n] int32, index within the segment, -1 for the first
+    enter: np.ndarray  # [n] int32
+    exit: np.ndarray  # [n] int32
+    role: np.ndarray  # [n] int32, who wrote it and where, a role of data.store
+    logprobs: np.ndarray  # [n] float32, under the distribution it was drawn from; 0 where forced or unknown
+    loss_weight: np.ndarray  # [n] float32, weight of each of its trained tokens (1 in SFT, GRPO's aggregation)
+    kl_weight: np.ndarray  # [n] float32, the same for the divergence from a reference
+    advantage: np.ndarray  # [n] float32, GRPO's, 0 in SFT
     nodes: int
 
     def __len__(self) -> int:
@@ -53,7 +117,7 @@ class Piece:
 
     @property
     def sampled(self) -> np.ndarray:
-        """bool: the model wrote it (or would have: a solver's thread)."""
+        """[n] bool: the model wrote it (or would have: a solver's thread)."""
         return np.isin(self.role, SAMPLED_ROLES)
 
 
@@ -61,28 +125,25 @@ class Piece:
 PerRequest = Callable[[Thread, int], float]
 
 
-def lay_out(
+def flatten_thread(
     thread: Thread,
-    share: PerRequest = lambda thread, request: 1.0,
-    advantage: Callable[[Thread], float] = lambda thread: 0.0,
-    kl_share: PerRequest | None = None,
-) -> Piece:
-    """The piece of one thread of ids and the children that inherit from it. Of each request of theirs, `share` weighs
-    the tokens and `kl_share` (default: the same) their divergence; of each thread, `advantage` says how well it did."""
+    loss_weight: PerRequest = lambda thread, request: 1.0,
+    advantage: float = 0.0,
+    kl_weight: PerRequest | None = None,
+) -> Segment:
+    """The segment of one thread of ids and the children that inherit from it. `loss_weight` gives the weight of the
+    tokens of each of their requests, `kl_weight` (default: the same) that of the divergence; all have one advantage."""
     rows = list(block_rows(thread))
     tokens = [token for _, block, _, _ in rows for token in block.content]
     logprobs = [p for _, block, _, _ in rows for p in (block.logprobs or [0.0] * len(block))]
     blocks = np.array([(role, len(block), children) for _, block, role, children in rows], np.int32)
-    piece = lay_out_blocks(np.asarray(tokens, np.int32), blocks, np.asarray(logprobs, np.float32))
+    segment = flatten_blocks(np.asarray(tokens, np.int32), blocks, np.asarray(logprobs, np.float32))
     writers = list(_writers(rows))
-    columns = (
-        (piece.share, [share(whose, request) for whose, request in writers]),
-        (piece.kl_share, [(kl_share or share)(whose, request) for whose, request in writers]),
-        (piece.advantage, [advantage(whose) for whose, _ in writers]),
-    )
-    for values, of_blocks in columns:
-        values[:] = np.repeat(np.asarray(of_blocks, np.float32), blocks[:, 1])
-    return piece
+    for weights, of_request in ((segment.loss_weight, loss_weight), (segment.kl_weight, kl_weight or loss_weight)):
+        of_blocks = np.asarray([of_request(whose, request) for whose, request in writers], np.float32)
+        weights[:] = np.repeat(of_blocks, blocks[:, 1])
+    segment.advantage[:] = advantage
+    return segment
 
 
 def _writers(rows: Iterable[tuple[Thread, Block, int, int]]) -> Iterator[tuple[Thread, int]]:
@@ -98,14 +159,14 @@ def _writers(rows: Iterable[tuple[Thread, Block, int, int]]) -> Iterator[tuple[T
             requests[-1] += 1
 
 
-def lay_out_blocks(tokens: np.ndarray, blocks: np.ndarray, logprobs: np.ndarray | None = None) -> Piece:
-    """The piece of a thread's own ids [n] and blocks [blocks, 3] (role, tokens, children; see threads.store)."""
+def flatten_blocks(tokens: np.ndarray, blocks: np.ndarray, logprobs: np.ndarray | None = None) -> Segment:
+    """The segment of a thread's own ids [n] and blocks [blocks, 3] (role, tokens, children; see data.store)."""
     n, nodes = len(tokens), len(blocks)
     roles, lengths = blocks[:, 0], blocks[:, 1]
     stays = (roles != CALL_FORCED) & (roles != CALL_SAMPLED)
     first = np.cumsum(lengths) - lengths
     start, last, closes = (np.zeros(nodes, np.int32) for _ in range(3))
-    position = ahead = 0  # where the context, and the open call, go on
+    position = next_position = 0  # where the context, and the open call, go on
     path_end = call_end = -1  # index of the last token on the context's path, and on the open call's
     parents: list[tuple[int, int]] = []  # of open branches: where the parent's context goes on, and its path's end
     for node, (role, length, at, stay) in enumerate(zip(*(x.tolist() for x in (roles, lengths, first, stays)))):
@@ -114,12 +175,12 @@ def lay_out_blocks(tokens: np.ndarray, blocks: np.ndarray, logprobs: np.ndarray 
         elif role == END:
             position, path_end = parents.pop()
         if stay or node == 0 or stays[node - 1]:
-            ahead, call_end = position, path_end
-        start[node], last[node] = ahead, call_end
-        ahead += length
+            next_position, call_end = position, path_end
+        start[node], last[node] = next_position, call_end
+        next_position += length
         call_end = at + length - 1 if length else call_end
         if stay:
-            position, path_end = ahead, call_end
+            position, path_end = next_position, call_end
     after = nodes  # where the context goes on after a call
     ends = [nodes]  # of the whole, and of the branches around a node
     for node in range(nodes - 1, -1, -1):
@@ -133,7 +194,7 @@ def lay_out_blocks(tokens: np.ndarray, blocks: np.ndarray, logprobs: np.ndarray 
     predecessors = index - 1
     begun = lengths > 0
     predecessors[first[begun]] = last[begun]
-    return Piece(
+    return Segment(
         tokens=tokens,
         positions=index + np.repeat(start - first, lengths).astype(np.int32),
         predecessors=predecessors,
@@ -141,20 +202,20 @@ def lay_out_blocks(tokens: np.ndarray, blocks: np.ndarray, logprobs: np.ndarray 
         exit=np.repeat(closes, lengths),
         role=np.repeat(roles, lengths),
         logprobs=np.zeros(n, np.float32) if logprobs is None else logprobs,
-        share=np.ones(n, np.float32),
-        kl_share=np.ones(n, np.float32),
+        loss_weight=np.ones(n, np.float32),
+        kl_weight=np.ones(n, np.float32),
         advantage=np.zeros(n, np.float32),
         nodes=nodes,
     )
 
 
-def lay_out_tree(tree: ThreadTree) -> list[Piece]:
-    """The pieces of a tree, its root's first."""
-    return [lay_out(thread) for thread in tree.threads() if not thread.inherits]
+def flatten_tree(tree: ThreadTree) -> list[Segment]:
+    """The segments of a tree, its root's first."""
+    return [flatten_thread(thread) for thread in tree.threads() if not thread.inherits]
 
 
-class StoredPieces(Sequence[Piece]):
-    """Threads of a store, laid out when they are asked for: their ids stay on disk. `threads` picks some of them by
+class StoredSegments(Sequence[Segment]):
+    """Threads of a store, made flat when they are asked for: their ids stay on disk. `threads` picks some of them by
     number; None: all."""
 
     def __init__(self, store: TreeStore, threads: np.ndarray | None = None):
@@ -165,13 +226,15 @@ class StoredPieces(Sequence[Piece]):
     def __len__(self) -> int:
         return len(self._threads)
 
-    def __getitem__(self, index: int) -> Piece:
-        return lay_out_blocks(*self.store.thread(int(self._threads[index])))
+    def __getitem__(self, index: int) -> Segment:
+        return flatten_blocks(*self.store.thread(int(self._threads[index])))
 
 
-def piece_lengths(pieces: Sequence[Piece]) -> np.ndarray:
-    """Tokens of each piece [pieces], without laying out what lies on disk."""
-    return pieces.lengths if isinstance(pieces, StoredPieces) else np.array([len(piece) for piece in pieces], np.int64)
+def segment_lengths(segments: Sequence[Segment]) -> np.ndarray:
+    """Tokens of each segment [segments], without reading the ids that lie on disk."""
+    if isinstance(segments, StoredSegments):
+        return segments.lengths
+    return np.array([len(segment) for segment in segments], np.int64)
 
 
 def first_fit(lengths: Sequence[int], row_length: int, open_rows: int = 32) -> list[list[int]]:
@@ -195,51 +258,50 @@ def first_fit(lengths: Sequence[int], row_length: int, open_rows: int = 32) -> l
     return rows
 
 
-def pack_rows(rows: Iterable[Sequence[Piece]], row_length: int, row_count: int | None = None) -> dict[str, np.ndarray]:
-    """Rows of pieces as arrays [B, T] by the names of `ROW_FIELDS`. Padding has an interval that sees
-    nothing, no predecessor, no role and no weight; `row_count` adds empty rows."""
+def pack_rows(rows: Iterable[Sequence[Segment]], row_length: int, row_count: int | None = None) -> PackedBatch:
+    """Rows of segments as one batch; `row_count` adds rows of padding."""
     rows = list(rows)
-    B, T = row_count or len(rows), row_length
-    packed = {name: np.zeros((B, T), np.int32) for name in ("tokens", "positions")}
-    packed |= {name: np.full((B, T), -1, np.int32) for name in ("predecessors", "enter", "exit", "role")}
-    packed |= {name: np.zeros((B, T), np.float32) for name in ("logprobs", "share", "kl_share", "advantage")}
-    for b, pieces in enumerate(rows):
+    shape = (row_count or len(rows), row_length)
+    padding = {"tokens": 0, "positions": 0} | dict.fromkeys(("predecessors", "enter", "exit", "role"), -1)
+    packed = {name: np.full(shape, padding[name], np.int32) for name in _INTEGERS}
+    packed |= {name: np.zeros(shape, np.float32) for name in _FLOATS}
+    for b, segments in enumerate(rows):
         at = nodes = 0
-        for piece in pieces:
-            span = slice(at, at + len(piece))
-            for name in ROW_FIELDS:
-                packed[name][b, span] = getattr(piece, name)
+        for segment in segments:
+            span = slice(at, at + len(segment))
+            for name, values in packed.items():
+                values[b, span] = getattr(segment, name)
             packed["enter"][b, span] += nodes
             packed["exit"][b, span] += nodes
-            packed["predecessors"][b, span] += np.where(piece.predecessors >= 0, at, 0)
-            at, nodes = at + len(piece), nodes + piece.nodes
-    return packed
+            packed["predecessors"][b, span] += np.where(segment.predecessors >= 0, at, 0)
+            at, nodes = at + len(segment), nodes + segment.nodes
+    return PackedBatch(**packed)
 
 
 class PackedBatches:
-    """Batches of packed rows: `batches[step]` is a pure function of (pieces, seed, step), so that
-    resuming needs no state but the step. Every epoch packs a new order. Pieces longer than a row are left out, and
+    """Batches of packed rows: `batches[step]` is a pure function of (segments, seed, step), so that
+    resuming needs no state but the step. Every epoch packs a new order. Segments longer than a row are left out, and
     counted in `too_long`: whoever trains on these says so."""
 
-    def __init__(self, pieces: Sequence[Piece], row_length: int, batch_rows: int, seed: int):
+    def __init__(self, segments: Sequence[Segment], row_length: int, batch_rows: int, seed: int):
         self.row_length, self.batch_rows, self.seed = row_length, batch_rows, seed
-        lengths = piece_lengths(pieces)
-        self._pieces, self._lengths = pieces, lengths.tolist()
+        lengths = segment_lengths(segments)
+        self._segments, self._lengths = segments, lengths.tolist()
         self._fitting = np.flatnonzero(lengths <= row_length).tolist()
-        self.too_long = len(pieces) - len(self._fitting)
+        self.too_long = len(segments) - len(self._fitting)
         self.tokens = int(lengths[lengths <= row_length].sum())  # of one epoch
         if not self._fitting:
             raise UserError(
-                f"no thread fits a row of {row_length} tokens: the shortest of {len(pieces)} has "
-                f"{lengths.min() if len(pieces) else 0}"
+                f"no thread fits a row of {row_length} tokens: the shortest of {len(segments)} has "
+                f"{lengths.min() if len(segments) else 0}"
             )
         self._epoch, self._first_step, self._rows = -1, 0, []
 
-    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, step: int) -> PackedBatch:
         return self.pack(self.rows(step))
 
     def rows(self, step: int) -> list[list[int]]:
-        """The rows of a batch, as numbers of pieces."""
+        """The rows of a batch, as numbers of segments."""
         if step < self._first_step:
             self._epoch, self._first_step, self._rows = -1, 0, []
         while step >= self._first_step + len(self._rows) // self.batch_rows:
@@ -256,9 +318,9 @@ class PackedBatches:
             step += 1
         return step
 
-    def pack(self, rows: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
-        """Some rows, as arrays."""
-        return pack_rows([[self._pieces[i] for i in indices] for indices in rows], self.row_length)
+    def pack(self, rows: Sequence[Sequence[int]]) -> PackedBatch:
+        """Some rows as a batch."""
+        return pack_rows([[self._segments[i] for i in indices] for indices in rows], self.row_length)
 
     def _open_epoch(self, epoch: int) -> None:
         rng = random.Random(f"{self.seed}/{epoch}")

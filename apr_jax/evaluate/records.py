@@ -55,10 +55,11 @@ class TreeRecord:
 
 
 def tree_counts(tree: ThreadTree) -> dict[str, Any]:
-    """What a `TreeRecord` counts of a tree that a runner made, by the names of its fields."""
+    """The fields of a `TreeRecord` that a tree decides. The tree is a rollout: it has an outcome."""
+    outcome = tree.outcome
     return {
-        "correct": bool(tree.info["correct"]), "answered": tree.info["claimed"], "failures": tree.info["failures"],
-        "malformed": tree.info["malformed"], "suppressed_joins": tree.info["guarded"],
+        "correct": outcome.correct, "answered": outcome.answered, "failures": outcome.failures,
+        "malformed": outcome.malformed, "suppressed_joins": outcome.suppressed_joins,
         "total_tokens": total_tokens(tree), "sampled_tokens": sampled_tokens(tree),
         "sequential_tokens": sequential_tokens(tree), "longest_context": longest_context(tree),
         "children": children(tree), "duplicate_children": duplicate_children(tree), "depth": depth(tree),

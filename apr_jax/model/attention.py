@@ -58,7 +58,7 @@ def packed_attention(enter_BxT: Array, exit_BxT: Array, kind: str = "auto", dtyp
 
 def _blocked_attention(enter_BxT: Array, exit_BxT: Array):
     """Queries go block by block, row by row, each over the blocks from the first that it sees to its own:
-    pieces lie one behind the other in a row, so a thread never looks back past its own beginning. How many
+    segments lie one behind the other in a row, so a thread never looks back past its own beginning. How many
     blocks those are picks one of a few compiled branches. `attend_masked` under `visible` is the oracle.
     """
     B, T = enter_BxT.shape

@@ -1,7 +1,7 @@
 """Threads that spawn and join: the tree, the task protocol, the engine protocol, the runner."""
 
 from apr_jax.threads.protocol import MalformedSpawn, SpawnRequest, TaskProtocol
-from apr_jax.threads.tree import Block, Spawn, Thread, ThreadTree, decode_tree, encode_tree, map_blocks
+from apr_jax.threads.tree import Block, Spawn, Thread, ThreadTree, TreeOutcome, decode_tree, encode_tree, map_blocks
 
 __all__ = [
     "Block",
@@ -11,6 +11,7 @@ __all__ = [
     "TaskProtocol",
     "Thread",
     "ThreadTree",
+    "TreeOutcome",
     "decode_tree",
     "encode_tree",
     "map_blocks",

@@ -15,7 +15,7 @@ from apr_jax.errors import UserError
 from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.threads.engine import Decoded, Engine, Sampling
 from apr_jax.threads.protocol import MalformedSpawn, SpawnRequest, TaskProtocol
-from apr_jax.threads.tree import Block, Spawn, Thread, ThreadTree
+from apr_jax.threads.tree import Block, Spawn, Thread, ThreadTree, TreeOutcome
 
 MALFORMED = ("stop", "fail")
 _UNLIMITED = 1 << 62
@@ -95,19 +95,16 @@ class TreeRunner:
         allowance = _Allowance(budget.threads - 1, _UNLIMITED if budget.tokens is None else budget.tokens)
         root = await self._thread(prompt, tuple(name), 0, allowance, counts)
         text = self.text(root)
-        correct = root.failure is None and self.protocol.correct(problem, text)
-        info = {
-            "correct": correct,
-            "claimed": self.protocol.result(text) is not None,
-            "failures": dict(Counter(thread.failure for thread in root.walk() if thread.failure)),
-            "malformed": {
-                kind.removeprefix("malformed:"): n for kind, n in counts.items() if kind.startswith("malformed:")
-            },
-            "guarded": counts["guarded"],
-        }
-        if budget.least_children:
-            info["forced_spawns"] = counts["forced_spawns"]
-        return ThreadTree(root, info)
+        malformed = {kind.removeprefix("malformed:"): n for kind, n in counts.items() if kind.startswith("malformed:")}
+        outcome = TreeOutcome(
+            correct=root.failure is None and bool(self.protocol.correct(problem, text)),
+            answered=self.protocol.result(text) is not None,
+            failures=dict(Counter(thread.failure for thread in root.walk() if thread.failure)),
+            malformed=malformed,
+            suppressed_joins=counts["suppressed_joins"],
+            forced_spawns=counts["forced_spawns"],
+        )
+        return ThreadTree(root, outcome=outcome)
 
     async def _thread(
         self, prompt: tuple[int, ...], name: tuple[int, ...], depth: int, allowance: _Allowance, counts: Counter,
@@ -188,7 +185,7 @@ class TreeRunner:
             )
             if decoded.ids[-1] != self.join_open and not early:
                 return None, written
-            counts["forced_spawns" if early else "guarded"] += 1
+            counts["forced_spawns" if early else "suppressed_joins"] += 1
             live.replace_last(self.spawn_open)
         return "length", written
 

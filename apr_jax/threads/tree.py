@@ -114,11 +114,24 @@ class Thread:
 
 
 @dataclasses.dataclass(frozen=True)
+class TreeOutcome:
+    """What a rollout learned about its tree."""
+
+    correct: bool  # the root ended by itself with the right answer
+    answered: bool  # the root gave an answer, right or wrong
+    failures: dict[str, int] = dataclasses.field(default_factory=dict)  # threads by the failure that ended them
+    malformed: dict[str, int] = dataclasses.field(default_factory=dict)  # spawns that could not be run, by kind
+    suppressed_joins: int = 0  # join blocks that a thread began to write itself, each replaced by a spawn
+    forced_spawns: int = 0  # ends of the root that came before the budget's least children, replaced by a spawn
+
+
+@dataclasses.dataclass(frozen=True)
 class ThreadTree:
-    """A root thread and what is known of it: `info` is JSON-able (problem, seed, reward, ...)."""
+    """A root thread; `info` is JSON and holds what a solver knows of it (problem, seed, beam, ...)."""
 
     root: Thread
     info: dict[str, Any] = dataclasses.field(default_factory=dict)
+    outcome: TreeOutcome | None = None  # None: a demonstration, not a rollout
 
     def threads(self) -> Iterator[Thread]:
         yield from self.root.walk()
@@ -142,7 +155,7 @@ def map_blocks(thread: Thread, change: Callable[[Block], Block]) -> Thread:
 def decode_tree(tree: ThreadTree, decode: Callable[[Sequence[int]], str]) -> ThreadTree:
     """A tree of ids as a tree of text; `decode` leaves special tokens out. The inverse of `encode_tree`."""
     root = map_blocks(tree.root, lambda block: Block(decode(block.content), block.sampled))
-    return ThreadTree(root, tree.info)
+    return dataclasses.replace(tree, root=root)
 
 
 def encode_tree(tree: ThreadTree, encode: Callable[[str], Sequence[int]], bos: int, eos: int) -> ThreadTree:
@@ -162,4 +175,4 @@ def encode_tree(tree: ThreadTree, encode: Callable[[str], Sequence[int]], bos: i
         return dataclasses.replace(thread, blocks=tuple(blocks))
 
     root = map_blocks(tree.root, lambda block: dataclasses.replace(block, content=tuple(encode(block.content))))
-    return ThreadTree(ends(root), tree.info)
+    return dataclasses.replace(tree, root=ends(root))

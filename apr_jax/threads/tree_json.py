@@ -1,17 +1,19 @@
 """Thread trees as JSON."""
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
 from apr_jax.errors import UserError
-from apr_jax.threads.tree import Block, Spawn, Thread, ThreadTree
+from apr_jax.threads.tree import Block, Spawn, Thread, ThreadTree, TreeOutcome
 
 
 def tree_to_json(tree: ThreadTree, digits: int | None = None) -> dict[str, Any]:
     """A tree as what `json.dumps` takes: content as a string or as a list of ids, nothing left out.
 
     `digits` rounds log-probabilities to so many decimals, for small files; without it `tree_from_json`
-    gives back an equal tree. Example: the root's written[1] is `{"sampled": true, "content": [7]}`.
+    gives back an equal tree. Example: the root's written[1] is `{"sampled": true, "content": [7]}`. A rollout's tree
+    has its `outcome` as an object, too.
     """
 
     def block(entry: Block) -> dict[str, Any]:
@@ -40,7 +42,8 @@ def tree_to_json(tree: ThreadTree, digits: int | None = None) -> dict[str, Any]:
             row["inherits"] = True
         return row
 
-    return {"info": tree.info, "root": thread(tree.root)}
+    outcome = {} if tree.outcome is None else {"outcome": dataclasses.asdict(tree.outcome)}
+    return {"info": tree.info, **outcome, "root": thread(tree.root)}
 
 
 def tree_from_json(obj: dict[str, Any]) -> ThreadTree:
@@ -73,9 +76,18 @@ def tree_from_json(obj: dict[str, Any]) -> ThreadTree:
         inherits = "inherits" in row and _of_type(row, "inherits", bool)
         return Thread(tuple(map(item, _of_type(row, "blocks", list))), failure, inherits)
 
+    def outcome(row: dict[str, Any]) -> TreeOutcome:
+        counts = {name: _of_type(row, name, dict) for name in ("failures", "malformed")}
+        return TreeOutcome(
+            **{name: _of_type(row, name, bool) for name in ("correct", "answered")},
+            **{name: {kind: _of_type(of_kind, kind, int) for kind in of_kind} for name, of_kind in counts.items()},
+            **{name: _of_type(row, name, int) for name in ("suppressed_joins", "forced_spawns")},
+        )
+
     kinds: set[type] = set()
     try:
-        tree = ThreadTree(thread(obj["root"]), dict(_of_type(obj, "info", dict)))
+        found = outcome(_of_type(obj, "outcome", dict)) if "outcome" in obj else None
+        tree = ThreadTree(thread(obj["root"]), dict(_of_type(obj, "info", dict)), found)
     except RecursionError:
         raise UserError("this is no thread tree as JSON: its threads are nested too deep") from None
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
-from apr_jax.data.packing import Piece, first_fit, pack_rows
+from apr_jax.data.packing import PackedBatch, Segment, first_fit, pack_rows
 from apr_jax.errors import UserError
 from apr_jax.io.progress import Progress
 from apr_jax.model.llama import Llama
@@ -27,52 +28,70 @@ from apr_jax.threads.protocol import TaskProtocol
 from apr_jax.threads.run import Budget, TreeRunner, run_all
 from apr_jax.train.checkpoint import Checkpoints
 from apr_jax.train.metrics import MetricsLog
-from apr_jax.train.objective import GrpoConfig, advantages, grpo_loss, loss_divisor, policy_logprobs, tree_pieces
+from apr_jax.train.objective import GrpoConfig, advantages, grpo_loss, policy_logprobs, step_segments
 from apr_jax.train.optimizer import make_optimizer
-from apr_jax.train.reward import Groups, child_value, differ, rewards, rollout_metrics
+from apr_jax.train.reward import Groups, differ, rewards, rollout_metrics
 from apr_jax.train.step import NotFiniteError, Trainer
 from apr_jax.train.termination import Notice, Terminated
 
 VALIDATION_TAG = -2  # first in the names of validation's trees; a step's begin with the step
 
 
+@dataclasses.dataclass(frozen=True)
+class RolloutSpec:
+    """How the model makes a tree of a problem."""
+
+    protocol: TaskProtocol  # what a spawn means, and what is right
+    tokenizer: Tokenizer
+    budget: Budget  # of one tree; its context is the window
+    slots: int  # threads that are decoded at the same time, over all devices
+    # A condition, the text first on the root's prompt (`TreeRunner.run`) -> how many demonstrations had it. In a fixed
+    # order: each prompt of a step draws one by these counts, the same for its whole group, and validation takes the
+    # most frequent one. Empty: no condition.
+    conditions: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class GrpoJob:
+    """One GRPO run: what is trained on what, and where it is kept."""
+
+    model: Llama  # GRPO begins with it; it is also the reference of the divergence, where there is one
+    config: GrpoConfig
+    rollouts: RolloutSpec
+    problems: Sequence[Any]  # of training; the last ones are held back where there is validation
+    mesh: Mesh  # its devices sample and train
+    folder: Path  # gets checkpoints/, best/ and metrics.jsonl
+    key: Callable[[Any], Hashable] = lambda problem: problem  # equal for problems that are the same (`Task.key`)
+    meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # JSON, saved beside the weights with the step
+    validation_sampling: Sampling = Sampling(0.0)
+
+
 class GrpoTrainer:
-    """The parts of one GRPO run, and one step of it: `sample`, then `update`. `validate` measures between steps.
+    """The parts of one GRPO run, and one step of it: `sample`, then `update`. `validate` measures between steps. The
+    model is the one that GRPO begins with: the reference of the divergence, if there is one."""
 
-    The model is what GRPO begins with: the reference of the divergence, if there is one. `conditions` says how many of
-    the demonstrations had which condition first on the root's prompt (`TreeRunner.run`), in a fixed order. Each prompt
-    of a step draws one by these counts, the same for its whole group; validation takes the most frequent one.
-    """
-
-    def __init__(
-        self,
-        model: Llama,
-        protocol: TaskProtocol,
-        tokenizer: Tokenizer,
-        budget: Budget,
-        config: GrpoConfig,
-        mesh,
-        slots: int,
-        conditions: Mapping[str, int] = {},
-    ):
-        self.conditions = conditions
+    def __init__(self, model: Llama, config: GrpoConfig, rollouts: RolloutSpec, mesh: Mesh):
         if config.batch_rows % mesh.devices.size:
             raise UserError(f"batch_rows ({config.batch_rows}) must be a multiple of the {mesh.devices.size} devices")
-        self.config = config
-        self.engine = JaxEngine(model, mesh, slots=slots, context=budget.context, seed=config.seed)
-        self._runner = lambda sampling: TreeRunner(self.engine, protocol, tokenizer, budget, sampling)
-        self._window = budget.context
+        self.config, self.rollouts = config, rollouts
+        self.window = rollouts.budget.context
+        self.engine = JaxEngine(model, mesh, slots=rollouts.slots, context=self.window, seed=config.seed)
         self.trainer = Trainer(
             model,
-            lambda model, rows: grpo_loss(model, rows, config),
+            lambda model, batch: grpo_loss(model, batch, config),
             make_optimizer(config.optimizer, config.steps * config.inner_steps),
             mesh,
             whole_layers=config.optimizer.name == "muon",
         )
-        self._score = self.trainer.per_row(lambda model, rows: policy_logprobs(model, rows, config.temperature))
+        self._score = self.trainer.per_row(lambda model, batch: policy_logprobs(model, batch, config.temperature))
         self.reference = self.trainer.init(model).weights if config.kl else None
 
     # ------------------------------------------------------------------ sampling
+
+    def runner(self, sampling: Sampling) -> TreeRunner:
+        """What makes trees with the weights that the engine has."""
+        spec = self.rollouts
+        return TreeRunner(self.engine, spec.protocol, spec.tokenizer, spec.budget, sampling)
 
     def sample(self, state, step: int, problems: Sequence[Any]) -> tuple[list[list[ThreadTree]], list]:
         """(groups, replaced): a group of trees for each of the first `config.prompts` problems. The problems behind
@@ -93,34 +112,28 @@ class GrpoTrainer:
         return groups, replaced
 
     def _groups(self, step: int, problems: Sequence[Any], prompts: range) -> list[list[ThreadTree]]:
-        runner, G = self._runner(Sampling(self.config.temperature)), self.config.group
+        runner, G = self.runner(Sampling(self.config.temperature)), self.config.group
 
         def job(prompt: int, rollout: int):
             return lambda: runner.run(problems[prompt], (step, prompt, rollout), self.condition(step, prompt))
 
         trees = asyncio.run(run_all([job(prompt, rollout) for prompt in prompts for rollout in range(G)]))
-        if self.config.child_credit:
-            for tree in trees:
-                tree.info["child_values"] = [
-                    child_value(runner.protocol, runner.text(thread), thread.failure, self.config.prices)
-                    for thread in tree.threads()
-                    if thread is not tree.root
-                ]
         return [trees[start : start + G] for start in range(0, len(trees), G)]
 
     def condition(self, step: int, prompt: int) -> str:
         """What stands first on the prompt of a group: a function of the seed, the step and the prompt's number."""
-        if not self.conditions:
+        conditions = self.rollouts.conditions
+        if not conditions:
             return ""
         draw = random.Random(f"{self.config.seed}/{step}/{prompt}/condition")
-        return draw.choices(list(self.conditions), list(self.conditions.values()))[0]
+        return draw.choices(list(conditions), list(conditions.values()))[0]
 
     def validate(self, state, problems: Sequence[Any], sampling: Sampling) -> float:
         """The share of problems whose tree is right."""
         self._load(state)
-        runner, condition = self._runner(sampling), most_frequent(self.conditions)
+        runner, condition = self.runner(sampling), most_frequent(self.rollouts.conditions)
         jobs = [lambda i=i: runner.run(problems[i], (VALIDATION_TAG, i), condition) for i in range(len(problems))]
-        return float(np.mean([tree.info["correct"] for tree in asyncio.run(run_all(jobs))]))
+        return float(np.mean([tree.outcome.correct for tree in asyncio.run(run_all(jobs))]))
 
     def _load(self, state) -> None:
         self.engine.load(nnx.state(self.trainer.model(state)))
@@ -136,23 +149,19 @@ class GrpoTrainer:
             for group in groups
             for tree, advantage in zip(group, advantages(rewards(group, config.prices), config.normalise))
         ]
-        batches, metrics = self._batches(trees)
+        segments, divisor = step_segments(trees, config, self.window)
+        batches, metrics = self._batches(segments)
         clock.lap("pack")
         if not batches:
             return state, metrics | clock.laps
-        for batch in batches:
-            if self.reference is not None:
-                batch["reference"] = np.asarray(self._score(self.reference, batch))
-            if config.importance_cap:
-                batch["old"] = np.asarray(self._score(state.weights, batch))
+        batches = [self._scored(state, batch) for batch in batches]
         clock.lap("score")
-        divisor = loss_divisor(trees, config)
         for inner in range(config.inner_steps):
             state, sums = self.trainer.step(state, batches, divisor)
             if inner == 0:
                 # Before any update the trainer must find the engine's own log-probabilities again.
-                metrics["train/engine_difference"] = float(sums["difference"] / sums["trained"])
-                metrics["train/engine_difference_most"] = float(sums["max_difference"])
+                metrics["train/logprob_mismatch"] = float(sums["logprob_mismatch"] / sums["trained"])
+                metrics["train/max_logprob_mismatch"] = float(sums["max_logprob_mismatch"])
             between(inner + 1)
         sums = {name: float(value) for name, value in sums.items()}
         if sums["skipped"]:
@@ -166,23 +175,23 @@ class GrpoTrainer:
         clock.lap("update")
         return state, metrics | clock.laps
 
-    def _batches(self, trees: Sequence[tuple[ThreadTree, float]]) -> tuple[list[dict[str, np.ndarray]], dict]:
-        """Packed rows of all that has a gradient, all of one shape, and how many threads they hold. `trees` have their
-        advantages. Rows of a batch cost about the same, so that no device waits for another."""
+    def _scored(self, state, batch: PackedBatch) -> PackedBatch:
+        """The batch with the log-probabilities that the loss needs beside the engine's."""
+        reference = None if self.reference is None else np.asarray(self._score(self.reference, batch))
+        old = np.asarray(self._score(state.weights, batch)) if self.config.importance_cap else None
+        return dataclasses.replace(batch, reference_logprobs=reference, old_logprobs=old)
+
+    def _batches(self, segments: Sequence[Segment]) -> tuple[list[PackedBatch], dict[str, float]]:
+        """The segments as batches of one shape, and metrics: how many threads and tokens they hold. Rows of a batch
+        cost about the same, so that no device waits for another."""
         config = self.config
-        pieces: list[Piece] = []
-        for tree, advantage in trees:
-            if advantage or config.child_credit or config.kl:
-                pieces += tree_pieces(tree, advantage, config, self._window)
-        if not config.kl:
-            pieces = [piece for piece in pieces if piece.advantage.any()]
-        # A piece holds calls, and children that inherit, beside its thread's window: cut by no one, so counted.
-        fitting = [piece for piece in pieces if len(piece) <= config.row_length]
+        # A segment holds calls, and children that inherit, beside its thread's window: cut by no one, so counted.
+        fitting = [segment for segment in segments if len(segment) <= config.row_length]
         counts = {
-            "train/threads": len(fitting), "train/threads_too_long": len(pieces) - len(fitting),
+            "train/threads": len(fitting), "train/threads_too_long": len(segments) - len(fitting),
             "train/tokens": config.inner_steps * sum(map(len, fitting)),  # those that were given, too, as SFT counts
         }  # fmt: skip
-        rows = first_fit([len(piece) for piece in fitting], config.row_length) if fitting else []
+        rows = first_fit([len(segment) for segment in fitting], config.row_length) if fitting else []
         rows.sort(key=lambda row: sum(int(fitting[i].positions.sum()) for i in row), reverse=True)
         batches = [
             pack_rows(
@@ -204,17 +213,14 @@ def _last(items: Sequence, count: int) -> list:
     return [items[i] for i in range(len(items) - count, len(items))]
 
 
-def _identity(problem: Any) -> Hashable:
-    """What two problems share that are the same to their task: their `key` where they have one."""
-    return getattr(problem, "key", problem)
-
-
-def hold_back(problems: Sequence[Any], config: GrpoConfig) -> tuple[Sequence[Any], list]:
+def hold_back(
+    problems: Sequence[Any], config: GrpoConfig, key: Callable[[Any], Hashable] = lambda problem: problem
+) -> tuple[Sequence[Any], list]:
     """(problems to sample from, problems of validation): the last `validation` ones where there is validation, and no
-    problem that is the same as one of them is sampled. Raises UserError where none is left to sample."""
+    problem that has the `key` of one of them is sampled. Raises UserError where none is left to sample."""
     held_back = _last(problems, min(config.validation, len(problems)) if config.validate_every else 0)
-    known = set(map(_identity, held_back))
-    sampled = [problem for problem in problems if _identity(problem) not in known] if known else problems
+    known = set(map(key, held_back))
+    sampled = [problem for problem in problems if key(problem) not in known] if known else problems
     if not len(sampled):
         raise UserError(
             f"GRPO has no problem left to sample: the last {len(held_back)} of {len(problems)} are held back for "
@@ -256,22 +262,19 @@ class _Best:
         self._checkpoints.close()
 
 
-def run_grpo(
-    model: Llama, problems: Sequence[Any], protocol: TaskProtocol, tokenizer: Tokenizer, budget: Budget,
-    config: GrpoConfig, mesh, slots: int, folder: Path, meta: dict, validation: Sampling = Sampling(0.0),
-    conditions: Mapping[str, int] = {},
-) -> Llama:  # fmt: skip
-    """Trains to the last step, from the newest checkpoint under `folder` where there is one. A step is a
+def run_grpo(job: GrpoJob) -> Llama:
+    """Trains to the last step, from the newest checkpoint under the job's folder where there is one. A step is a
     pure function of (weights, optimiser, step, seed), so a run killed at any moment ends in the same bits.
 
-    With `validate_every` some of the problems are held back from sampling and tried with `validation` before the first
-    step, every so many steps and after the last; `folder`/best keeps the weights that did best. `conditions` as in
-    `GrpoTrainer`.
+    With `validate_every` some of the problems are held back from sampling and tried before the first step, every so
+    many steps and after the last; best/ keeps the weights that did best. Raises `Terminated`, after a save, where the
+    process got a SIGTERM.
     """
-    sampled, held_back = hold_back(problems, config)
-    trainer = GrpoTrainer(model, protocol, tokenizer, budget, config, mesh, slots, conditions)
-    state = trainer.trainer.init(model)
-    meta = {"model": dataclasses.asdict(model.config), **meta}
+    config, folder = job.config, job.folder
+    sampled, held_back = hold_back(job.problems, config, job.key)
+    trainer = GrpoTrainer(job.model, config, job.rollouts, job.mesh)
+    state = trainer.trainer.init(job.model)
+    meta = {"model": dataclasses.asdict(job.model.config), **job.meta}
     checkpoints = Checkpoints(folder / "checkpoints")
     start = 0
     if checkpoints.latest is not None:
@@ -282,7 +285,7 @@ def run_grpo(
 
     def validate(step: int) -> dict[str, float]:
         began = time.monotonic()
-        accuracy = trainer.validate(state, held_back, validation)
+        accuracy = trainer.validate(state, held_back, job.validation_sampling)
         best.offer(step, state, meta, accuracy)
         return {"validation/accuracy": accuracy, "seconds/validate": time.monotonic() - began}
 

@@ -16,16 +16,7 @@ the loss, p - q has a gradient of 0 on average.)
 
 What it is not: no critic, no importance weights but these.
 
-`aggregate` weighs tokens:
-
-    tree      every tree 1, spread over its sampled tokens; the default
-    sequence  every tree 1, every thread of it that wrote something the same share, spread over its tokens
-    paper     as the authors' code: a thread is one sequence per request to the server, up to and with each call and
-              after the last join; a sequence's mean is divided by its tree's sequences and by those of the step, the
-              k3 term by those of the step alone. Without a `kl`, trees of advantage 0 are left out of the step's count
-    token     every token of the step the same, those of groups without a signal counted, too
-    constant  every token the same, divided by trees and the window (Dr. GRPO: with `normalise` off, longer answers
-              are no longer favoured)
+`aggregate` weighs tokens: see `aggregation`.
 """
 
 import dataclasses
@@ -36,15 +27,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from apr_jax.checks import SEED, above, at_least, between, check_fields
-from apr_jax.data.packing import Piece, lay_out
+from apr_jax.data.packing import PackedBatch, Segment, flatten_thread
 from apr_jax.errors import UserError
 from apr_jax.model.llama import Llama
-from apr_jax.threads import Thread, ThreadTree
+from apr_jax.threads import ThreadTree
+from apr_jax.train.aggregation import AGGREGATIONS
 from apr_jax.train.loss import row_logits, token_logprobs, trained_tokens
 from apr_jax.train.optimizer import OptimizerConfig
 from apr_jax.train.reward import Prices, differ
 
-AGGREGATES = ("tree", "sequence", "paper", "token", "constant")
+Array = jax.Array
 KL_ESTIMATORS = ("k1", "k3")
 
 
@@ -64,9 +56,8 @@ class GrpoConfig:
     kl: float = 0.0  # coefficient against the model that GRPO began with; 0: no reference is kept
     kl_estimator: str = "k3"
     normalise: bool = True  # divide advantages by the group's deviation
-    aggregate: str = "tree"
+    aggregate: str = "tree"  # a name in `aggregation.AGGREGATIONS`
     importance_cap: float = 0.0  # of the weights between engine and trainer; 0: none, ratios are against the engine
-    child_credit: float = 0.0  # weight of a child's own advantage, against its siblings, on top of its tree's
     prices: Prices = Prices()
     fresh_rounds: int = 0  # most times that groups without a signal are replaced by those of fresh prompts
     temperature: float = 1.0
@@ -76,137 +67,90 @@ class GrpoConfig:
     validation: int = 200  # training problems that no step samples, for that
 
     BOUNDS = (
-        at_least(0, "steps", "clip_high", "kl", "importance_cap", "child_credit", "fresh_rounds", "validate_every"),
+        at_least(0, "steps", "clip_high", "kl", "importance_cap", "fresh_rounds", "validate_every"),
         at_least(1, "prompts", "batch_rows", "row_length", "inner_steps", "save_every", "validation"),
         between(0, 1, "clip_low"), above(0, "temperature"), *SEED,
     )  # fmt: skip
 
     def __post_init__(self):
         check_fields(self)
-        for name, choices in (("aggregate", AGGREGATES), ("kl_estimator", KL_ESTIMATORS)):
+        for name, choices in (("aggregate", AGGREGATIONS), ("kl_estimator", KL_ESTIMATORS)):
             if (value := getattr(self, name)) not in choices:
                 raise UserError(f"{name} is one of {', '.join(choices)}, was given {value!r}")
         if self.group < 2:
             raise UserError(f"a group needs at least 2 rollouts to compare, was given {self.group}")
 
 
-def advantages(rewards: Sequence[float], normalise: bool) -> np.ndarray:
+def advantages(rewards_G: Sequence[float], normalise: bool) -> np.ndarray:
     """Group-relative advantages [G] of one group; all 0 where its rewards are equal but for rounding, which dividing by
     the deviation would make a signal."""
-    if not differ(rewards):
-        return np.zeros(len(rewards))
-    centred = np.asarray(rewards, np.float64) - np.mean(rewards)
-    return centred / centred.std() if normalise else centred
+    if not differ(rewards_G):
+        return np.zeros(len(rewards_G))
+    centred_G = np.asarray(rewards_G, np.float64) - np.mean(rewards_G)
+    return centred_G / centred_G.std() if normalise else centred_G
 
 
-def child_advantages(tree: ThreadTree, normalise: bool) -> list[float]:
-    """Of each thread, depth first, what its own subtree achieved against its siblings' (`info["child_values"]`, of each
-    child `reward.child_value`), summed over the threads above it: a grandchild has its parent's
-    part, too. 0 for the root, and where siblings did equally well."""
-    worth = iter(tree.info["child_values"])
-    values = {id(thread): next(worth) for thread in tree.threads() if thread is not tree.root}
-    found: list[float] = []
-
-    def walk(thread: Thread, own: float) -> None:
-        found.append(own)
-        for spawn in thread.spawns:
-            if spawn.children:
-                gains = advantages([values[id(child)] for child in spawn.children], normalise)
-                for child, gain in zip(spawn.children, gains):
-                    walk(child, own + gain)
-
-    walk(tree.root, 0.0)
-    return found
+def step_segments(
+    trees: Sequence[tuple[ThreadTree, float]], config: GrpoConfig, window: int
+) -> tuple[list[Segment], float]:
+    """(segments, divisor) of all trees of a step, each with its advantage. The segments are those of the trees that are
+    trained on: with a kl all, else those whose advantage is not 0. The divisor divides the step's sum of losses."""
+    segments, divisor = [], 0
+    for tree, advantage in trees:
+        trained = bool(advantage or config.kl)
+        weights = AGGREGATIONS[config.aggregate](tree, window, trained)
+        divisor += weights.divisor
+        if trained:
+            threads = [thread for thread in tree.threads() if not thread.inherits]
+            segments += [flatten_thread(thread, weights.loss, advantage, weights.kl) for thread in threads]
+    return segments, divisor
 
 
-def tree_pieces(tree: ThreadTree, advantage: float, config: GrpoConfig, window: int) -> list[Piece]:
-    """The pieces of a sampled tree, laid out with the weight and the advantage of each thread's tokens."""
-    threads = list(tree.threads())
-    total = max(sum(thread.sampled_tokens for thread in threads), 1)
-    writing = max(sum(thread.sampled_tokens > 0 for thread in threads), 1)
-    of_tree = max(_requests(tree), 1)
-
-    def per_request(thread: Thread, request: int) -> float:
-        return 1 / max(thread.request_tokens[request], 1)
-
-    share = {
-        "tree": lambda thread, request: 1 / total,
-        "sequence": lambda thread, request: 1 / max(thread.sampled_tokens, 1) / writing,
-        "paper": lambda thread, request: per_request(thread, request) / of_tree,
-        "token": lambda thread, request: 1.0,
-        "constant": lambda thread, request: 1 / window,
-    }[config.aggregate]
-    kl_share = per_request if config.aggregate == "paper" else share
-    own = [0.0] * len(threads)
-    if config.child_credit:
-        own = child_advantages(tree, config.normalise)
-    gains = {id(thread): advantage + config.child_credit * gain for thread, gain in zip(threads, own)}
-    return [
-        lay_out(thread, share, lambda thread: gains[id(thread)], kl_share)
-        for thread in threads
-        if not thread.inherits
-    ]  # fmt: skip
-
-
-def loss_divisor(trees: Sequence[tuple[ThreadTree, float]], config: GrpoConfig) -> int:
-    """By which a step's sum of losses is divided: its trees, sampled tokens or requests, as `aggregate` says. `trees`
-    are all of the step, each with its advantage."""
-    if config.aggregate == "token":
-        return sum(thread.sampled_tokens for tree, _ in trees for thread in tree.threads())
-    if config.aggregate == "paper":
-        return sum(_requests(tree) for tree, advantage in trees if advantage or config.kl)
-    return len(trees)
-
-
-def _requests(tree: ThreadTree) -> int:
-    """How many requests wrote a tree: those that gave no token (a thread at its limit) were never made."""
-    return sum(tokens > 0 for thread in tree.threads() for tokens in thread.request_tokens)
-
-
-def policy_logprobs(model: Llama, rows: dict, temperature: float) -> jax.Array:
+def policy_logprobs(model: Llama, batch: PackedBatch, temperature: float) -> Array:
     """The trainer's log-probability of each token [B, T] under the distribution that rollouts are drawn from."""
-    return token_logprobs(row_logits(model, rows) / temperature, rows["tokens"])
+    return token_logprobs(row_logits(model, batch) / temperature, batch.tokens)
 
 
-def grpo_loss(model: Llama, rows: dict, config: GrpoConfig) -> tuple[jax.Array, dict]:
-    """(sum of weighted token losses, sums for metrics) of packed rows; see the module's equations. `rows` hold
-    "reference" where there is a kl, and "old" where there is an importance cap."""
-    logits = row_logits(model, rows) / config.temperature
-    logprobs_BxT = token_logprobs(logits, rows["tokens"])
-    trained = trained_tokens(rows, "sampled")
+def grpo_loss(model: Llama, batch: PackedBatch, config: GrpoConfig) -> tuple[Array, dict[str, Array]]:
+    """(sum of weighted token losses, sums for metrics) of packed rows; see the module's equations. The batch has
+    `reference_logprobs` where there is a kl, and `old_logprobs` where there is an importance cap."""
+    logits_BxTxV = row_logits(model, batch) / config.temperature
+    logprobs_BxT = token_logprobs(logits_BxTxV, batch.tokens)
+    trained_BxT = trained_tokens(batch, "sampled")
 
-    def ahead(of, over):
-        """of - over where a token is trained: elsewhere they are unrelated, and an exponential could overflow."""
-        return jnp.where(trained > 0, of - over, 0.0)
+    def log_ratio(of_BxT, over_BxT):
+        """of - over [B, T] where a token is trained: elsewhere they are unrelated, and an exponential could
+        overflow."""
+        return jnp.where(trained_BxT > 0, of_BxT - over_BxT, 0.0)
 
-    old, importance = rows["logprobs"], jnp.ones_like(trained)
+    old_BxT, importance_BxT = batch.logprobs, jnp.ones_like(trained_BxT)
     if config.importance_cap:
-        old = rows["old"]
-        importance = jnp.minimum(jnp.exp(ahead(old, rows["logprobs"])), config.importance_cap)
-    advantage = rows["advantage"]
+        old_BxT = batch.old_logprobs
+        importance_BxT = jnp.minimum(jnp.exp(log_ratio(old_BxT, batch.logprobs)), config.importance_cap)
+    advantage_BxT = batch.advantage
     if config.kl and config.kl_estimator == "k1":
-        advantage = advantage - config.kl * ahead(rows["logprobs"], rows["reference"])
-    ratio = jnp.exp(ahead(logprobs_BxT, old))
-    clipped = jnp.clip(ratio, 1 - config.clip_low, 1 + config.clip_high)
-    binds = clipped * advantage < ratio * advantage  # only there the clip takes the gradient away
-    gain = importance * jnp.minimum(ratio * advantage, clipped * advantage)
-    loss = -jnp.sum(trained * rows["share"] * gain)
-    kl = jnp.zeros_like(ratio)
+        advantage_BxT = advantage_BxT - config.kl * log_ratio(batch.logprobs, batch.reference_logprobs)
+    ratio_BxT = jnp.exp(log_ratio(logprobs_BxT, old_BxT))
+    clipped_BxT = jnp.clip(ratio_BxT, 1 - config.clip_low, 1 + config.clip_high)
+    binds_BxT = clipped_BxT * advantage_BxT < ratio_BxT * advantage_BxT  # only there the clip takes the gradient away
+    surrogate_BxT = importance_BxT * jnp.minimum(ratio_BxT * advantage_BxT, clipped_BxT * advantage_BxT)
+    loss = -jnp.sum(trained_BxT * batch.loss_weight * surrogate_BxT)
+    kl_BxT = jnp.zeros_like(ratio_BxT)
     if config.kl:
-        behind = ahead(rows["reference"], logprobs_BxT)
-        kl = jnp.exp(behind) - behind - 1
+        reference_ratio_BxT = log_ratio(batch.reference_logprobs, logprobs_BxT)
+        kl_BxT = jnp.exp(reference_ratio_BxT) - reference_ratio_BxT - 1
         if config.kl_estimator == "k3":
-            loss = loss + config.kl * jnp.sum(trained * rows["kl_share"] * kl)
-    plain = jax.nn.log_softmax(logits, axis=-1)
-    difference = jnp.abs(ahead(logprobs_BxT, rows["logprobs"]))
+            loss = loss + config.kl * jnp.sum(trained_BxT * batch.kl_weight * kl_BxT)
+    plain_BxTxV = jax.nn.log_softmax(logits_BxTxV, axis=-1)
+    mismatch_BxT = jnp.abs(log_ratio(logprobs_BxT, batch.logprobs))
     return loss, {
-        "weight": jnp.sum(trained * rows["share"]),
-        "trained": jnp.sum(trained),
-        "difference": jnp.sum(difference),
-        "max_difference": jnp.max(difference),
-        "clipped_low": jnp.sum(trained * (binds & (ratio < 1))),
-        "clipped_high": jnp.sum(trained * (binds & (ratio > 1))),
-        "importance": jnp.sum(trained * importance),
-        "kl": jnp.sum(trained * kl),
-        "entropy": -jnp.sum(trained * jnp.sum(jnp.exp(plain) * plain, axis=-1)),
+        "weight": jnp.sum(trained_BxT * batch.loss_weight),
+        "trained": jnp.sum(trained_BxT),
+        "logprob_mismatch": jnp.sum(mismatch_BxT),
+        "max_logprob_mismatch": jnp.max(mismatch_BxT),
+        "clipped_low": jnp.sum(trained_BxT * (binds_BxT & (ratio_BxT < 1))),
+        "clipped_high": jnp.sum(trained_BxT * (binds_BxT & (ratio_BxT > 1))),
+        "importance": jnp.sum(trained_BxT * importance_BxT),
+        "kl": jnp.sum(trained_BxT * kl_BxT),
+        "entropy": -jnp.sum(trained_BxT * jnp.sum(jnp.exp(plain_BxTxV) * plain_BxTxV, axis=-1)),
     }

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from apr_jax.checks import check_fields
 from apr_jax.errors import UserError
-from apr_jax.threads import TaskProtocol, ThreadTree
+from apr_jax.threads import ThreadTree
 from apr_jax.threads.metrics import (
     children,
     depth,
@@ -23,7 +23,7 @@ from apr_jax.threads.metrics import (
     total_tokens,
 )
 
-Groups = Sequence[Sequence[ThreadTree]]  # of each prompt its trees
+Groups = Sequence[Sequence[ThreadTree]]  # of each prompt its sampled trees, which have an outcome
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Prices:
     sequential_token: float = 0.0  # of the longest chain of threads
     child: float = 0.0
     malformed: float = 0.0  # spawn that could not be run
-    wrong: float = 0.0  # answer of a root, or a child with credit of its own, that ended well: else worth what none is
+    wrong: float = 0.0  # answer of a root that ended well: without it worth as much as no answer
 
     def __post_init__(self):
         check_fields(self)
@@ -49,25 +49,15 @@ def reward_terms(tree: ThreadTree, prices: Prices) -> dict[str, float]:
         "token": sampled_tokens,
         "sequential_token": sequential_tokens,
         "child": children,
-        "malformed": lambda tree: sum(tree.info["malformed"].values()),
+        "malformed": lambda tree: sum(tree.outcome.malformed.values()),
         "wrong": _wrong,
     }
     priced = {name: price for name, price in vars(prices).items() if price}
-    return {"correct": float(tree.info["correct"])} | {name: -p * costs[name](tree) for name, p in priced.items()}
+    return {"correct": float(tree.outcome.correct)} | {name: -p * costs[name](tree) for name, p in priced.items()}
 
 
 def _wrong(tree: ThreadTree) -> bool:
-    return tree.info["claimed"] and not tree.info["correct"] and tree.root.failure is None
-
-
-def child_value(protocol: TaskProtocol, text: str, failure: str | None, prices: Prices) -> float:
-    """What a child achieved on its own, for credit below the tree: 1 for a right answer to its prompt, minus the price
-    of a wrong one where it ended well with that, else 0."""
-    if failure is not None:
-        return 0.0
-    if protocol.child_correct(text):
-        return 1.0
-    return 0.0 if protocol.result(text) is None else -prices.wrong
+    return tree.outcome.answered and not tree.outcome.correct and tree.root.failure is None
 
 
 def rewards(group: Sequence[ThreadTree], prices: Prices) -> list[float]:
@@ -87,8 +77,8 @@ def rollout_metrics(groups: Groups, prices: Prices) -> dict[str, float]:
     n = len(trees)
     failures, malformed, terms = Counter(), Counter(), Counter()
     for tree in trees:
-        failures.update(tree.info["failures"])
-        malformed.update(tree.info["malformed"])
+        failures.update(tree.outcome.failures)
+        malformed.update(tree.outcome.malformed)
         terms.update(reward_terms(tree, prices))
     given = [rewards(group, prices) for group in groups]
     threads = sum(1 + children(tree) for tree in trees)
@@ -98,8 +88,8 @@ def rollout_metrics(groups: Groups, prices: Prices) -> dict[str, float]:
 
     return {
         "rollout/reward": sum(map(sum, given)) / n,
-        "rollout/correct": mean(lambda tree: tree.info["correct"]),
-        "rollout/claimed": mean(lambda tree: tree.info["claimed"]),
+        "rollout/correct": mean(lambda tree: tree.outcome.correct),
+        "rollout/answered": mean(lambda tree: tree.outcome.answered),
         "rollout/wrong": mean(_wrong),
         "rollout/groups_with_signal": sum(map(differ, given)) / len(groups),
         "rollout/spawned": mean(lambda tree: bool(tree.root.spawns)),
@@ -110,7 +100,7 @@ def rollout_metrics(groups: Groups, prices: Prices) -> dict[str, float]:
         "rollout/sequential_tokens": mean(sequential_tokens),
         "rollout/tokens_per_thread": sum(map(total_tokens, trees)) / threads,
         "rollout/longest_context": mean(longest_context),
-        "rollout/guarded": mean(lambda tree: tree.info["guarded"]),
+        "rollout/suppressed_joins": mean(lambda tree: tree.outcome.suppressed_joins),
         **{f"rollout/reward_{name}": total / n for name, total in terms.items() if len(terms) > 1},
         **{f"rollout/malformed_{kind}": count / n for kind, count in sorted(malformed.items())},
         **{f"rollout/failed_{kind}": count / n for kind, count in sorted(failures.items())},

@@ -4,14 +4,16 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from apr_jax import interrupt
 from apr_jax.checks import SEED, FieldError, at_least, check_fields
-from apr_jax.data.packing import PackedBatches, Piece
+from apr_jax.data.packing import PackedBatch, PackedBatches, Segment
 from apr_jax.errors import UserError
 from apr_jax.io.progress import Progress
 from apr_jax.model.flops import peak_flops, training_flops
@@ -20,7 +22,7 @@ from apr_jax.train.checkpoint import CheckpointError, Checkpoints, load_model
 from apr_jax.train.loss import KINDS, loss_by_kind, supervised_loss
 from apr_jax.train.metrics import MetricsLog
 from apr_jax.train.optimizer import OptimizerConfig, make_optimizer
-from apr_jax.train.step import NotFiniteError, Rows, Trainer
+from apr_jax.train.step import NotFiniteError, Trainer
 from apr_jax.train.termination import Notice, Terminated
 
 VALIDATION_BATCHES = 8  # at most
@@ -54,21 +56,34 @@ class SftConfig:
             raise FieldError("loss_tokens", f"is sampled or all, was given {self.loss_tokens!r}")
 
 
+@dataclasses.dataclass(frozen=True)
+class SftJob:
+    """One run of supervised training: what is trained on what, and where it is kept."""
+
+    model: Llama  # training begins with it
+    config: SftConfig
+    segments: Sequence[Segment]  # of training
+    mesh: Mesh
+    folder: Path  # gets checkpoints/ and metrics.jsonl
+    validation: Sequence[Segment] = ()  # measured, not trained on
+    meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # JSON, saved beside the weights with the step
+
+
 class SftRun:
     """What one run's loop and its reports share."""
 
-    def __init__(self, model: Llama, config: SftConfig, mesh, batches: PackedBatches, folder: Path, start: int):
-        self.config, self.mesh, self.batches = config, mesh, batches
-        self._model = model.config
+    def __init__(self, job: SftJob, batches: PackedBatches, start: int):
+        self.config, self.batches = job.config, batches
+        self._model = job.model.config
         self._main = jax.process_index() == 0  # one process writes and tells
-        self.log = MetricsLog(folder, start) if self._main else None
-        self._progress = Progress(f"sft {folder.name}", config.steps, "steps", start)
-        peak = peak_flops(mesh.devices.flat[0], model.config.dtype)
-        self._peak = None if peak is None else peak * mesh.size
+        self.log = MetricsLog(job.folder, start) if self._main else None
+        self._progress = Progress(f"sft {job.folder.name}", job.config.steps, "steps", start)
+        peak = peak_flops(job.mesh.devices.flat[0], self._model.dtype)
+        self._peak = None if peak is None else peak * job.mesh.size
         self._seen: dict[str, float] = {"tokens": 0.0, "seen": 0.0}
         self._began = time.monotonic()
 
-    def microbatches(self, step: int) -> Iterator[Rows]:
+    def microbatches(self, step: int) -> Iterator[PackedBatch]:
         """This process' rows of a step (counted from 1), microbatch by microbatch."""
         rows = self.batches.rows(step - 1)
         size = len(rows) // self.config.microbatches
@@ -118,39 +133,33 @@ class SftRun:
             self.log.close()
 
 
-def run_sft(
-    model: Llama,
-    pieces: Sequence[Piece],
-    validation: Sequence[Piece],
-    config: SftConfig,
-    mesh,
-    folder: Path,
-    meta: dict,
-) -> Llama:
-    """Trains to the last step (`steps`, or the one that ends `tokens`), from the newest checkpoint under `folder` where
-    there is one.
+def run_sft(job: SftJob) -> Llama:
+    """Trains to the last step (`steps`, or the one that ends `tokens`), from the newest checkpoint under the job's
+    folder where there is one.
 
-    `meta` is saved beside the weights, with the step and the last one (`steps`). A step is read when the next one is on
+    The last step is saved beside the weights, too (`steps`). A step is read when the next one is on
     its way, so that the device never waits for the host. A step whose loss or gradient is not finite is counted and
     changes nothing. Raises NotFiniteError after too many of those, or before the save where a validation loss is not
     finite; and `Terminated`, after a save, where the process got a SIGTERM.
     """
+    config, mesh, folder = job.config, job.mesh, job.folder
     parts = mesh.size * config.microbatches
     if config.batch_rows % parts:
         raise UserError(
             f"batch_rows ({config.batch_rows}) must be a multiple of the {mesh.size} devices"
             + (f" times {config.microbatches} microbatches" if config.microbatches > 1 else "")
         )
-    batches = PackedBatches(pieces, config.row_length, config.batch_rows, config.seed)
-    _tell_too_long(folder.name, batches, len(pieces))
-    if validation:  # refused now where none fits, not after the last step
-        measured = PackedBatches(validation, config.row_length, config.batch_rows // config.microbatches, seed=0)
-        _tell_too_long(f"{folder.name} validation", measured, len(validation))
+    batches = PackedBatches(job.segments, config.row_length, config.batch_rows, config.seed)
+    _tell_too_long(folder.name, batches, len(job.segments))
+    if job.validation:  # refused now where none fits, not after the last step
+        measured = PackedBatches(job.validation, config.row_length, config.batch_rows // config.microbatches, seed=0)
+        _tell_too_long(f"{folder.name} validation", measured, len(job.validation))
     if config.tokens:  # the rates' schedule ends there, too
         config = dataclasses.replace(config, steps=batches.steps_for(config.tokens, most=config.steps))
+        job = dataclasses.replace(job, config=config)
     trainer = Trainer(
-        model,
-        lambda model, rows: supervised_loss(model, rows, config.loss_tokens),
+        job.model,
+        lambda model, batch: supervised_loss(model, batch, config.loss_tokens),
         make_optimizer(config.optimizer, config.steps),
         mesh,
         loss_by_kind,
@@ -167,15 +176,15 @@ def run_sft(
         else:
             checkpoints.close()
             return model
-    state = trainer.init(model)
+    state = trainer.init(job.model)
     if start:
         start, state = checkpoints.restore(state)
-    sizes = dataclasses.asdict(model.config)
+    meta = {"model": dataclasses.asdict(job.model.config), **job.meta}
     if not config.steps:
-        checkpoints.save(0, state, {"model": sizes, **meta, "step": 0, "steps": 0})
+        checkpoints.save(0, state, {**meta, "step": 0, "steps": 0})
         checkpoints.close()
-        return model
-    run = SftRun(model, config, mesh, batches, folder, start)
+        return job.model
+    run = SftRun(job, batches, start)
     late = None  # the step before, dispatched but not yet read
     try:
         with Notice() as notice:
@@ -194,14 +203,14 @@ def run_sft(
                 if validates or saves:
                     told = run.report(*late) > 0 or told
                     saves, late = saves or told, None
-                if validates and validation:  # before the save: a finished stage has its line
-                    found = validate(trainer, state, validation, config)
+                if validates and job.validation:  # before the save: a finished stage has its line
+                    found = validate(trainer, state, job.validation, config)
                     if run.log is not None:
                         run.log.write(step, found)
                     if wrong := [name for name, value in found.items() if not math.isfinite(value)]:
                         raise NotFiniteError(f"{wrong[0]} is {found[wrong[0]]} at step {step}, which is not saved")
                 if saves:
-                    checkpoints.save(step, state, {"model": sizes, **meta, "step": step, "steps": config.steps})
+                    checkpoints.save(step, state, {**meta, "step": step, "steps": config.steps})
                 if told:
                     break
             model = trainer.model(state)
@@ -225,11 +234,11 @@ def _tell_too_long(title: str, batches: PackedBatches, threads: int) -> None:
         )
 
 
-def validate(trainer: Trainer, state, pieces: Sequence[Piece], config: SftConfig) -> dict[str, float]:
+def validate(trainer: Trainer, state, segments: Sequence[Segment], config: SftConfig) -> dict[str, float]:
     """Loss and accuracy per token on held-out threads: of the tokens that the loss trains on, and of each of `KINDS`
     that occurs."""
     own = config.batch_rows // config.microbatches
-    batches = PackedBatches(pieces, config.row_length, own, seed=0)
+    batches = PackedBatches(segments, config.row_length, own, seed=0)
     count = max(1, min(VALIDATION_BATCHES, batches.tokens // (own * config.row_length)))
     share = own // jax.process_count()
     mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)

@@ -23,15 +23,15 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from apr_jax.data.packing import PackedBatch
 from apr_jax.errors import UserError
 from apr_jax.model.llama import Llama
 from apr_jax.train.optimizer import path_name
 
 Array = jax.Array
-Rows = dict[str, np.ndarray]
-# (model, rows) -> (loss as a sum, sums that make metrics; "weight" divides the loss; a name that begins with "max_" is
+# (model, batch) -> (loss as a sum, sums that make metrics; "weight" divides the loss; a name that begins with "max_" is
 # no sum but the largest of all)
-Loss = Callable[[Llama, dict[str, Array]], tuple[Array, dict[str, Array]]]
+Loss = Callable[[Llama, PackedBatch], tuple[Array, dict[str, Array]]]
 AXES = ("data", "fsdp")
 
 
@@ -89,7 +89,7 @@ class Trainer:
         loss: Loss,
         optimizer: optax.GradientTransformation,
         mesh: Mesh,
-        measures: Callable[[Llama, dict[str, Array]], dict[str, Array]] | None = None,
+        measures: Callable[[Llama, PackedBatch], dict[str, Array]] | None = None,
         whole_layers: bool = True,
     ):
         self._graphdef, self._template = nnx.split(model)
@@ -103,8 +103,8 @@ class Trainer:
         own_at = jax.tree.map(self._at, own_specs)
         replicated = self._at(P())
 
-        def summed(weights, rows):
-            total, metrics = loss(self._sharded(weights), rows)
+        def summed(weights, batch):
+            total, metrics = loss(self._sharded(weights), batch)
             return total, dict(metrics, loss=total)
 
         def own(tree):
@@ -114,15 +114,15 @@ class Trainer:
         @functools.partial(
             jax.shard_map, mesh=mesh, in_specs=(specs, own_specs, P(AXES)), out_specs=(own_specs, P(AXES))
         )
-        def accumulate(weights, sums, rows):
-            gradient, metrics = jax.grad(summed, has_aux=True)(self._varying(weights), rows)
+        def accumulate(weights, sums, batch):
+            gradient, metrics = jax.grad(summed, has_aux=True)(self._varying(weights), batch)
             return jax.tree.map(jnp.add, sums, own(gradient)), own(metrics)
 
         @jax.jit
         @functools.partial(jax.shard_map, mesh=mesh, in_specs=(specs, P(AXES)), out_specs=P(AXES))
-        def measure(weights, rows):
+        def measure(weights, batch):
             weights = self._varying(weights)
-            return own(summed(weights, rows)[1] if measures is None else measures(self._sharded(weights), rows))
+            return own(summed(weights, batch)[1] if measures is None else measures(self._sharded(weights), batch))
 
         @functools.partial(jax.jit, donate_argnums=(0, 1))
         def update(state: TrainState, sums, metrics, divisor, flags):
@@ -233,39 +233,39 @@ class Trainer:
         """Copies of weights, whole on every device; kept, since a jit made anew at each call compiles at each call."""
         return jax.jit(lambda weights: jax.tree.map(jnp.copy, weights), out_shardings=self._at(P()))
 
-    def put(self, rows: Rows) -> dict[str, Array]:
-        """This process' rows, split over its devices: with one process the whole batch."""
-        at = self._at(P(AXES))
-        return {name: jax.make_array_from_process_local_data(at, values) for name, values in rows.items()}
+    def put(self, arrays):
+        """The same pytree on the devices, its arrays [B, ...] split over them by rows: this process' rows over its own
+        devices, which with one process are all."""
+        return jax.tree.map(functools.partial(jax.make_array_from_process_local_data, self._at(P(AXES))), arrays)
 
-    def step(self, state: TrainState, batches: Iterable[Rows], divisor: float | None = None, flag: bool = False):
-        """One update from one or more batches of packed rows, whose rows split over the devices. The loss is divided
+    def step(self, state: TrainState, batches: Iterable[PackedBatch], divisor: float | None = None, flag: bool = False):
+        """One update from one or more batches, whose rows split over the devices. The loss is divided
         by `divisor`, by default the sum of its weights. Returns (state, sums), the sums still on their way: reading
         them waits for the device. Among them are `gradient_norm`; `skipped`, how many steps so far had a loss or
         gradient that was not finite and were not applied; and `flags`, above 0 where any process raised its `flag`."""
         sums, metrics = self._zeros(), None
-        for rows in batches:
-            sums, more = self._accumulate(state.weights, sums, self.put(rows))
+        for batch in batches:
+            sums, more = self._accumulate(state.weights, sums, self.put(batch))
             metrics = more if metrics is None else _both(metrics, more)
-        flags = self.put({"flags": np.full(self.mesh.local_mesh.size, flag, np.float32)})["flags"]
+        flags = self.put(np.full(self.mesh.local_mesh.size, flag, np.float32))
         return self._update(state, sums, metrics, None if divisor is None else jnp.float32(divisor), flags)
 
-    def measure(self, state: TrainState, rows: Rows) -> dict[str, Array]:
+    def measure(self, state: TrainState, batch: PackedBatch) -> dict[str, Array]:
         """The sums of one batch without an update."""
-        return self._total(self._measure(state.weights, self.put(rows)))
+        return self._total(self._measure(state.weights, self.put(batch)))
 
-    def per_row(self, function: Callable[[Llama, dict[str, Array]], Array]):
-        """`function(model, rows)`, an array [B, ...] of B rows, compiled as (weights, rows) -> array: every device does
-        its own rows. The weights are a state's."""
+    def per_row(self, function: Callable[[Llama, PackedBatch], Array]):
+        """`function(model, batch)`, an array [B, ...] of a batch of B rows, compiled as (weights, batch) -> array:
+        every device does its own rows. The weights are a state's."""
 
         @jax.jit
         @functools.partial(
             jax.shard_map, mesh=self.mesh, in_specs=(self._specs, P(AXES)), out_specs=P(AXES)
         )  # fmt: skip
-        def mapped(weights, rows):
-            return function(self._sharded(self._varying(weights)), rows)
+        def mapped(weights, batch):
+            return function(self._sharded(self._varying(weights)), batch)
 
-        return lambda weights, rows: mapped(weights, self.put(rows))
+        return lambda weights, batch: mapped(weights, self.put(batch))
 
 
 def _over_devices(metrics: dict[str, Array]) -> dict[str, Array]:

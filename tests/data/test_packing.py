@@ -1,5 +1,6 @@
 """Packing: nothing is lost, batches depend on seed and step alone, and a packed tree trains as its paths would."""
 
+import dataclasses
 import random
 from collections import Counter
 
@@ -11,7 +12,7 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apr_jax.data.packing import PackedBatches, first_fit, lay_out, lay_out_tree, pack_rows
+from apr_jax.data.packing import PackedBatches, first_fit, flatten_thread, flatten_tree, pack_rows
 from apr_jax.threads import Block, Spawn, Thread, ThreadTree
 from apr_jax.threads.metrics import depth, total_tokens
 from apr_jax.train.loss import supervised_loss, trained_tokens
@@ -84,10 +85,10 @@ def test_packed_loss_and_gradient_are_those_of_the_paths_alone(mode, which):
     assert depth(tree) == 3 and any(thread.inherits for thread in tree.threads()) == (which == "inheriting")
     tokens, weight = unpacked(tree, mode)
     right, right_gradient = unpacked_gradient(tokens, weight)
-    pieces = lay_out_tree(tree)
-    rng.shuffle(pieces)
-    length = max(map(len, pieces)) + 9
-    rows = pack_rows([[pieces[i] for i in row] for row in first_fit(list(map(len, pieces)), length)], length)
+    segments = flatten_tree(tree)
+    rng.shuffle(segments)
+    length = max(map(len, segments)) + 9
+    rows = pack_rows([[segments[i] for i in row] for row in first_fit(list(map(len, segments)), length)], length)
     (loss, sums), gradient = packed_gradient(rows, mode)
     assert float(sums["weight"]) == weight.sum() > 0
     assert float(sums["tokens"]) == total_tokens(tree)
@@ -97,64 +98,117 @@ def test_packed_loss_and_gradient_are_those_of_the_paths_alone(mode, which):
 
 
 def test_the_example_of_the_module():
-    piece = lay_out(Thread((P, W, Spawn((C,), (), J), X)))
-    assert piece.tokens.tolist() == [5, 6, 15, 16, 25, 26, 35, 36, 45, 46]
-    assert piece.positions.tolist() == [0, 1, 2, 3, 4, 5, 4, 5, 6, 7]
-    assert piece.predecessors.tolist() == [-1, 0, 1, 2, 3, 4, 3, 6, 7, 8]
-    assert piece.enter.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
-    assert piece.exit.tolist() == [5, 5, 5, 5, 3, 3, 5, 5, 5, 5]
-    assert piece.sampled.tolist() == [False, False, True, True, True, True, False, False, True, True]
-    assert (piece.nodes, len(piece)) == (5, 10)
+    segment = flatten_thread(Thread((P, W, Spawn((C,), (), J), X)))
+    assert segment.tokens.tolist() == [5, 6, 15, 16, 25, 26, 35, 36, 45, 46]
+    assert segment.positions.tolist() == [0, 1, 2, 3, 4, 5, 4, 5, 6, 7]
+    assert segment.predecessors.tolist() == [-1, 0, 1, 2, 3, 4, 3, 6, 7, 8]
+    assert segment.enter.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert segment.exit.tolist() == [5, 5, 5, 5, 3, 3, 5, 5, 5, 5]
+    assert segment.sampled.tolist() == [False, False, True, True, True, True, False, False, True, True]
+    assert (segment.nodes, len(segment)) == (5, 10)
 
 
 def test_the_children_that_inherit_are_branches_of_what_came_before_the_call():
     child = Thread((P, X), inherits=True)
-    piece = lay_out(Thread((P, W, Spawn((C,), (child, child), J), X)))
-    assert piece.tokens.tolist() == [5, 6, 15, 16, 25, 26, 5, 6, 45, 46, 5, 6, 45, 46, 35, 36, 45, 46]
-    assert piece.positions.tolist() == [0, 1, 2, 3, 4, 5, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7]
-    assert piece.predecessors.tolist() == [-1, 0, 1, 2, 3, 4, 3, 6, 7, 8, 3, 10, 11, 12, 3, 14, 15, 16]
+    segment = flatten_thread(Thread((P, W, Spawn((C,), (child, child), J), X)))
+    assert segment.tokens.tolist() == [5, 6, 15, 16, 25, 26, 5, 6, 45, 46, 5, 6, 45, 46, 35, 36, 45, 46]
+    assert segment.positions.tolist() == [0, 1, 2, 3, 4, 5, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7]
+    assert segment.predecessors.tolist() == [-1, 0, 1, 2, 3, 4, 3, 6, 7, 8, 3, 10, 11, 12, 3, 14, 15, 16]
 
 
 @given(st.integers(0, 10**6), st.sampled_from([0.0, 0.5]))
-def test_a_piece_holds_every_token_once_with_its_place_on_its_path(seed, inherit):
+def test_a_segment_holds_every_token_once_with_its_place_on_its_path(seed, inherit):
     thread = random_thread(random.Random(seed), logprobs=True, inherit=inherit)
-    piece = lay_out(thread, lambda *_: 0.5, advantage=lambda _: -2.0)
+    segment = flatten_thread(thread, lambda *_: 0.5, advantage=-2.0)
     found = []
     for path in paths(thread):
         found += [(*entry[:3], at, path[at - 1][0] if at else None) for at, entry in enumerate(path) if entry[3]]
-    before = [int(piece.tokens[j]) if j >= 0 else None for j in piece.predecessors]
-    logprobs = piece.logprobs.astype(float).round(5).tolist()
-    laid = zip(piece.tokens.tolist(), piece.sampled.tolist(), logprobs, piece.positions.tolist(), before)
+    before = [int(segment.tokens[j]) if j >= 0 else None for j in segment.predecessors]
+    logprobs = segment.logprobs.astype(float).round(5).tolist()
+    laid = zip(segment.tokens.tolist(), segment.sampled.tolist(), logprobs, segment.positions.tolist(), before)
     assert Counter(laid) == Counter(
         (token, sampled, round(float(np.float32(p)), 5), at, b) for token, sampled, p, at, b in found
     )
-    assert (piece.predecessors < np.arange(len(piece))).all(), "a predecessor stands before its token in the row"
-    assert set(piece.share) == {np.float32(0.5)} and set(piece.advantage) == {np.float32(-2.0)}
+    assert (segment.predecessors < np.arange(len(segment))).all(), "a predecessor stands before its token in the row"
+    assert set(segment.loss_weight) == {np.float32(0.5)} and set(segment.advantage) == {np.float32(-2.0)}
 
 
 @given(st.integers(0, 10**6))
-def test_packing_keeps_every_piece_whole_and_apart(seed):
+def test_packing_keeps_every_segment_whole_and_apart(seed):
     rng = random.Random(seed)
-    pieces = [lay_out(thread, lambda *_, i=i: i + 1.0) for i, thread in enumerate(random_thread(rng).walk())]
-    length = max(map(len, pieces)) + rng.randrange(20)
-    chosen = first_fit([len(piece) for piece in pieces], length)
-    packed = pack_rows([[pieces[i] for i in row] for row in chosen], length, len(chosen) + 1)
-    assert packed["tokens"].shape == (len(chosen) + 1, length)
+    segments = [flatten_thread(thread, lambda *_, i=i: i + 1.0) for i, thread in enumerate(random_thread(rng).walk())]
+    length = max(map(len, segments)) + rng.randrange(20)
+    chosen = first_fit([len(segment) for segment in segments], length)
+    packed = pack_rows([[segments[i] for i in row] for row in chosen], length, len(chosen) + 1)
+    packed.check()
+    assert packed.tokens.shape == (len(chosen) + 1, length)
     for b, row in enumerate([*chosen, []]):
         at = nodes = 0
         for i in row:
-            span = slice(at, at + len(pieces[i]))
-            for name in ("tokens", "positions", "role", "logprobs", "share", "advantage"):
-                assert (packed[name][b, span] == getattr(pieces[i], name)).all()
-            assert (packed["enter"][b, span] == pieces[i].enter + nodes).all()
-            own = packed["predecessors"][b, span]
-            assert (own == np.where(pieces[i].predecessors < 0, -1, pieces[i].predecessors + at)).all()
-            at, nodes = at + len(pieces[i]), nodes + pieces[i].nodes
+            span = slice(at, at + len(segments[i]))
+            for name in ("tokens", "positions", "role", "logprobs", "loss_weight", "kl_weight", "advantage"):
+                assert (getattr(packed, name)[b, span] == getattr(segments[i], name)).all()
+            assert (packed.enter[b, span] == segments[i].enter + nodes).all()
+            own = packed.predecessors[b, span]
+            assert (own == np.where(segments[i].predecessors < 0, -1, segments[i].predecessors + at)).all()
+            at, nodes = at + len(segments[i]), nodes + segments[i].nodes
         padding = slice(at, length)
-        assert (packed["exit"][b, padding] <= packed["enter"][b, padding]).all()
-        assert (packed["predecessors"][b, padding] == -1).all() and not packed["share"][b, padding].any()
+        assert (packed.exit[b, padding] <= packed.enter[b, padding]).all()
+        assert (packed.predecessors[b, padding] == -1).all() and not packed.loss_weight[b, padding].any()
         for mode in ("sampled", "all"):
             assert not np.asarray(trained_tokens(packed, mode))[b, padding].any()
+
+
+@given(st.integers(0, 10**6), st.sampled_from([0.0, 0.6]))
+def test_every_batch_of_random_trees_keeps_the_invariants(seed, inherit):
+    rng = random.Random(seed)
+    trees = [ThreadTree(random_thread(rng, depth=3, longest=3, inherit=inherit)) for _ in range(2)]
+    segments = [segment for tree in trees for segment in flatten_tree(tree)]
+    length = max(map(len, segments)) + 5
+    chosen = first_fit([len(segment) for segment in segments], length)
+    pack_rows([[segments[i] for i in row] for row in chosen], length, len(chosen) + 1).check()
+
+
+BREAKS = {
+    "padding sees a token": ("enter", 11, 0),
+    "padding has a role": ("role", 10, 0),
+    "padding has a weight": ("kl_weight", 11, 1),
+    "not nested": ("exit", 2, 3),
+    "not the last token seen": ("predecessors", 6, 5),
+    "not the number of tokens": ("positions", 6, 6),
+}
+
+
+@pytest.mark.parametrize("rule", BREAKS)
+def test_a_batch_that_breaks_an_invariant_is_told(rule):
+    """The example of the module and two tokens of padding, each time with one number changed."""
+    batch = pack_rows([[flatten_thread(Thread((P, W, Spawn((C,), (), J), X)))]], 12)
+    batch.check()
+    name, at, value = BREAKS[rule]
+    getattr(batch, name)[0, at] = value
+    with pytest.raises(ValueError, match=f"row 0 of a batch: .*{rule}"):
+        batch.check()
+
+
+def test_a_batch_of_other_shapes_or_types_is_told():
+    batch = pack_rows([[]], 4)
+    for name, values in (
+        ("exit", np.zeros((1, 5), np.int32)),
+        ("role", np.zeros((1, 4), np.int64)),
+        ("old_logprobs", np.zeros((1, 4), np.float64)),
+    ):
+        with pytest.raises(ValueError, match=name):
+            dataclasses.replace(batch, **{name: values}).check()
+    dataclasses.replace(batch, reference_logprobs=np.zeros((1, 4), np.float32)).check()
+
+
+def test_a_batch_is_a_pytree_of_its_arrays():
+    batch = pack_rows([[flatten_thread(Thread((P, W)))]], 6)
+    halves = jax.jit(lambda batch: jax.tree.map(lambda x_BxT: x_BxT[:, :3], batch))(batch)
+    assert len(jax.tree.leaves(batch)) == 10 and halves.reference_logprobs is None
+    assert halves.tokens.tolist() == [[5, 6, 15]] and halves.real.tolist() == [[True] * 3]
+    both = dataclasses.replace(batch, reference_logprobs=batch.logprobs, old_logprobs=batch.logprobs)
+    assert len(jax.tree.leaves(both)) == 12
 
 
 def test_a_loss_mode_that_is_none_is_named():
@@ -177,36 +231,36 @@ def test_first_fit_names_what_does_not_fit():
 
 
 def numbered(lengths):
-    """Pieces that can be told apart: all tokens of piece i are i."""
-    return [lay_out(Thread((Block((i,) * n, True),))) for i, n in enumerate(lengths)]
+    """Pieces that can be told apart: all tokens of segment i are i."""
+    return [flatten_thread(Thread((Block((i,) * n, True),))) for i, n in enumerate(lengths)]
 
 
-def pieces_of(batch):
-    return [int(token) for token in batch["tokens"][(batch["positions"] == 0) & (batch["exit"] > batch["enter"])]]
+def segments_of(batch):
+    return [int(token) for token in batch.tokens[(batch.positions == 0) & (batch.exit > batch.enter)]]
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=40), st.integers(1, 5), st.data())
 def test_a_batch_depends_on_seed_and_step_alone(lengths, batch_rows, data):
-    pieces, steps = numbered(lengths), data.draw(st.lists(st.integers(0, 30), min_size=1, max_size=6))
-    one = PackedBatches(pieces, 20, batch_rows, seed=3)
+    segments, steps = numbered(lengths), data.draw(st.lists(st.integers(0, 30), min_size=1, max_size=6))
+    one = PackedBatches(segments, 20, batch_rows, seed=3)
     right = [one[step] for step in range(31)]
-    assert all(batch["tokens"].shape == (batch_rows, 20) for batch in right)
-    other = PackedBatches(pieces, 20, batch_rows, seed=3)
+    assert all(batch.tokens.shape == (batch_rows, 20) for batch in right)
+    other = PackedBatches(segments, 20, batch_rows, seed=3)
     for step in steps:  # any order, as after a kill
         batch = other[step]
-        assert all((batch[name] == right[step][name]).all() for name in batch)
+        assert all(jax.tree.leaves(jax.tree.map(np.array_equal, batch, right[step])))
 
 
 @pytest.mark.parametrize("count, batch_rows", [(24, 4), (26, 4), (8, 4), (6, 4), (2, 4), (2, 1)])
-def test_an_epoch_has_every_piece(count, batch_rows):
-    """Two pieces fill a row. Where rows do not fill the last batch, some are there twice; fewer rows than a batch
+def test_an_epoch_has_every_segment(count, batch_rows):
+    """Two segments fill a row. Where rows do not fill the last batch, some are there twice; fewer rows than a batch
     are repeated equally often."""
     rows = count // 2
     steps = rows * (1 + batch_rows) // batch_rows if rows <= batch_rows else -(-rows // batch_rows)
     batches = PackedBatches(numbered([10] * count), 20, batch_rows, seed=1)
     orders = set()
     for epoch in range(3):
-        seen = [piece for step in range(steps) for piece in pieces_of(batches[epoch * steps + step])]
+        seen = [segment for step in range(steps) for segment in segments_of(batches[epoch * steps + step])]
         orders.add(tuple(seen))
         counts = Counter(seen)
         assert len(seen) == 2 * steps * batch_rows and set(counts) == set(range(count))
@@ -223,20 +277,20 @@ def test_an_epoch_has_every_piece(count, batch_rows):
 def test_steps_for_tokens_are_the_first_that_have_them_but_not_more_than_most(lengths, batch_rows, tokens, most):
     batches = PackedBatches(numbered(lengths), 20, batch_rows, seed=3)
     steps = batches.steps_for(tokens, most)
-    had = np.cumsum([0] + [(batches[step]["exit"] > batches[step]["enter"]).sum() for step in range(steps)])
+    had = np.cumsum([0] + [batches[step].real.sum() for step in range(steps)])
     assert steps == most or (steps < most and had[-1] >= tokens)
     assert steps == 0 or had[-2] < tokens
 
 
 def test_seeds_give_different_orders():
-    pieces = numbered([10] * 24)
-    first = [pieces_of(PackedBatches(pieces, 20, 4, seed)[0]) for seed in (0, 1)]
+    segments = numbered([10] * 24)
+    first = [segments_of(PackedBatches(segments, 20, 4, seed)[0]) for seed in (0, 1)]
     assert first[0] != first[1]
 
 
-def test_pieces_too_long_for_a_row_are_counted():
+def test_segments_too_long_for_a_row_are_counted():
     batches = PackedBatches(numbered([5, 21, 20, 30]), 20, 1, seed=0)
     assert batches.too_long == 2
-    assert {piece for step in range(8) for piece in pieces_of(batches[step])} == {0, 2}
+    assert {segment for step in range(8) for segment in segments_of(batches[step])} == {0, 2}
     with pytest.raises(ValueError, match="no thread fits a row of 4 tokens"):
         PackedBatches(numbered([5, 21]), 4, 1, seed=0)

@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 
-from apr_jax.data.packing import lay_out_tree
+from apr_jax.data.packing import flatten_tree
 from apr_jax.tasks.countdown import trace
 from apr_jax.tasks.countdown.problem import solvable
 from experiments.command import PRESETS, load_config
@@ -71,7 +71,7 @@ def test_what_is_made_is_only_read(tmp_path, monkeypatch):
 def test_pieces_from_the_store_are_those_of_its_trees(tmp_path):
     make_data(SMALL, tmp_path)
     pieces = load_pieces(tmp_path, "apr", "train")
-    expected = [piece for tree in pieces.store for piece in lay_out_tree(tree)]
+    expected = [piece for tree in pieces.store for piece in flatten_tree(tree)]
     assert len(expected) == len(pieces) > 40
     for one, two in zip(pieces, expected):
         for field in dataclasses.fields(one):

@@ -1,5 +1,6 @@
 """Packed attention against the dense oracle, and what a token can and cannot see."""
 
+import dataclasses
 import functools
 import random
 
@@ -9,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from apr_jax.data.packing import first_fit, lay_out, pack_rows
+from apr_jax.data.packing import first_fit, flatten_thread, pack_rows
 from apr_jax.model.attention import attend_masked, packed_attention, visible
 from apr_jax.threads import Block, Spawn, Thread
 from apr_jax.train.loss import row_logits, supervised_loss
@@ -18,19 +19,19 @@ from tests.tiny import TOKENIZER, make_model, plain_logits, random_thread
 
 
 def packed_rows(seed, row_length, rows, longest):
-    """Rows of random trees with padding; one row is padding alone, one piece fills the better part of a row."""
+    """Rows of random trees with padding; one row is padding alone, one segment fills the better part of a row."""
     rng = random.Random(seed)
-    pieces = []
-    while sum(map(len, pieces)) < 0.8 * row_length * rows:
+    segments = []
+    while sum(map(len, segments)) < 0.8 * row_length * rows:
         size = longest * rng.choice([1, 1, 4])
-        pieces += [lay_out(thread) for thread in random_thread(rng, longest=size).walk()]
-    pieces = [piece for piece in pieces if len(piece) <= row_length]
-    chosen = first_fit([len(piece) for piece in pieces], row_length)[:rows]
-    return pack_rows([[pieces[i] for i in row] for row in chosen], row_length, rows + 1)
+        segments += [flatten_thread(thread) for thread in random_thread(rng, longest=size).walk()]
+    segments = [segment for segment in segments if len(segment) <= row_length]
+    chosen = first_fit([len(segment) for segment in segments], row_length)[:rows]
+    return pack_rows([[segments[i] for i in row] for row in chosen], row_length, rows + 1)
 
 
 def arrays(seed, rows, heads, kv_heads, size=8):
-    B, T = rows["enter"].shape
+    B, T = rows.enter.shape
     keys = jax.random.split(jax.random.key(seed), 4)
     shapes = ((B, T, heads, size), (B, T, kv_heads, size), (B, T, kv_heads, size), (B, T, heads, size))
     return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes)]
@@ -48,18 +49,18 @@ def close(a, b, tolerance=2e-5):
 def test_packed_attention_is_the_dense_one_forward_and_backward(row_length, heads, kv_heads, longest):
     rows = packed_rows(row_length, row_length, 2, longest)
     q, k, v, cotangent = arrays(1, rows, heads, kv_heads)
-    real = jnp.asarray(rows["exit"] > rows["enter"])
+    real = jnp.asarray(rows.exit > rows.enter)
     assert 0 < real.mean() < 1
     cotangent = jnp.where(real[:, :, None, None], cotangent, 0.0)  # padding is nobody's
 
     @jax.jit
     def packed(q, k, v):
-        out, back = jax.vjp(lambda *x: packed_attention(rows["enter"], rows["exit"])(*x, None)[0], q, k, v)
+        out, back = jax.vjp(lambda *x: packed_attention(rows.enter, rows.exit)(*x, None)[0], q, k, v)
         return out, back(cotangent)
 
     @jax.jit
     def dense(q, k, v):
-        mask = visible(jnp.asarray(rows["enter"]), jnp.asarray(rows["exit"]))
+        mask = visible(jnp.asarray(rows.enter), jnp.asarray(rows.exit))
         out, back = jax.vjp(lambda *x: attend_masked(*x, mask), q, k, v)
         return out, back(cotangent)
 
@@ -85,8 +86,8 @@ def test_visible_is_the_context_of_the_block_that_a_token_stands_in():
             Spawn((Block((4, 5), True), Block((6,), False)), (), Block((7,), False)), Block((8,), True),
         )
     )  # fmt: skip
-    rows = pack_rows([[lay_out(thread), lay_out(Thread((Block((9, 1), False),)))]], 12)
-    seen = np.asarray(visible(jnp.asarray(rows["enter"]), jnp.asarray(rows["exit"])))[0].astype(int)
+    rows = pack_rows([[flatten_thread(thread), flatten_thread(Thread((Block((9, 1), False),)))]], 12)
+    seen = np.asarray(visible(jnp.asarray(rows.enter), jnp.asarray(rows.exit)))[0].astype(int)
     assert seen.tolist() == [
         [1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
@@ -115,14 +116,14 @@ def logits_of():
 def test_a_token_changes_only_what_follows_it_on_its_own_path(logits_of, seed):
     rows = packed_rows(seed, 256, 1, 8)
     before = logits_of(rows)
-    enter, exit_ = rows["enter"][0], rows["exit"][0]
+    enter, exit_ = rows.enter[0], rows.exit[0]
     rng = random.Random(seed)
     real = np.flatnonzero(exit_ > enter)
     for j in [*rng.sample(real.tolist(), 8), 255]:  # the last is padding
-        changed = dict(rows, tokens=rows["tokens"].copy())
-        changed["tokens"][0, j] = (changed["tokens"][0, j] + 1) % len(TOKENIZER)
+        changed = dataclasses.replace(rows, tokens=rows.tokens.copy())
+        changed.tokens[0, j] = (changed.tokens[0, j] + 1) % len(TOKENIZER)
         moved = np.abs(logits_of(changed)[0] - before[0]).max(axis=-1) > 0
-        predecessor = rows["predecessors"][0]
+        predecessor = rows.predecessors[0]
         predicted = predecessor >= 0
         behind = np.maximum(predecessor, 0)
         sees = (enter[j] <= enter[behind]) & (enter[behind] < exit_[j]) & (behind >= j)
@@ -133,17 +134,19 @@ def test_the_logits_of_a_packed_thread_are_those_of_its_paths_alone(logits_of):
     """Calls and other trees leave no trace behind a join, against the plain forward of the text as it then stands."""
     rng = random.Random(5)
     threads = [thread for _ in range(3) for thread in random_thread(rng, longest=6).walk()][:8]
-    rows = pack_rows([[lay_out(thread) for thread in threads]], 256)
+    rows = pack_rows([[flatten_thread(thread) for thread in threads]], 256)
     logits, at, model = logits_of(rows)[0], 0, make_model(1)
     assert any(thread.spawns for thread in threads)
     for thread in threads:
-        piece = lay_out(thread)
+        segment = flatten_thread(thread)
         context = [token for block in thread.context for token in block.content]
         plain = plain_logits(model, context)
-        stays = np.flatnonzero(piece.exit == piece.nodes)
-        assert piece.tokens[stays].tolist() == context and piece.positions[stays].tolist() == list(range(len(context)))
+        stays = np.flatnonzero(segment.exit == segment.nodes)
+        assert segment.tokens[stays].tolist() == context and segment.positions[stays].tolist() == list(
+            range(len(context))
+        )
         close(logits[at + stays[1:]], plain[:-1], 1e-4)
-        at += len(piece)
+        at += len(segment)
 
 
 @pytest.mark.gpu

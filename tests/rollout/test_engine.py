@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from apr_jax.data.packing import first_fit, lay_out, lay_out_tree, pack_rows
+from apr_jax.data.packing import first_fit, flatten_thread, flatten_tree, pack_rows
 from apr_jax.data.store import SAMPLED_ROLES
 from apr_jax.evaluate.records import read_records
 from apr_jax.evaluate.run import evaluate
@@ -151,7 +151,7 @@ def trees(spawning, mesh):
     engine = JaxEngine(spawning, mesh, slots=16, context=CONTEXT, seed=3, steps=8)
     found = run_trees(engine, NonsenseProtocol(), BUDGET, NAMES)
     assert sum(map(children, found)) > 50 and max(map(depth, found)) == 3, "or the tests on them show little"
-    assert sum(tree.info["guarded"] for tree in found) > 5
+    assert sum(tree.outcome.suppressed_joins for tree in found) > 5
     return found
 
 
@@ -160,14 +160,14 @@ NAMES = [(7, i) for i in range(12)]
 
 
 def test_the_training_forward_finds_the_log_probabilities_of_the_engine_again(trees, spawning):
-    pieces = [lay_out(thread) for tree in trees for thread in tree.threads()]
-    rows = first_fit([len(piece) for piece in pieces], 256)
-    packed = pack_rows([[pieces[i] for i in row] for row in rows], 256)
-    logprobs = jax.jit(lambda rows: token_logprobs(row_logits(spawning, rows), rows["tokens"]))(packed)
-    sampled = np.isin(packed["role"], SAMPLED_ROLES)
+    segments = [flatten_thread(thread) for tree in trees for thread in tree.threads()]
+    rows = first_fit([len(segment) for segment in segments], 256)
+    packed = pack_rows([[segments[i] for i in row] for row in rows], 256)
+    logprobs = jax.jit(lambda rows: token_logprobs(row_logits(spawning, rows), rows.tokens))(packed)
+    sampled = np.isin(packed.role, SAMPLED_ROLES)
     assert sampled.sum() > 500
-    assert np.abs(np.asarray(logprobs) - packed["logprobs"])[sampled].max() < 1e-4
-    assert (packed["logprobs"][sampled] < 0).all()
+    assert np.abs(np.asarray(logprobs) - packed.logprobs)[sampled].max() < 1e-4
+    assert (packed.logprobs[sampled] < 0).all()
 
 
 def test_children_that_inherit_decode_behind_their_parent_s_context(spawning, mesh):
@@ -176,14 +176,14 @@ def test_children_that_inherit_decode_behind_their_parent_s_context(spawning, me
     found = run_trees(JaxEngine(spawning, mesh, slots=16, context=CONTEXT, seed=3, steps=8), protocol, BUDGET, NAMES)
     inheriting = [thread for tree in found for thread in tree.threads() if thread.inherits]
     assert len(inheriting) > 20 and max(map(depth, found)) >= 2
-    pieces = [piece for tree in found for piece in lay_out_tree(tree)]
-    assert len(pieces) == len(found)
-    length = max(map(len, pieces))
-    packed = pack_rows([[piece] for piece in pieces], -(-length // 64) * 64)
-    logprobs = jax.jit(lambda rows: token_logprobs(row_logits(spawning, rows), rows["tokens"]))(packed)
-    sampled = np.isin(packed["role"], SAMPLED_ROLES)
+    segments = [segment for tree in found for segment in flatten_tree(tree)]
+    assert len(segments) == len(found)
+    length = max(map(len, segments))
+    packed = pack_rows([[segment] for segment in segments], -(-length // 64) * 64)
+    logprobs = jax.jit(lambda rows: token_logprobs(row_logits(spawning, rows), rows.tokens))(packed)
+    sampled = np.isin(packed.role, SAMPLED_ROLES)
     assert sampled.sum() > 300
-    assert np.abs(np.asarray(logprobs) - packed["logprobs"])[sampled].max() < 1e-4
+    assert np.abs(np.asarray(logprobs) - packed.logprobs)[sampled].max() < 1e-4
     few = run_trees(JaxEngine(spawning, mesh, slots=2, context=CONTEXT, seed=3, steps=8), protocol, BUDGET, NAMES)
     assert list(map(without_logprobs, few)) == list(map(without_logprobs, found))
 
@@ -225,7 +225,7 @@ def test_tokens_depend_on_no_slots_no_devices_no_shapes_and_no_order(trees, spaw
     mesh = data_mesh(min(devices, jax.device_count()))
     engine = JaxEngine(spawning, mesh, slots=slots, context=CONTEXT, seed=3, steps=8, shapes=shapes)
     for tree, other in zip(run_trees(engine, NonsenseProtocol(), BUDGET, NAMES, order), trees):
-        assert without_logprobs(tree) == without_logprobs(other) and tree.info == other.info
+        assert without_logprobs(tree) == without_logprobs(other) and tree.outcome == other.outcome
 
 
 def test_tokens_depend_on_no_company_and_no_chunks(trees, spawning, mesh):
@@ -279,7 +279,7 @@ def test_two_slots_end_wide_nested_trees_of_waiting_parents(mesh, wide, threads)
 def test_what_is_forced_is_what_was_asked_for(trees):
     """Prompts, joins and the guard's tokens are forced and carry no log-probability; all else is sampled."""
     open_, close = (TOKENIZER.token(text) for text in (NonsenseProtocol.spawn_open, NonsenseProtocol.spawn_close))
-    guarded = 0
+    suppressed = 0
     for tree in trees:
         for thread in tree.threads():
             assert not thread.blocks[0].sampled and thread.blocks[0].content[0] == TOKENIZER.bos
@@ -289,11 +289,11 @@ def test_what_is_forced_is_what_was_asked_for(trees):
                     joined = isinstance(item, Spawn) and block is item.join
                     if not block.sampled and not joined:
                         assert block == Block((open_,), sampled=False)
-                        guarded += 1
+                        suppressed += 1
                 if isinstance(item, Spawn):
                     call = [token for block in item.call for token in block.content]
                     assert (call[0], call[-1]) == (open_, close)
-    assert guarded == sum(tree.info["guarded"] for tree in trees)
+    assert suppressed == sum(tree.outcome.suppressed_joins for tree in trees)
 
 
 # ---------------------------------------------------------------------- whatever a model writes
@@ -315,9 +315,9 @@ def test_trees_of_an_untrained_model_end_without_an_exception(mesh, count, malfo
     assert sorted(ended) == list(range(count)) and len(found) == count and idle(engine)
     for problem, tree in zip(problems, found):
         assert TOKENIZER.decode(tree.root.blocks[0].content) == CountdownProtocol().root_prompt(problem)
-    kinds = {kind for tree in found for kind in tree.info["failures"]}
-    assert "length" in kinds and any(tree.info["malformed"] for tree in found)
-    assert any(tree.info["guarded"] for tree in found) and any(not tree.info["failures"] for tree in found)
+    kinds = {kind for tree in found for kind in tree.outcome.failures}
+    assert "length" in kinds and any(tree.outcome.malformed for tree in found)
+    assert any(tree.outcome.suppressed_joins for tree in found) and any(not tree.outcome.failures for tree in found)
 
 
 class Breaking(NonsenseProtocol):

@@ -98,8 +98,8 @@ def test_rollouts_spawn_with_added_tokens(which):
     engine = scripted(scripts_of(tree, (0,)), context=10**5)
     runner = TreeRunner(engine, CountdownProtocol(), tokenizer, Budget(10**5), Sampling(1.0))
     found = asyncio.run(runner.run(PROBLEM, (0,)))
-    assert found.info["malformed"] == found.info["failures"] == {}
-    assert len(found.root.children) == len(TREE.root.children) > 0 and found.info["correct"]
+    assert found.outcome.malformed == found.outcome.failures == {}
+    assert len(found.root.children) == len(TREE.root.children) > 0 and found.outcome.correct
 
 
 def test_ours_with_added_tokens_is_read_as_one_of_transformers(tmp_path):
@@ -140,7 +140,7 @@ def test_all_ends_of_a_model_end_its_threads(tmp_path, file):
     engine = scripted(scripts_of(tree, (0,)), context=10**5)
     runner = TreeRunner(engine, CountdownProtocol(), tokenizer, Budget(10**5), Sampling(1.0))
     found = asyncio.run(runner.run(PROBLEM, (0,)))
-    assert found.info["failures"] == {} and found.info["correct"]
+    assert found.outcome.failures == {} and found.outcome.correct
     assert {thread.blocks[-1].content[-1] for thread in found.threads()} == {second}
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apr_jax.threads import Block, Spawn, Thread, ThreadTree, metrics, tree_json
+from apr_jax.threads import Block, Spawn, Thread, ThreadTree, TreeOutcome, metrics, tree_json
 
 IDS = st.lists(st.integers(0, 5), max_size=4).map(tuple)
 SAMPLED = IDS.flatmap(
@@ -35,7 +35,11 @@ def threads(levels):
     return st.builds(lambda prompt, rest, failure: Thread((prompt, *rest), failure), FORCED, rest, FAILURES)
 
 
-TREES = threads(2).map(lambda root: ThreadTree(root, {"correct": True, "problem": [1, 2]}))
+COUNTS = st.dictionaries(st.sampled_from(["length", "empty", "bad_line"]), st.integers(1, 9))
+OUTCOMES = st.none() | st.builds(
+    TreeOutcome, st.booleans(), st.booleans(), COUNTS, COUNTS, st.integers(0, 3), st.integers(0, 3)
+)
+TREES = st.builds(lambda root, outcome: ThreadTree(root, {"problem": [1, 2]}, outcome), threads(2), OUTCOMES)
 
 EXAMPLE = ThreadTree(
     Thread(
@@ -141,7 +145,25 @@ def test_json_keeps_text_and_rounds_only_when_asked():
     assert tree_json.tree_from_json(tree_json.tree_to_json(tree)) == tree
 
 
+def test_an_outcome_stands_in_the_json_of_a_rollout_alone():
+    outcome = TreeOutcome(correct=False, answered=True, failures={"length": 2}, suppressed_joins=1)
+    assert "outcome" not in tree_json.tree_to_json(EXAMPLE)
+    assert tree_json.tree_to_json(dataclasses.replace(EXAMPLE, outcome=outcome))["outcome"] == {
+        "correct": False, "answered": True, "failures": {"length": 2}, "malformed": {}, "suppressed_joins": 1,
+        "forced_spawns": 0,
+    }  # fmt: skip
+
+
+OUTCOME = dataclasses.asdict(TreeOutcome(True, True, {"length": 1}))
+ROOT = {"blocks": [{"sampled": False, "content": [5]}]}
 BROKEN = [None, [], {}, {"info": {}}, {"info": {}, "root": {"blocks": [1]}}, {"root": {"blocks": []}}]
+BROKEN += [
+    {"info": {}, "root": ROOT, "outcome": outcome}
+    for outcome in (
+        None, {}, OUTCOME | {"correct": 1}, OUTCOME | {"failures": ["length"]}, OUTCOME | {"malformed": {"empty": "1"}},
+        OUTCOME | {"forced_spawns": True},
+    )
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("broken", BROKEN)

@@ -83,8 +83,8 @@ def test_replays_a_solver_exactly(style):
     played = asyncio.run(run_all(jobs, lambda index, _: ended.append(index)))
     for tree, text, result in zip(trees, texts, played):
         assert plain(result.root) == tree.root
-        assert result.info["correct"] == result.info["claimed"] == text.info["solved"]
-        assert result.info["failures"] == result.info["malformed"] == {} and result.info["guarded"] == 0
+        assert result.outcome.correct == result.outcome.answered == text.info["solved"]
+        assert result.outcome.failures == result.outcome.malformed == {} and result.outcome.suppressed_joins == 0
     assert sorted(ended) == list(range(30)) and ended != sorted(ended), "trees go at their own pace"
     assert not engine.live
     if style == "apr":
@@ -104,7 +104,7 @@ def test_a_join_takes_the_place_of_the_call_and_tells_who_found_what():
         trace.JOIN_OPEN + trace.join_line(0, 1, "0,0", True) + PATH.removesuffix("\n").removesuffix(": Goal Reached")
         + ": Goal Reached\n" + trace.join_line(1, 1, "0,1", False) + trace.JOIN_CLOSE
     )  # fmt: skip
-    assert tree.info["correct"] and tree.info["claimed"]
+    assert tree.outcome.correct and tree.outcome.answered
     for block in (body, *spawn.call, end):
         assert len(block.logprobs) == len(block.content)
 
@@ -139,7 +139,7 @@ def test_guard_turns_a_written_join_into_a_spawn():
     """A thread that begins a join block is made to spawn instead, and only the replaced token is forced."""
     fake = BODY + trace.JOIN_OPEN + call("0,0").removeprefix(trace.SPAWN_OPEN) + NOT_FOUND
     tree = play({(7,): fake, (7, 0, 0): FOUND})
-    assert tree.info["guarded"] == 1 and tree.info["failures"] == {}
+    assert tree.outcome.suppressed_joins == 1 and tree.outcome.failures == {}
     prompt, body, spawn, end = tree.root.blocks
     assert text_of(body) == BODY
     assert [(text_of(block), block.sampled) for block in spawn.call] == [
@@ -152,7 +152,7 @@ def test_guard_turns_a_written_join_into_a_spawn():
 def test_guard_holds_again_and_again_and_leaves_no_written_join():
     join = ids(trace.JOIN_OPEN, end=False)
     tree = play({(7,): join * 5 + ids(NOT_FOUND)})
-    assert tree.info["guarded"] == 5 and tree.root.failure is None
+    assert tree.outcome.suppressed_joins == 5 and tree.root.failure is None
     assert all(join[0] not in block.content for block in tree.root.blocks if block.sampled)
     assert all(len(block) for block in tree.root.blocks)
 
@@ -173,8 +173,8 @@ def test_malformed_spawns_end_their_thread_and_are_counted_by_kind(kind, written
     budget = {"too_many": {"threads": 3}, "too_deep": {"depth": 0}}.get(kind, {})
     tree = play({(7,): written}, **budget)
     assert tree.root.failure == f"malformed:{kind}"
-    assert tree.info["malformed"] == {kind: 1} and tree.info["failures"] == {f"malformed:{kind}": 1}
-    assert not tree.info["correct"]
+    assert tree.outcome.malformed == {kind: 1} and tree.outcome.failures == {f"malformed:{kind}": 1}
+    assert not tree.outcome.correct
     assert text_of(tree.root.blocks[-1]) == written, "what was written is kept to be trained on"
 
 
@@ -188,7 +188,7 @@ def test_malformed_spawns_may_count_as_children_that_failed(kind):
         "too_deep": call("0,0"),
     }[kind]
     tree = play({(7,): BODY + written + trace.reached(9, 9) + ANSWER}, malformed="fail", depth=int(kind != "too_deep"))
-    assert tree.info["malformed"] == {kind: 1} and tree.info["failures"] == {} and tree.info["correct"]
+    assert tree.outcome.malformed == {kind: 1} and tree.outcome.failures == {} and tree.outcome.correct
     (spawn,) = tree.root.spawns
     nothing = trace.join_line(0, 1, "0,0", False) if kind == "too_deep" else ""
     assert text_of(spawn.join) == trace.JOIN_OPEN + nothing + trace.JOIN_CLOSE and not spawn.children
@@ -201,7 +201,7 @@ def test_children_over_the_budget_are_not_run_where_a_malformed_spawn_may_go_on(
         malformed="fail", threads=3,
     )  # fmt: skip
     (spawn,) = tree.root.spawns
-    assert len(spawn.children) == 2 and tree.info["malformed"] == {"too_many": 1} and tree.root.failure is None
+    assert len(spawn.children) == 2 and tree.outcome.malformed == {"too_many": 1} and tree.root.failure is None
     for line in (trace.join_line(0, 1, "0,0", True), trace.join_line(2, 1, "0,0", False)):
         assert line in text_of(spawn.join)
 
@@ -220,7 +220,7 @@ def test_a_join_of_nothing_stands_in_the_place_of_the_whole_call():
 def test_a_thread_that_writes_nothing_but_bad_spawns_ends(kind, children):
     written = ids(BODY, end=False) + ids(call(*children), end=False) * 500
     tree = play({(7,): written}, malformed="fail", threads=5, depth=int(kind != "too_deep"))
-    assert tree.root.failure == f"malformed:{kind}" and tree.info["malformed"] == {kind: 5}
+    assert tree.root.failure == f"malformed:{kind}" and tree.outcome.malformed == {kind: 5}
 
 
 def test_a_spawn_that_no_token_opened_ends_its_thread_under_either_policy():
@@ -243,7 +243,7 @@ def test_the_tokens_of_a_tree_are_shared_out_and_never_passed():
             assert first.failure == "tokens" and first.sampled_tokens == each
             assert second.sampled_tokens == min(each, len(ids(NOT_FOUND)))
             assert tree.root.failure == "tokens" and sampled_tokens(tree) == tokens, "what a child leaves is not lost"
-    assert tree.info["failures"] == {"tokens": 2}
+    assert tree.outcome.failures == {"tokens": 2}
     whole = play({(7,): BODY + NOT_FOUND}, tokens=len(ids(BODY + NOT_FOUND)))
     assert whole.root.failure is None
 
@@ -253,11 +253,11 @@ def test_a_root_that_ends_with_too_few_children_is_made_to_spawn():
     written = (*ids(BODY + call("0,0") + NOT_FOUND), *ids(asked + NOT_FOUND))
     scripts = {(7,): written, (7, 0, 0): NOT_FOUND, (7, 1, 0): FOUND}
     tree = play(scripts, least_children=2)
-    assert [len(spawn.children) for spawn in tree.root.spawns] == [1, 1] and tree.info["forced_spawns"] == 1
+    assert [len(spawn.children) for spawn in tree.root.spawns] == [1, 1] and tree.outcome.forced_spawns == 1
     assert [block.sampled for block in tree.root.spawns[1].call] == [False, True] and tree.root.failure is None
     assert len(play(scripts, least_children=1).root.spawns) == 1
     full = play({(7,): written, (7, 0, 0): NOT_FOUND}, least_children=1, threads=2)
-    assert full.root.failure is None and full.info["forced_spawns"] == 0
+    assert full.root.failure is None and full.outcome.forced_spawns == 0
     stubborn = play({(7,): ids(BODY) + ids("") * 300}, least_children=1, context=300)
     assert stubborn.root.failure == "length" and not stubborn.root.spawns
 
@@ -291,15 +291,15 @@ def test_a_child_that_fails_is_a_child_without_a_solution():
     spawn = tree.root.spawns[0]
     assert spawn.children[0].failure == "malformed:unopened" and tree.root.failure is None
     assert "No Solution in Sub Search 0" in text_of(spawn.join)
-    assert tree.info["failures"] == {"malformed:unopened": 1}
+    assert tree.outcome.failures == {"malformed:unopened": 1}
 
 
 def test_an_answer_is_only_right_where_the_thread_ended_by_itself():
     right = BODY + trace.reached(9, 9) + ANSWER
     whole = 1 + len(ids(CountdownProtocol().root_prompt(PROBLEM) + right))
-    assert play({(7,): right}, context=whole).info["correct"]
+    assert play({(7,): right}, context=whole).outcome.correct
     cut = play({(7,): right}, context=whole - 1)
-    assert cut.root.failure == "length" and not cut.info["correct"] and cut.info["claimed"]
+    assert cut.root.failure == "length" and not cut.outcome.correct and cut.outcome.answered
 
 
 def test_no_thread_grows_past_its_window():
@@ -326,7 +326,7 @@ def test_children_may_spawn_where_the_budget_has_a_level_for_them():
     tree = play(scripts, depth=2)
     grandchild = tree.root.children[0].children[0]
     assert text_of(grandchild.blocks[0]) == trace.moving("0,0,0") + trace.state(9, (9,), ("2+3=5", "4+5=9"))
-    assert tree.info["failures"] == {}
+    assert tree.outcome.failures == {}
     assert play(scripts, depth=1).root.children[0].failure == "malformed:too_deep"
 
 
@@ -366,7 +366,7 @@ def test_noise_makes_trees_and_nothing_else():
         return made
 
     made = trees(1)
-    kinds = {kind for tree in made for kind in tree.info["failures"]}
+    kinds = {kind for tree in made for kind in tree.outcome.failures}
     assert {"malformed:unopened", "malformed:empty"} <= kinds
     assert all(kind == "length" or kind.startswith("malformed:") for kind in kinds)
     assert made == trees(2), "trees do not depend on the order in which they run"

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from apr_jax.data.dataset import read_manifest
-from apr_jax.data.packing import StoredPieces
+from apr_jax.data.packing import StoredSegments
 from apr_jax.data.store import TreeStore
 from apr_jax.tasks.countdown import ProblemRange, authors
 from apr_jax.tasks.countdown.search import SolverConfig
@@ -80,7 +80,7 @@ def test_what_is_exported_can_be_imported(made, tmp_path, capsys):
     stores = [TreeStore(again / f"apr_{part}") for part in ("validation", "train")]
     ours = {tree.info["index"]: decode_tree(tree, words.decode).root for store in stores for tree in store}
     assert [ours[index] for index in sorted(ours)] == [theirs[index] for index in kept] and sorted(ours) == kept
-    assert len(StoredPieces(TreeStore(again / "apr_train"))) == manifest["apr_train"]["threads"]
+    assert len(StoredSegments(TreeStore(again / "apr_train"))) == manifest["apr_train"]["threads"]
     assert make_data(read_settings(load_config(CONFIG)), again) == manifest  # a run takes it as it is
     assert {p.target for p in load_problems(again / "held_out.npy")} == {row["target"] for row in held_out}
     assert call(*line, f"--out={again}") == 1

@@ -23,20 +23,20 @@ import numpy as np  # noqa: E402
 import optax  # noqa: E402
 from flax import nnx  # noqa: E402
 
-from apr_jax.data.packing import lay_out, lay_out_tree, pack_rows  # noqa: E402
+from apr_jax.data.packing import flatten_thread, flatten_tree, pack_rows  # noqa: E402
 from apr_jax.data.store import SAMPLED_ROLES  # noqa: E402
 from apr_jax.model.llama import Llama, LlamaConfig  # noqa: E402
 from apr_jax.rollout.engine import JaxEngine  # noqa: E402
 from apr_jax.tasks.countdown import CountdownProtocol  # noqa: E402
 from apr_jax.tasks.countdown.solver import SOLVERS  # noqa: E402
 from apr_jax.tasks.countdown.vocabulary import countdown_tokenizer  # noqa: E402
-from apr_jax.threads import ThreadTree, encode_tree  # noqa: E402
+from apr_jax.threads import ThreadTree, TreeOutcome, encode_tree  # noqa: E402
 from apr_jax.threads.engine import Sampling  # noqa: E402
 from apr_jax.threads.run import Budget, TreeRunner, run_all  # noqa: E402
-from apr_jax.train.grpo import GrpoTrainer  # noqa: E402
+from apr_jax.train.grpo import GrpoTrainer, RolloutSpec  # noqa: E402
 from apr_jax.train.loss import supervised_loss  # noqa: E402
 from apr_jax.train.optimizer import OptimizerConfig, make_optimizer  # noqa: E402
-from apr_jax.train.sft import SftConfig, run_sft  # noqa: E402
+from apr_jax.train.sft import SftConfig, SftJob, run_sft  # noqa: E402
 from apr_jax.train.step import Trainer, data_mesh  # noqa: E402
 from experiments.configs import paper  # noqa: E402
 from experiments.settings import read_settings  # noqa: E402
@@ -56,8 +56,8 @@ def step():
     one is empty, so that a device without a token takes part."""
     rng = random.Random(0)
     sizes = (0, 1, 1, 2, 3, 5, 9, 12)
-    pieces = [[lay_out(random_thread(rng, depth=0, longest=4)) for _ in range(size)] for size in sizes]
-    rows = pack_rows(pieces, 256)
+    segments = [[flatten_thread(random_thread(rng, depth=0, longest=4)) for _ in range(size)] for size in sizes]
+    rows = pack_rows(segments, 256)
     loss = functools.partial(supervised_loss, mode="sampled")
     model = make_model(0)
     weights, norms = [], []
@@ -66,7 +66,7 @@ def step():
         state, sums = trainer.step(trainer.init(model), [rows])
         weights.append(jax.device_get(state.weights))
         norms.append(float(sums["gradient_norm"]))
-    halves = [{name: value[at] for name, value in rows.items()} for at in (np.arange(0, 8), np.arange(8) * 0)]
+    halves = [jax.tree.map(lambda x: x[at], rows) for at in (np.arange(0, 8), np.arange(8) * 0)]
     trainer = Trainer(model, loss, optax.sgd(0.5), data_mesh(8))
     twice, sums_twice = trainer.step(trainer.init(model), halves)  # the second batch is the empty row eight times
     graphdef, before = nnx.split(model)
@@ -78,7 +78,7 @@ def step():
     plain = jax.tree.map(lambda w, g: w - 0.5 * g, before, jax.jit(jax.grad(mean))(before))
     plain = nnx.to_pure_dict(plain)
     return {
-        "per_row": np.isin(rows["role"], SAMPLED_ROLES).sum(axis=1).tolist(),
+        "per_row": np.isin(rows.role, SAMPLED_ROLES).sum(axis=1).tolist(),
         "moved": apart(weights[0], nnx.to_pure_dict(before)),
         "one_device": apart(weights[0], weights[1]), "plain": apart(weights[0], plain),
         "microbatches": apart(jax.device_get(twice.weights), weights[1]), "norm": abs(norms[0] - norms[1]) / norms[1],
@@ -91,7 +91,9 @@ def sharded():
     eight of which one, two or all share a copy of the weights. How far weights and moments are apart, and how much a
     device holds."""
     rng = random.Random(1)
-    batches = [pack_rows([[lay_out(random_thread(rng, depth=1, longest=4))] for _ in range(16)], 192) for _ in range(3)]
+    batches = [
+        pack_rows([[flatten_thread(random_thread(rng, depth=1, longest=4))] for _ in range(16)], 192) for _ in range(3)
+    ]
     model = make_model(2, width=64, layers=4, heads=8, kv_heads=8, feed_forward=96, remat="full")
     found = {}
     for name, frozen, meshes in (("muon", "", ((8, 1), (8, 2))), ("adamw", "embed_|q_", ((8, 8),))):
@@ -105,7 +107,7 @@ def sharded():
             )  # fmt: skip
             state = trainer.init(model)
             for rows in batches:
-                halves = [{key: value[at::2] for key, value in rows.items()} for at in range(2)]
+                halves = [jax.tree.map(lambda x: x[at::2], rows) for at in range(2)]
                 state, sums = trainer.step(state, halves)
             q = state.weights["layers"]["q_LxDxNxH"]
             states[f"{devices}/{fsdp}"] = jax.device_get((state.weights, state.optimizer, sums["gradient_norm"]))
@@ -120,14 +122,14 @@ def sharded():
 def elsewhere():
     """A run of four steps: on eight devices, and begun there and ended on two, whose weights then are apart by what
     order of addition makes."""
-    pieces = [lay_out(random_thread(random.Random(3), depth=0)) for _ in range(40)]
+    segments = [flatten_thread(random_thread(random.Random(3), depth=0)) for _ in range(40)]
     config = SftConfig(4, 8, 64, OptimizerConfig(peak_rate=1e-2), save_every=2)
     with tempfile.TemporaryDirectory() as folder:
-        whole = run_sft(make_model(0), pieces, [], config, data_mesh(8), Path(folder) / "whole", {})
+        whole = run_sft(SftJob(make_model(0), config, segments, data_mesh(8), Path(folder) / "whole"))
         begun = Path(folder) / "begun"
         shutil.copytree(Path(folder) / "whole", begun)
         shutil.rmtree(begun / "checkpoints" / "4")
-        moved = run_sft(make_model(0), pieces, [], config, data_mesh(4, 2), begun, {})
+        moved = run_sft(SftJob(make_model(0), config, segments, data_mesh(4, 2), begun))
     return apart(nnx.state(whole), nnx.state(moved))
 
 
@@ -147,14 +149,16 @@ def policy():
     """Two inner steps of GRPO with a reference and importance weights on the same trees: by 8 devices, of which two
     share a copy of the weights, and by 1."""
     model, rng = spawning_model(1, kv_heads=4), random.Random(5)
-    groups = [[ThreadTree(random_thread(rng, depth=1, logprobs=True), {"correct": i % 2}) for i in range(4)]
-              for _ in range(3)]  # fmt: skip
+    outcomes = [TreeOutcome(correct=bool(i % 2), answered=True) for i in range(4)]
+    groups = [
+        [ThreadTree(random_thread(rng, depth=1, logprobs=True), outcome=outcome) for outcome in outcomes]
+        for _ in range(3)
+    ]
+    rollouts = RolloutSpec(NonsenseProtocol(2), TOKENIZER, Budget(64), slots=8)
     weights = []
     for devices, fsdp in ((8, 2), (1, 1)):
         config = make_config(inner_steps=2, kl=0.1, importance_cap=2.0, aggregate="paper", batch_rows=8)
-        trainer = GrpoTrainer(
-            model, NonsenseProtocol(2), TOKENIZER, Budget(64), config, data_mesh(devices, fsdp), slots=8
-        )
+        trainer = GrpoTrainer(model, config, rollouts, data_mesh(devices, fsdp))
         state, metrics = trainer.update(trainer.trainer.init(model), groups)
         weights.append((jax.device_get(state.weights), metrics))
     (eight, ours), (one, other) = weights
@@ -178,22 +182,24 @@ def preset():
     config = LlamaConfig(vocab_size=len(tokenizer), **settings.model)
     model, rng = Llama(config, rngs=nnx.Rngs(settings.seed)), random.Random(0)
     problems = [settings.problems.draw(rng) for _ in range(30)]
-    pieces = []
+    segments = []
     for problem in problems:
         tree = SOLVERS["apr"](problem, settings.solvers["apr"], rng)
-        pieces += lay_out_tree(encode_tree(tree, tokenizer.encode, tokenizer.bos, tokenizer.eos))
+        segments += flatten_tree(encode_tree(tree, tokenizer.encode, tokenizer.bos, tokenizer.eos))
     with tempfile.TemporaryDirectory() as folder:
-        trained = run_sft(model, pieces, [], settings.sft, mesh, Path(folder), {})
+        trained = run_sft(SftJob(model, settings.sft, segments, mesh, Path(folder)))
         (line,) = (Path(folder) / "metrics.jsonl").read_text().splitlines()
     weights = [leaf for leaf in jax.tree.leaves(nnx.state(trained)) if leaf.ndim]
-    trainer = GrpoTrainer(
-        trained, CountdownProtocol("apr"), tokenizer, settings.budget, settings.grpo, mesh, settings.grpo_slots
-    )
+    rollouts = RolloutSpec(CountdownProtocol("apr"), tokenizer, settings.budget, settings.grpo_slots)
+    trainer = GrpoTrainer(trained, settings.grpo, rollouts, mesh)
     state = trainer.trainer.init(trained)
     groups, _ = trainer.sample(state, 1, problems[:2])
     # An untrained model solves nothing: the rewards are given, or there would be no update.
     groups = [
-        [dataclasses.replace(tree, info={**tree.info, "correct": i == 0}) for i, tree in enumerate(group)]
+        [
+            dataclasses.replace(tree, outcome=dataclasses.replace(tree.outcome, correct=i == 0))
+            for i, tree in enumerate(group)
+        ]
         for group in groups
     ]
     state, metrics = trainer.update(state, groups)

@@ -1,6 +1,6 @@
 """What the tests of GRPO's objective, of its reward and of its loop share."""
 
-from apr_jax.threads import Block, Spawn, Thread, ThreadTree
+from apr_jax.threads import Block, Spawn, Thread, ThreadTree, TreeOutcome
 from apr_jax.train.objective import GrpoConfig
 from apr_jax.train.optimizer import OptimizerConfig
 
@@ -12,8 +12,10 @@ def make_config(**changes):
     return GrpoConfig(**values | {"inner_steps": 1} | changes)
 
 
-def hand_made_tree(**info):
-    """Root 3 + 2 sampled (its call counts), first child 4, second child none."""
+def hand_made_tree(**outcome):
+    """Root 3 + 2 sampled (its call counts), first child 4, second child none; `outcome` as `TreeOutcome`, by default a
+    wrong answer."""
     prompt, four = Block((5, 6), False), Block((7, 8, 9, 10), True)
     spawn = Spawn((Block((12, 13), True),), (Thread((prompt, four)), Thread((prompt,))), Block((14, 15, 16), False))
-    return ThreadTree(Thread((prompt, Block((7, 8, 9), True), spawn)), info)
+    outcome = TreeOutcome(**{"correct": False, "answered": True} | outcome)
+    return ThreadTree(Thread((prompt, Block((7, 8, 9), True), spawn)), outcome=outcome)

@@ -14,20 +14,20 @@ import jax
 import numpy as np
 from flax import nnx
 
-from apr_jax.data.packing import lay_out
+from apr_jax.data.packing import flatten_thread
 from apr_jax.devices import start_devices
 from apr_jax.train.optimizer import OptimizerConfig, path_name
-from apr_jax.train.sft import SftConfig, SftRun, run_sft
+from apr_jax.train.sft import SftConfig, SftJob, SftRun, run_sft
 from apr_jax.train.step import data_mesh
 from apr_jax.train.termination import Terminated
 from tests.tiny import make_model, random_thread
 
 
 def train(mesh, folder):
-    pieces = [lay_out(random_thread(random.Random(i), depth=0)) for i in range(60)]
+    segments = [flatten_thread(random_thread(random.Random(i), depth=0)) for i in range(60)]
     optimizer = OptimizerConfig("muon", peak_rate=1e-2, muon_rate=0.02)
     config = SftConfig(8, 16, 64, optimizer, microbatches=2, log_every=1, save_every=2)
-    return run_sft(make_model(0, width=64), pieces, pieces[:9], config, mesh, folder, {"of": "a test"})
+    return run_sft(SftJob(make_model(0, width=64), config, segments, mesh, folder, segments[:9], {"of": "a test"}))
 
 
 def weights_of(model):

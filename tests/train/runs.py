@@ -13,13 +13,13 @@ import threading
 import time
 from pathlib import Path
 
-from apr_jax.data.packing import lay_out
+from apr_jax.data.packing import flatten_thread
 from apr_jax.threads.run import Budget, TreeRunner
-from apr_jax.train.grpo import GrpoTrainer, run_grpo
+from apr_jax.train.grpo import GrpoJob, GrpoTrainer, RolloutSpec, run_grpo
 from apr_jax.train.metrics import MetricsLog
 from apr_jax.train.objective import GrpoConfig
 from apr_jax.train.optimizer import OptimizerConfig
-from apr_jax.train.sft import SftConfig, run_sft
+from apr_jax.train.sft import SftConfig, SftJob, run_sft
 from apr_jax.train.step import data_mesh
 from tests.tiny import TOKENIZER, NonsenseProtocol, make_model, random_thread, spawning_model
 
@@ -29,20 +29,19 @@ OPTIMIZER = OptimizerConfig(peak_rate=1e-2, warmup_steps=2)
 
 def sft(folder, steps=6, validation=True, **changes):
     rng = random.Random(0)
-    pieces = [lay_out(random_thread(rng, depth=0)) for _ in range(40)]
+    segments = [flatten_thread(random_thread(rng, depth=0)) for _ in range(40)]
     values = {"steps": steps, "batch_rows": 2, "row_length": 64, "optimizer": OPTIMIZER, "save_every": 2}
-    config, held_out = SftConfig(**values | {"log_every": 1} | changes), pieces[:6] if validation else []
-    return run_sft(make_model(0), pieces, held_out, config, data_mesh(2), Path(folder), {})
+    config, held_out = SftConfig(**values | {"log_every": 1} | changes), segments[:6] if validation else []
+    return run_sft(SftJob(make_model(0), config, segments, data_mesh(2), Path(folder), held_out))
 
 
 def grpo(folder, steps=3, **changes):
     values = {"steps": steps, "prompts": 2, "group": 6, "inner_steps": 2, "kl": 0.01, "save_every": 1}
-    values |= {"importance_cap": 2.0, "child_credit": 0.5, "fresh_rounds": 1, "validate_every": 1, "validation": 3}
+    values |= {"importance_cap": 2.0, "fresh_rounds": 1, "validate_every": 1, "validation": 3}
     values |= {"batch_rows": 2, "row_length": 64, "optimizer": OPTIMIZER} | changes
-    model, budget = spawning_model(0, opens=3.0, closes=2.0, ends=4.0), Budget(40, 6, 1)
-    return run_grpo(
-        model, range(9), NonsenseProtocol(2), TOKENIZER, budget, GrpoConfig(**values), data_mesh(2), 8, Path(folder), {}
-    )
+    rollouts = RolloutSpec(NonsenseProtocol(2), TOKENIZER, Budget(40, 6, 1), slots=8)
+    model = spawning_model(0, opens=3.0, closes=2.0, ends=4.0)
+    return run_grpo(GrpoJob(model, GrpoConfig(**values), rollouts, range(9), data_mesh(2), Path(folder)))
 
 
 def long_sft(folder):

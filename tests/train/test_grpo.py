@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from apr_jax.data.packing import lay_out
+from apr_jax.data.packing import flatten_thread
 from apr_jax.errors import UserError
 from apr_jax.tasks.countdown import Problem
 from apr_jax.threads.engine import Sampling
 from apr_jax.threads.run import Budget
-from apr_jax.train.grpo import VALIDATION_TAG, GrpoTrainer, run_grpo
-from apr_jax.train.objective import AGGREGATES
+from apr_jax.train.aggregation import AGGREGATIONS
+from apr_jax.train.grpo import VALIDATION_TAG, GrpoJob, GrpoTrainer, RolloutSpec, hold_back, run_grpo
 from apr_jax.train.reward import Prices, rollout_metrics
 from apr_jax.train.step import data_mesh
 from tests.tiny import TOKENIZER, NonsenseProtocol, causal_logits, make_model, paths, spawning_model
@@ -26,15 +26,18 @@ BUDGET = Budget(64, threads=12, depth=2)
 
 
 def make_trainer(model, protocol=None, budget=BUDGET, slots=16, **changes):
-    config = make_config(**changes)
-    trainer = GrpoTrainer(model, protocol or NonsenseProtocol(2), TOKENIZER, budget, config, data_mesh(2), slots)
+    rollouts = RolloutSpec(protocol or NonsenseProtocol(2), TOKENIZER, budget, slots)
+    trainer = GrpoTrainer(model, make_config(**changes), rollouts, data_mesh(2))
     return trainer, trainer.trainer.init(model)
 
 
 def rewarded(groups, rewards):
     """The groups with other rewards."""
     return [
-        [dataclasses.replace(tree, info={**tree.info, "correct": bool(reward)}) for tree, reward in zip(group, given)]
+        [
+            dataclasses.replace(tree, outcome=dataclasses.replace(tree.outcome, correct=bool(reward)))
+            for tree, reward in zip(group, given)
+        ]
         for group, given in zip(groups, rewards)
     ]
 
@@ -59,7 +62,7 @@ def policy_gradient(graphdef, parameters, tokens, weight):
     return jax.grad(loss)(parameters)
 
 
-@pytest.mark.parametrize("aggregate", AGGREGATES)
+@pytest.mark.parametrize("aggregate", AGGREGATIONS)
 def test_the_first_update_is_the_policy_gradient_of_the_paths_alone(sampled, aggregate):
     """Before any update the ratio is 1, so the gradient is that of -A logprob, weighed by hand from the trees."""
     model, groups = sampled
@@ -95,7 +98,7 @@ def test_the_first_update_is_the_policy_gradient_of_the_paths_alone(sampled, agg
     _, metrics = trainer.update(state, groups)
     assert metrics["train/sampled_tokens"] == trained < metrics["train/tokens"]
     assert metrics["train/gradient_norm"] == pytest.approx(right, rel=1e-3)
-    assert metrics["train/engine_difference"] < metrics["train/engine_difference_most"] < 1e-4  # the ratio is 1
+    assert metrics["train/logprob_mismatch"] < metrics["train/max_logprob_mismatch"] < 1e-4  # the ratio is 1
     assert metrics["train/clipped_low"] == metrics["train/clipped_high"] == metrics["train/kl"] == 0
     assert metrics["train/threads_too_long"] == 0
 
@@ -105,7 +108,7 @@ def test_later_inner_steps_leave_the_old_policy_and_the_reference_behind(sampled
     trainer, state = make_trainer(model, inner_steps=3, kl=0.1)
     state, metrics = trainer.update(state, groups)
     assert int(state.step) == 3
-    assert metrics["train/engine_difference_most"] < 1e-4
+    assert metrics["train/max_logprob_mismatch"] < 1e-4
     assert metrics["train/clipped_low"] + metrics["train/clipped_high"] > 0 and metrics["train/kl"] > 0
 
 
@@ -126,7 +129,7 @@ def test_equal_rewards_are_no_update(sampled, reward):
 
 def test_threads_that_fit_no_row_are_counted_and_the_others_train(sampled):
     model, groups = sampled
-    lengths = [len(lay_out(thread)) for i in (0, 2) for tree in groups[i] for thread in tree.threads()]
+    lengths = [len(flatten_thread(thread)) for i in (0, 2) for tree in groups[i] for thread in tree.threads()]
     limit = sorted(lengths)[-3]
     trainer, state = make_trainer(model, row_length=limit)
     _, metrics = trainer.update(state, groups)
@@ -171,8 +174,8 @@ def test_a_condition_is_drawn_for_each_prompt_as_often_as_demonstrations_had_it(
     model = spawning_model(1)
 
     def trainer_of(conditions, seed=0):
-        config = make_config(seed=seed)
-        trainer = GrpoTrainer(model, NonsenseProtocol(2), TOKENIZER, BUDGET, config, data_mesh(2), 16, conditions)
+        rollouts = RolloutSpec(NonsenseProtocol(2), TOKENIZER, BUDGET, 16, conditions)
+        trainer = GrpoTrainer(model, make_config(seed=seed), rollouts, data_mesh(2))
         return trainer, trainer.trainer.init(model)
 
     def begun(tree):
@@ -219,7 +222,7 @@ def test_fresh_prompts_take_the_place_of_groups_without_a_signal():
     assert none == [] and len(first) == 3
     assert groups[0] == first[0], "a group with a signal stays"
     assert replaced[:2] == first[1:] and len(replaced) >= 3, "3 is the first fresh one and fails, too"
-    assert all(len({tree.info["correct"] for tree in group}) == 2 for group in groups)
+    assert all(len({tree.outcome.correct for tree in group}) == 2 for group in groups)
     assert trainer.sample(state, 1, problems) == (groups, replaced)
     assert len(trainer.sample(state, 1, [11, 1, 2, 3])[0]) == 3, "fewer fresh ones than are needed"
 
@@ -229,10 +232,9 @@ def test_validation_that_leaves_no_problem_is_refused(tmp_path, twins, validatio
     """Also where those that are left are held-back ones in another order."""
     config = make_config(steps=1, prompts=2, validate_every=1, validation=validation)
     problems = [*[Problem((7, 2), 5)] * twins, *(Problem((2, 7), target) for target in (3, 4, 5))]
+    rollouts = RolloutSpec(NonsenseProtocol(2), TOKENIZER, BUDGET, slots=16)
     with pytest.raises(UserError, match="no problem left to sample"):
-        run_grpo(
-            spawning_model(1), problems, NonsenseProtocol(2), TOKENIZER, BUDGET, config, data_mesh(2), 16, tmp_path, {}
-        )
+        run_grpo(GrpoJob(spawning_model(1), config, rollouts, problems, data_mesh(2), tmp_path, key=lambda p: p.key))
     assert not list(tmp_path.iterdir())
 
 
@@ -247,7 +249,8 @@ def test_what_is_held_back_for_validation_is_never_sampled(tmp_path):
     config = make_config(steps=4, prompts=2, validate_every=2, validation=3)
     # The last three are held back, and so is the first, which is one of them in another order.
     problems = [Problem((7, 2), 5), *(Problem((2, 7), target) for target in (1, 8, 2, 3, 4, 5))]
-    run_grpo(spawning_model(1), problems, Remembers(2), TOKENIZER, BUDGET, config, data_mesh(2), 16, tmp_path, {})
+    rollouts = RolloutSpec(Remembers(2), TOKENIZER, BUDGET, slots=16)
+    run_grpo(GrpoJob(spawning_model(1), config, rollouts, problems, data_mesh(2), tmp_path, key=lambda p: p.key))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "validation/accuracy" in line] == [0, 2, 4]
     validations, sampled = 3 * 3, 4 * 2 * 4
@@ -280,23 +283,11 @@ def test_a_price_on_children_makes_trees_narrow():
     assert children[0] > 1 and children[-1] < 0.3 * children[0], children
 
 
-def test_a_childs_result_is_asked_for_where_it_has_a_credit():
-    """Of a batch whose trees are all right only children of unequal success have a gradient."""
-    trainer, state = make_trainer(spawning_model(1), AlwaysRight(2), child_credit=1.0)
-    groups, _ = trainer.sample(state, 1, range(3))
-    trees = [tree for group in groups for tree in group]
-    assert all(len(tree.info["child_values"]) == sum(1 for _ in tree.threads()) - 1 for tree in trees)
-    unequal = 0
-    for tree in trees:
-        found = dict(zip(map(id, list(tree.threads())[1:]), tree.info["child_values"]))
-        for thread in tree.threads():
-            for spawn in thread.spawns:
-                unequal += len({found[id(child)] for child in spawn.children}) == 2
-    assert unequal > 0
-    before = jax.tree.map(np.asarray, state.weights)
-    state, metrics = trainer.update(state, groups)
-    assert metrics["train/threads"] >= 2 * unequal and metrics["train/gradient_norm"] > 0
-    assert any((a != np.asarray(b)).any() for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(state.weights)))
+def test_without_a_key_problems_are_the_same_where_they_are_equal():
+    config = make_config(validate_every=1, validation=2)
+    assert hold_back([3, 1, 2, 1, 4], config) == ([3, 2], [1, 4])
+    assert hold_back([3, 1, 5, 6, 4], config, key=lambda problem: problem % 2) == ([3, 1, 5], [6, 4])
+    assert hold_back([3, 1], make_config()) == ([3, 1], [])
 
 
 def test_rows_that_do_not_split_over_the_devices_are_refused():

@@ -10,30 +10,29 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from apr_jax.data.packing import lay_out_tree, pack_rows
+from apr_jax.data.packing import flatten_tree, pack_rows
 from apr_jax.threads import Block, Spawn, Thread, ThreadTree, map_blocks
-from apr_jax.train.objective import (
-    advantages,
-    child_advantages,
-    grpo_loss,
-    loss_divisor,
-    policy_logprobs,
-    tree_pieces,
-)
+from apr_jax.train.aggregation import AGGREGATIONS, TreeWeights, aggregation
+from apr_jax.train.objective import advantages, grpo_loss, policy_logprobs, step_segments
 from apr_jax.train.reward import differ
 from tests.tiny import causal_logits, log_softmax, make_model, plain_logits, random_thread
 from tests.train.objectives import hand_made_tree, make_config
 
 
-def plain_logprobs(model, piece, temperature):
-    """Log-probability and entropy behind every token of a piece, each path forwarded alone."""
-    logprobs, entropy = np.zeros(len(piece)), np.zeros(len(piece))
-    for last in set(range(len(piece))) - set(piece.predecessors.tolist()):
+def tree_segments(tree, advantage, config, window=64):
+    """The segments of one tree that is trained on, also with an advantage of 0."""
+    return step_segments([(tree, advantage)], dataclasses.replace(config, kl=config.kl or 1.0), window)[0]
+
+
+def plain_logprobs(model, segment, temperature):
+    """Log-probability and entropy behind every token of a segment, each path forwarded alone."""
+    logprobs, entropy = np.zeros(len(segment)), np.zeros(len(segment))
+    for last in set(range(len(segment))) - set(segment.predecessors.tolist()):
         path = [last]
-        while piece.predecessors[path[0]] >= 0:
-            path.insert(0, int(piece.predecessors[path[0]]))
-        table = log_softmax(plain_logits(model, piece.tokens[path]).astype(np.float64)[:-1] / temperature)
-        logprobs[path[1:]] = table[np.arange(len(path) - 1), piece.tokens[path[1:]]]
+        while segment.predecessors[path[0]] >= 0:
+            path.insert(0, int(segment.predecessors[path[0]]))
+        table = log_softmax(plain_logits(model, segment.tokens[path]).astype(np.float64)[:-1] / temperature)
+        logprobs[path[1:]] = table[np.arange(len(path) - 1), segment.tokens[path[1:]]]
         entropy[path[1:]] = -(np.exp(table) * table).sum(axis=-1)
     return logprobs, entropy
 
@@ -58,8 +57,8 @@ def test_rewards_that_differ_by_rounding_alone_are_equal():
     np.testing.assert_allclose(advantages(near, True), [-1, 1], rtol=1e-6)
 
 
-def token_terms(config, piece, advantage, p, b, o, q, t):
-    """Loss of token t of a piece and its derivative by p, as numbers: the module's equations, one token at a time."""
+def token_terms(config, segment, advantage, p, b, o, q, t):
+    """Loss of token t of a segment and its derivative by p, as numbers: the module's equations, one token at a time."""
     old, weight = b[t], 1.0
     if config.importance_cap:
         old, weight = o[t], min(np.exp(o[t] - b[t]), config.importance_cap)
@@ -68,36 +67,36 @@ def token_terms(config, piece, advantage, p, b, o, q, t):
     ratio = np.exp(p[t] - old)
     clipped = min(max(ratio, 1 - config.clip_low), 1 + config.clip_high)
     inside = ratio * advantage <= clipped * advantage  # the clip does not bind
-    loss = -piece.share[t] * weight * min(ratio * advantage, clipped * advantage)
-    slope = -piece.share[t] * weight * ratio * advantage * inside
+    loss = -segment.loss_weight[t] * weight * min(ratio * advantage, clipped * advantage)
+    slope = -segment.loss_weight[t] * weight * ratio * advantage * inside
     k3 = np.exp(q[t] - p[t]) - (q[t] - p[t]) - 1
     if config.kl_estimator == "k3":
-        loss += piece.kl_share[t] * config.kl * k3
-        slope += piece.kl_share[t] * config.kl * (1 - np.exp(q[t] - p[t]))
+        loss += segment.kl_weight[t] * config.kl * k3
+        slope += segment.kl_weight[t] * config.kl * (1 - np.exp(q[t] - p[t]))
     return loss, slope, ratio, weight, k3
 
 
-def leaf_paths(piece):
-    """The paths of a piece as lists of indices, one for each token that nothing follows."""
+def leaf_paths(segment):
+    """The paths of a segment as lists of indices, one for each token that nothing follows."""
     found = []
-    for last in sorted(set(range(len(piece))) - set(piece.predecessors.tolist())):
+    for last in sorted(set(range(len(segment))) - set(segment.predecessors.tolist())):
         path = [last]
-        while piece.predecessors[path[0]] >= 0:
-            path.insert(0, int(piece.predecessors[path[0]]))
+        while segment.predecessors[path[0]] >= 0:
+            path.insert(0, int(segment.predecessors[path[0]]))
         found.append(path)
     return found
 
 
-def gradient_by_paths(model, pieces, slopes, temperature):
+def gradient_by_paths(model, segments, slopes, temperature):
     """The gradient of the sum of slope times log-probability, every path forwarded alone and each token counted on one:
     by the chain rule that of the loss."""
-    paths = [(piece, slope, path) for piece, slope in zip(pieces, slopes) for path in leaf_paths(piece)]
+    paths = [(segment, slope, path) for segment, slope in zip(segments, slopes) for path in leaf_paths(segment)]
     padded = np.zeros((2, len(paths), max(len(path) for *_, path in paths)), np.float32)
     seen = set()
-    for i, (piece, slope, path) in enumerate(paths):
-        padded[0, i, : len(path)] = piece.tokens[path]
-        padded[1, i, : len(path)] = [0 if (id(piece), t) in seen else slope[t] for t in path]
-        seen |= {(id(piece), t) for t in path}
+    for i, (segment, slope, path) in enumerate(paths):
+        padded[0, i, : len(path)] = segment.tokens[path]
+        padded[1, i, : len(path)] = [0 if (id(segment), t) in seen else slope[t] for t in path]
+        seen |= {(id(segment), t) for t in path}
     tokens, weight = jnp.asarray(padded[0], jnp.int32), jnp.asarray(padded[1])
     graphdef, parameters = nnx.split(model)
 
@@ -125,36 +124,45 @@ def test_loss_and_gradient_are_the_equations_in_numpy(changes):
     rng, noise = random.Random(1), np.random.default_rng(1)
     model = make_model(2)
     config = make_config(**{"clip_low": 0.2, "clip_high": 0.3, "temperature": 0.7} | changes)
-    names = ("loss", "weight", "trained", "difference", "clipped_low", "clipped_high", "importance", "kl", "entropy")
+    names = (
+        "loss",
+        "weight",
+        "trained",
+        "logprob_mismatch",
+        "clipped_low",
+        "clipped_high",
+        "importance",
+        "kl",
+        "entropy",
+    )
     right, most = dict.fromkeys(names, 0.0), 0.0
-    pieces, slopes, columns = [], [], {"old": [], "reference": []}
+    segments, slopes, columns = [], [], {"old_logprobs": [], "reference_logprobs": []}
     for advantage in (1.5, -0.5):
-        for piece in tree_pieces(ThreadTree(random_thread(rng, depth=1)), advantage, config, window=64):
-            p, entropy = plain_logprobs(model, piece, 0.7)
+        for segment in tree_segments(ThreadTree(random_thread(rng, depth=1)), advantage, config, window=64):
+            p, entropy = plain_logprobs(model, segment, 0.7)
             b, o, q = (p + noise.normal(0, 0.3, len(p)) for _ in range(3))
-            pieces.append(dataclasses.replace(piece, logprobs=np.where(piece.sampled, b, 99).astype(np.float32)))
-            columns["old"].append(o)
-            columns["reference"].append(q)
-            slope = np.zeros(len(piece))
-            for t in range(len(piece)):
-                if piece.sampled[t] and piece.predecessors[t] >= 0:
-                    loss, slope[t], ratio, weight, k3 = token_terms(config, piece, advantage, p, b, o, q, t)
-                    gain = advantage - config.kl * (b[t] - q[t]) * (config.kl_estimator == "k1")
+            segments.append(dataclasses.replace(segment, logprobs=np.where(segment.sampled, b, 99).astype(np.float32)))
+            columns["old_logprobs"].append(o)
+            columns["reference_logprobs"].append(q)
+            slope = np.zeros(len(segment))
+            for t in range(len(segment)):
+                if segment.sampled[t] and segment.predecessors[t] >= 0:
+                    loss, slope[t], ratio, weight, k3 = token_terms(config, segment, advantage, p, b, o, q, t)
+                    own = advantage - config.kl * (b[t] - q[t]) * (config.kl_estimator == "k1")
                     right["loss"] += loss
-                    right["weight"] += piece.share[t]
+                    right["weight"] += segment.loss_weight[t]
                     right["trained"] += 1
-                    right["difference"] += abs(p[t] - b[t])
+                    right["logprob_mismatch"] += abs(p[t] - b[t])
                     most = max(most, abs(p[t] - b[t]))
-                    right["clipped_low"] += ratio < 0.8 and gain < 0
-                    right["clipped_high"] += ratio > 1.3 and gain > 0
+                    right["clipped_low"] += ratio < 0.8 and own < 0
+                    right["clipped_high"] += ratio > 1.3 and own > 0
                     right["importance"] += weight
                     right["kl"] += k3 if config.kl else 0
                     right["entropy"] += entropy[t]
             slopes.append(slope)
-    rows = pack_rows([pieces], sum(map(len, pieces)) + 7)
-    for name, values in columns.items():
-        rows[name] = np.zeros_like(rows["logprobs"])
-        rows[name][0, :-7] = np.concatenate(values)
+    padded = {name: np.concatenate([*values, np.zeros(7)])[None].astype(np.float32) for name, values in columns.items()}
+    rows = dataclasses.replace(pack_rows([segments], sum(map(len, segments)) + 7), **padded)
+    rows.check()
     graphdef, parameters = nnx.split(model)
 
     def total(parameters):
@@ -163,9 +171,9 @@ def test_loss_and_gradient_are_the_equations_in_numpy(changes):
     (loss, sums), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(parameters)
     assert right["clipped_low"] > 2 and right["clipped_high"] > 2
     for name, value in dict(sums, loss=loss).items():
-        expected = most if name == "max_difference" else right[name]
+        expected = most if name == "max_logprob_mismatch" else right[name]
         assert float(value) == pytest.approx(expected, rel=1e-3, abs=1e-4), name
-    by_paths = gradient_by_paths(model, pieces, slopes, 0.7)
+    by_paths = gradient_by_paths(model, segments, slopes, 0.7)
     for ours, alone in zip(jax.tree.leaves(gradient), jax.tree.leaves(by_paths), strict=True):
         np.testing.assert_allclose(ours, alone, rtol=1e-3, atol=1e-4 * float(jnp.abs(alone).max()))
 
@@ -174,9 +182,12 @@ def test_loss_and_gradient_are_the_equations_in_numpy(changes):
 def test_a_clip_counts_where_it_binds(advantage, low, high):
     """Of a token whose ratio is past the lower bound and one past the upper, one alone is held back by the clip."""
     model, config = make_model(2), make_config()
-    (piece,) = tree_pieces(ThreadTree(Thread((Block((5,), False), Block((7, 8), True)))), advantage, config, window=64)
-    rows = pack_rows([[piece]], 3)
-    rows["logprobs"] = np.asarray(policy_logprobs(model, rows, 1.0)) - np.float32([[0, -1, 1]])  # ratios of 1/e and e
+    (segment,) = tree_segments(
+        ThreadTree(Thread((Block((5,), False), Block((7, 8), True)))), advantage, config, window=64
+    )
+    rows = pack_rows([[segment]], 3)
+    drawn = np.asarray(policy_logprobs(model, rows, 1.0)) - np.float32([[0, -1, 1]])  # ratios of 1/e and e
+    rows = dataclasses.replace(rows, logprobs=drawn)
     _, sums = grpo_loss(model, rows, config)
     assert (float(sums["clipped_low"]), float(sums["clipped_high"])) == (low, high)
 
@@ -184,11 +195,11 @@ def test_a_clip_counts_where_it_binds(advantage, low, high):
 def test_the_first_ratio_is_one_wherever_the_old_policy_is_the_trainers_own():
     """With a cap the trainer's own log-probabilities are the old ones, and what the sampler's differ by is a weight."""
     model, config = make_model(2), make_config(importance_cap=2.0)
-    pieces = tree_pieces(hand_made_tree(), 1.0, config, window=64)
-    rows = pack_rows([pieces], sum(map(len, pieces)))
-    rows["old"] = np.asarray(policy_logprobs(model, rows, 1.0))
+    segments = tree_segments(hand_made_tree(), 1.0, config, window=64)
+    rows = pack_rows([segments], sum(map(len, segments)))
+    rows = dataclasses.replace(rows, old_logprobs=np.asarray(policy_logprobs(model, rows, 1.0)))
     for shift, weight in ((-1.0, 2.0), (0.5, np.exp(-0.5))):  # the sampler's are below, or above, the trainer's
-        rows["logprobs"] = rows["old"] + np.float32(shift)
+        rows = dataclasses.replace(rows, logprobs=rows.old_logprobs + np.float32(shift))
         loss, sums = grpo_loss(model, rows, config)
         assert sums["clipped_low"] == sums["clipped_high"] == 0
         assert float(sums["importance"] / sums["trained"]) == pytest.approx(weight, rel=1e-4)
@@ -204,10 +215,10 @@ def test_the_gradient_of_k1_is_that_of_the_divergence():
     reference = jnp.asarray(log_softmax(np.random.default_rng(0).normal(size=V)), jnp.float32)
     log_p = jnp.asarray(log_softmax(plain_logits(model, [5]))[0])
     words = [Thread((Block((5,), False), Block((word,), True))) for word in range(V)]
-    rows = pack_rows([tree_pieces(ThreadTree(thread), 0.0, config, window=64) for thread in words], 64)
-    rows["logprobs"][:, 1], rows["share"][:, 1] = log_p, jnp.exp(log_p)
-    rows["reference"] = np.zeros_like(rows["logprobs"])
-    rows["reference"][:, 1] = reference
+    rows = pack_rows([tree_segments(ThreadTree(thread), 0.0, config, window=64) for thread in words], 64)
+    rows.logprobs[:, 1], rows.loss_weight[:, 1] = log_p, jnp.exp(log_p)
+    rows = dataclasses.replace(rows, reference_logprobs=np.zeros_like(rows.logprobs))
+    rows.reference_logprobs[:, 1] = reference
 
     def divergence(parameters):
         logits = causal_logits(nnx.merge(graphdef, parameters), jnp.full((1, 1), 5, jnp.int32))[0, 0]
@@ -232,14 +243,14 @@ def test_the_gradient_of_k1_is_that_of_the_divergence():
     ],
 )
 def test_every_way_to_aggregate_gives_its_share(aggregate, root, child, kl_root):
-    pieces = tree_pieces(hand_made_tree(), -0.5, make_config(aggregate=aggregate), window=64)
-    assert [int(piece.sampled.sum()) for piece in pieces] == [5, 4, 0]
-    np.testing.assert_allclose(pieces[0].share, root, rtol=1e-6)
-    np.testing.assert_allclose(pieces[1].share, child, rtol=1e-6)
-    np.testing.assert_allclose(pieces[0].kl_share, kl_root, rtol=1e-6)
-    assert all((piece.advantage == -0.5).all() for piece in pieces)
-    assert [piece.tokens.tolist() for piece in pieces] == [
-        piece.tokens.tolist() for piece in lay_out_tree(hand_made_tree())
+    segments = tree_segments(hand_made_tree(), -0.5, make_config(aggregate=aggregate), window=64)
+    assert [int(segment.sampled.sum()) for segment in segments] == [5, 4, 0]
+    np.testing.assert_allclose(segments[0].loss_weight, root, rtol=1e-6)
+    np.testing.assert_allclose(segments[1].loss_weight, child, rtol=1e-6)
+    np.testing.assert_allclose(segments[0].kl_weight, kl_root, rtol=1e-6)
+    assert all((segment.advantage == -0.5).all() for segment in segments)
+    assert [segment.tokens.tolist() for segment in segments] == [
+        segment.tokens.tolist() for segment in flatten_tree(hand_made_tree())
     ]
 
 
@@ -290,13 +301,12 @@ def test_the_paper_s_weights_are_those_of_its_requests(kl):
         for sequence in sequences
         for token in sequence
     }
-    divisor, found = loss_divisor(trees, config), {}
-    for tree, advantage in trees:
-        for piece in tree_pieces(tree, advantage, config, window=64):
-            for t in np.flatnonzero(piece.sampled):
-                found[int(piece.tokens[t])] = piece.share[t] * piece.advantage[t] / divisor, piece.kl_share[t] / divisor
-    assert total > 100 and right.keys() <= found.keys()
-    assert not any(found[token][0] for token in found.keys() - right.keys())
+    (segments, divisor), found = step_segments(trees, config, window=64), {}
+    for segment in segments:
+        weights = segment.loss_weight * segment.advantage / divisor, segment.kl_weight / divisor
+        for t in np.flatnonzero(segment.sampled):
+            found[int(segment.tokens[t])] = float(weights[0][t]), float(weights[1][t])
+    assert total > 100 and right.keys() == found.keys()
     for token, weights in right.items():
         assert found[token] == pytest.approx(weights, rel=1e-5)
 
@@ -311,43 +321,38 @@ def test_the_paper_s_weights_of_a_tree_that_was_counted_by_hand():
     root = Thread((prompt, written(6), Spawn((written(2),), (Thread((prompt, written(4))),), join), written(2)))
     trees = [(ThreadTree(root), 1.0), (ThreadTree(Thread((prompt, written(6)))), -1.0)]
     config = make_config(aggregate="paper")
-    pieces = [piece for tree, gain in trees for piece in tree_pieces(tree, gain, config, window=64)]
-    of_root, of_child, of_other = (piece.share[piece.sampled] / loss_divisor(trees, config) for piece in pieces)
+    segments, divisor = step_segments(trees, config, window=64)
+    of_root, of_child, of_other = (segment.loss_weight[segment.sampled] / divisor for segment in segments)
     np.testing.assert_allclose(of_root, [1 / 96] * 8 + [1 / 24] * 2, rtol=1e-6)
     np.testing.assert_allclose(of_child, 1 / 48, rtol=1e-6)
     np.testing.assert_allclose(of_other, 1 / 24, rtol=1e-6)
 
 
-def nested_tree():
-    """A root with two spawns: of two children, the first of which has two of its own, and of one."""
-    leaf = Thread((Block((5,), False), Block((7,), True)))
-    call, join = (Block((12,), True),), Block((14,), False)
-    first = Thread((Block((5,), False), Block((8,), True), Spawn(call, (leaf, dataclasses.replace(leaf)), join)))
-    second, alone = dataclasses.replace(leaf), dataclasses.replace(leaf)
-    root = (Block((6,), False), Spawn(call, (first, second), join), Spawn(call, (alone,), join))
-    return Thread(root)
+@pytest.mark.parametrize("kl", [0.0, 0.3])
+@pytest.mark.parametrize(
+    "aggregate, divisor, paper",
+    [("tree", 3, 0), ("sequence", 3, 0), ("token", 27, 0), ("constant", 3, 0), ("paper", 4, 2)],
+)
+def test_a_step_is_divided_by_its_trees_tokens_or_requests(aggregate, divisor, paper, kl):
+    """Three trees of 9 tokens and 2 requests; one has no advantage, and with the paper counts only where there is a
+    kl."""
+    trees = [(hand_made_tree(), advantage) for advantage in (1.0, 0.0, -1.0)]
+    segments, found = step_segments(trees, make_config(aggregate=aggregate, kl=kl), window=64)
+    assert found == divisor + (paper if kl else 0)
+    assert [float(segment.advantage[0]) for segment in segments[::3]] == ([1, 0, -1] if kl else [1, -1])
 
 
-def test_a_childs_credit_is_against_its_siblings_and_goes_down_to_its_own_children():
-    """Depth first: root, first, its two, second, alone."""
-    tree = ThreadTree(nested_tree(), {"child_values": [True, False, True, False, True]})
-    assert child_advantages(tree, normalise=False) == [0, 0.5, 0.0, 1.0, -0.5, 0]
-    assert child_advantages(tree, normalise=True) == [0, 1, 0, 2, -1, 0]
-    pieces = tree_pieces(tree, 3.0, make_config(child_credit=0.5, normalise=False), window=64)
-    assert [piece.advantage[0] for piece in pieces] == [3.0, 3.25, 3.0, 3.5, 2.75, 3.0]
-    blank = tree_pieces(tree, 3.0, make_config(), window=64)
-    assert all((piece.advantage == 3).all() for piece in blank)
+def test_an_aggregation_of_ones_own_is_one_function(monkeypatch):
+    monkeypatch.setitem(AGGREGATIONS, "request", None)  # taken out again at the end
 
+    @aggregation("request")
+    def by_request(tree, window, trained):
+        return TreeWeights(lambda thread, request: request + 2.0, lambda thread, request: 0.5, divisor=window)
 
-def test_children_that_inherit_have_their_own_credit_within_one_piece():
-    def child(token):
-        return Thread((Block((5,), False), Block((token,), True)), inherits=True)
-
-    spawn = Spawn((Block((12,), True),), (child(7), child(8)), Block((14,), False))
-    tree = ThreadTree(Thread((Block((6,), False), spawn)), {"child_values": [False, True]})
-    (piece,) = tree_pieces(tree, 0.0, make_config(child_credit=1.0), window=64)
-    gains = dict(zip(piece.tokens.tolist(), piece.advantage.tolist()))
-    assert (gains[6], gains[7], gains[8]) == (0, -1, 1)
+    config = make_config(aggregate="request")
+    segments, divisor = step_segments([(hand_made_tree(), 1.0)] * 2, config, window=64)
+    assert divisor == 128 and len(segments) == 6
+    assert (segments[0].loss_weight[segments[0].sampled] == 2).all() and (segments[0].kl_weight == 0.5).all()
 
 
 @pytest.mark.parametrize(

@@ -21,11 +21,11 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from apr_jax.data.packing import lay_out
+from apr_jax.data.packing import flatten_thread
 from apr_jax.errors import UserError
 from apr_jax.train.checkpoint import CheckpointError, Checkpoints, load_meta, load_model, newest_step
 from apr_jax.train.metrics import MetricsLog
-from apr_jax.train.sft import SftConfig, run_sft
+from apr_jax.train.sft import SftConfig, SftJob, run_sft
 from apr_jax.train.step import NotFiniteError, Trainer, data_mesh
 from apr_jax.train.termination import Terminated
 from tests.tiny import make_model, random_thread
@@ -149,15 +149,15 @@ def test_a_kill_between_the_validation_and_the_last_checkpoint_loses_no_validati
 
 def test_steps_that_are_not_finite_change_nothing_are_counted_and_end_the_run(tmp_path):
     """A gain of infinity makes every gradient one of no numbers."""
-    pieces = [lay_out(random_thread(random.Random(0), depth=0)) for _ in range(4)]
+    segments = [flatten_thread(random_thread(random.Random(0), depth=0)) for _ in range(4)]
     broken = make_model(0)
     broken.norm_D[...] = jnp.full_like(broken.norm_D[...], jnp.inf)
     config = SftConfig(4, 2, 64, runs.OPTIMIZER, log_every=1, most_skipped=4)
     before = bits(broken)
-    assert bits(run_sft(broken, pieces, [], config, data_mesh(2), tmp_path / "counted", {})) == before
+    assert bits(run_sft(SftJob(broken, config, segments, data_mesh(2), tmp_path / "counted"))) == before
     assert [line["skipped"] for line in lines(tmp_path / "counted")] == [1, 2, 3, 4]
     with pytest.raises(UserError, match="3 steps up to step 3 were not finite .most_skipped is 2"):
-        run_sft(broken, pieces, [], dataclasses.replace(config, most_skipped=2), data_mesh(2), tmp_path / "run", {})
+        run_sft(SftJob(broken, dataclasses.replace(config, most_skipped=2), segments, data_mesh(2), tmp_path / "run"))
     assert not saved(tmp_path / "run")
 
 
@@ -180,18 +180,18 @@ def test_one_step_that_is_not_finite_is_left_out(tmp_path, monkeypatch):
 
 def test_a_loss_that_is_not_finite_is_never_applied_nor_saved(tmp_path):
     """A token past the vocabulary: its loss is NaN, the gradient of it finite."""
-    good = [lay_out(random_thread(random.Random(n), depth=0)) for n in range(8)]
-    broken = [dataclasses.replace(piece, tokens=np.full_like(piece.tokens, 900)) for piece in good]
+    good = [flatten_thread(random_thread(random.Random(n), depth=0)) for n in range(8)]
+    broken = [dataclasses.replace(segment, tokens=np.full_like(segment.tokens, 900)) for segment in good]
     config = SftConfig(3, 2, 64, runs.OPTIMIZER, log_every=1, most_skipped=3)
     model = make_model(0)
-    assert bits(run_sft(model, broken, [], config, data_mesh(2), tmp_path / "counted", {})) == bits(model)
+    assert bits(run_sft(SftJob(model, config, broken, data_mesh(2), tmp_path / "counted"))) == bits(model)
     found = lines(tmp_path / "counted")
     assert [(line["skipped"], line["loss"]) for line in found] == [(1, None), (2, None), (3, None)]
     assert all(np.isfinite(line["gradient_norm"]) for line in found)
     with pytest.raises(NotFiniteError, match="3 steps"):
-        run_sft(model, broken, [], dataclasses.replace(config, most_skipped=2), data_mesh(2), tmp_path / "run", {})
+        run_sft(SftJob(model, dataclasses.replace(config, most_skipped=2), broken, data_mesh(2), tmp_path / "run"))
     with pytest.raises(NotFiniteError, match="validation_loss"):
-        run_sft(model, good, broken, config, data_mesh(2), tmp_path / "validated", {})
+        run_sft(SftJob(model, config, good, data_mesh(2), tmp_path / "validated", broken))
     assert not saved(tmp_path / "run") and not saved(tmp_path / "validated")
 
 

@@ -4,15 +4,14 @@ import dataclasses
 
 import pytest
 
-from apr_jax.tasks.countdown import CountdownProtocol, trace
 from apr_jax.threads import ThreadTree
-from apr_jax.train.reward import Prices, child_value, reward_terms, rewards, rollout_metrics
+from apr_jax.train.reward import Prices, reward_terms, rewards, rollout_metrics
 from tests.train.objectives import hand_made_tree
 
 
-def tree(correct, failures=(), malformed=(), guarded=0):
+def tree(correct, failures=(), malformed=(), suppressed_joins=0):
     return hand_made_tree(
-        correct=correct, claimed=True, failures=dict(failures), malformed=dict(malformed), guarded=guarded
+        correct=correct, failures=dict(failures), malformed=dict(malformed), suppressed_joins=suppressed_joins
     )
 
 
@@ -32,23 +31,11 @@ def test_every_price_is_taken_off_by_what_the_tree_cost():
 
 
 def test_an_answer_that_is_wrong_can_cost_more_than_none():
-    silent = hand_made_tree(correct=False, claimed=False, failures={}, malformed={}, guarded=0)
-    cut_off = ThreadTree(dataclasses.replace(tree(False).root, failure="length"), tree(False).info)
+    silent = hand_made_tree(correct=False, answered=False)
+    cut_off = ThreadTree(dataclasses.replace(tree(False).root, failure="length"), outcome=tree(False).outcome)
     group = [tree(True), tree(False), silent, cut_off]
     assert rewards(group, Prices(wrong=0.25)) == [1.0, -0.25, 0.0, 0.0] and rewards(group, Prices()) == [1, 0, 0, 0]
     assert rollout_metrics([group], Prices())["rollout/wrong"] == 1 / 4
-
-
-def test_a_child_is_worth_its_right_answer_and_can_pay_for_a_wrong_one():
-    protocol, prices = CountdownProtocol("apr"), Prices(wrong=0.25)
-    prompt = trace.moving("0,1") + trace.state(20, (4, 5), ("9-4=5",)) + "\n"
-    right = prompt + "Exploring Operation: 4*5=20, Resulting Numbers: [20]\n20,20 equal: Goal Reached\n"
-    right += prompt + "Exploring Operation: 4*5=20, Resulting Numbers: [20]\n20,20 equal: Goal Reached\n"
-    wrong, nothing = right.replace("4*5", "4+5"), prompt + trace.NO_SOLUTION
-    values = [child_value(protocol, text, None, prices) for text in (right, wrong, nothing)]
-    assert values == [1, -0.25, 0]
-    assert [child_value(protocol, text, None, Prices()) for text in (right, wrong, nothing)] == [1, 0, 0]
-    assert child_value(protocol, right, "length", prices) == child_value(protocol, wrong, "length", prices) == 0
 
 
 @pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
@@ -58,14 +45,14 @@ def test_a_price_is_a_number_from_0_on(value):
 
 
 def test_rollout_metrics_are_means_over_trees():
-    serial = ThreadTree(hand_made_tree().root.children[0], tree(False).info)
-    groups = [[tree(True), tree(False, {"length": 3})], [tree(False, guarded=2), serial]]
+    serial = ThreadTree(hand_made_tree().root.children[0], outcome=tree(False).outcome)
+    groups = [[tree(True), tree(False, {"length": 3})], [tree(False, suppressed_joins=2), serial]]
     metrics = rollout_metrics(groups, Prices())
-    assert metrics["rollout/reward"] == metrics["rollout/correct"] == 0.25 and metrics["rollout/claimed"] == 1
+    assert metrics["rollout/reward"] == metrics["rollout/correct"] == 0.25 and metrics["rollout/answered"] == 1
     assert metrics["rollout/groups_with_signal"] == 0.5 and metrics["rollout/children"] == 1.5
     assert metrics["rollout/spawned"] == 0.75 and metrics["rollout/depth"] == 0.75
     assert metrics["rollout/duplicate_children"] == 0.75  # both children of a spawn have one prompt
-    assert metrics["rollout/failed_length"] == 0.75 and metrics["rollout/guarded"] == 0.5
+    assert metrics["rollout/failed_length"] == 0.75 and metrics["rollout/suppressed_joins"] == 0.5
     assert metrics["rollout/total_tokens"] == (3 * (10 + 6 + 2) + 6) / 4
     assert metrics["rollout/sequential_tokens"] == (3 * (5 + 2 + 6 + 3) + 6) / 4
     assert metrics["rollout/tokens_per_thread"] == 60 / 10

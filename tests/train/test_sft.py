@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from apr_jax.data.packing import lay_out, lay_out_tree, pack_rows
+from apr_jax.data.packing import flatten_thread, flatten_tree, pack_rows
 from apr_jax.data.store import CALL_FORCED, CALL_SAMPLED, FORCED, JOIN, SAMPLED
 from apr_jax.errors import UserError
 from apr_jax.model import flops
 from apr_jax.model.flops import training_flops
 from apr_jax.threads import Block, Thread
 from apr_jax.train.checkpoint import load_meta
-from apr_jax.train.loss import KINDS, loss_by_kind, row_logits, row_sums
-from apr_jax.train.sft import SftConfig, run_sft, validation_metrics
+from apr_jax.train.loss import KINDS, batch_sums, loss_by_kind, row_logits
+from apr_jax.train.sft import SftConfig, SftJob, run_sft, validation_metrics
 from apr_jax.train.step import data_mesh
 from tests.data.test_packing import nested_tree
 from tests.tiny import log_softmax, make_model, paths
@@ -27,18 +27,18 @@ MODEL = make_model(3)
 
 @pytest.fixture(scope="module")
 def rows():
-    pieces = lay_out_tree(nested_tree())
-    return pack_rows([pieces[::2], pieces[1::2]], 128)
+    segments = flatten_tree(nested_tree())
+    return pack_rows([segments[::2], segments[1::2]], 128)
 
 
 def test_losses_by_kind_are_those_of_the_tokens_of_each_kind(rows):
-    logprobs = np.take_along_axis(log_softmax(np.asarray(row_logits(MODEL, rows))), rows["tokens"][:, :, None], -1)
+    logprobs = np.take_along_axis(log_softmax(np.asarray(row_logits(MODEL, rows))), rows.tokens[:, :, None], -1)
     sums = loss_by_kind(MODEL, rows)
     for name, role in {"written": SAMPLED, "call": CALL_SAMPLED, "prompt": FORCED, "join": JOIN}.items():
-        chosen = (rows["role"] == role) & (rows["predecessors"] >= 0)
+        chosen = (rows.role == role) & (rows.predecessors >= 0)
         assert float(sums[f"count/{name}"]) == chosen.sum() > 0
         np.testing.assert_allclose(sums[f"loss/{name}"], -logprobs[:, :, 0][chosen].sum(), rtol=1e-5)
-    every = (rows["role"] >= 0) & (rows["role"] != CALL_FORCED) & (rows["predecessors"] >= 0)
+    every = (rows.role >= 0) & (rows.role != CALL_FORCED) & (rows.predecessors >= 0)
     assert sum(float(sums[f"count/{name}"]) for name in KINDS) == every.sum()
 
 
@@ -54,16 +54,16 @@ def test_validation_means_leave_out_kinds_that_do_not_occur():
 
 def test_validation_that_fits_no_row_is_refused_before_the_first_step(tmp_path):
     """It was found after the last one."""
-    short, long = (lay_out(Thread((Block(tuple(range(5, 5 + n)), sampled=True),))) for n in (20, 65))
+    short, long = (flatten_thread(Thread((Block(tuple(range(5, 5 + n)), sampled=True),))) for n in (20, 65))
     config = SftConfig(1, 2, 64, runs.OPTIMIZER)
     with pytest.raises(UserError, match="no thread fits a row of 64 tokens"):
-        run_sft(make_model(0), [short] * 4, [long], config, data_mesh(2), tmp_path, {})
+        run_sft(SftJob(make_model(0), config, [short] * 4, data_mesh(2), tmp_path, [long]))
     assert not list(tmp_path.iterdir())
 
 
 def test_a_token_sees_its_path_up_to_itself(rows):
-    sums = row_sums(rows)
-    enter, exit_ = rows["enter"], rows["exit"]
+    sums = batch_sums(rows)
+    enter, exit_ = rows.enter, rows.exit
     T = enter.shape[1]
     sees = (enter[:, None, :] <= enter[:, :, None]) & (enter[:, :, None] < exit_[:, None, :]) & np.tri(T, dtype=bool)
     assert int(sums["seen"]) == sees.sum() and int(sums["tokens"]) == (exit_ > enter).sum()
@@ -71,7 +71,7 @@ def test_a_token_sees_its_path_up_to_itself(rows):
 
 def test_unshared_tokens_are_those_of_the_paths_alone(rows):
     lengths = [len(path) for thread in nested_tree().threads() for path in paths(thread)]
-    assert int(row_sums(rows)["unshared"]) == sum(lengths) > int(row_sums(rows)["tokens"])
+    assert int(batch_sums(rows)["unshared"]) == sum(lengths) > int(batch_sums(rows)["tokens"])
 
 
 def test_a_run_tells_losses_by_kind_and_its_rate(tmp_path, monkeypatch):

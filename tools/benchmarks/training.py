@@ -31,7 +31,7 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
-from apr_jax.data.packing import Piece, first_fit, lay_out, lay_out_tree, pack_rows
+from apr_jax.data.packing import PackedBatch, Segment, first_fit, flatten_thread, flatten_tree, pack_rows
 from apr_jax.export.hf import export_hf, load_transformers
 from apr_jax.export.oracle import import_torch
 from apr_jax.model.flops import peak_flops, training_flops
@@ -42,7 +42,7 @@ from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.threads import Block, Spawn, Thread, ThreadTree
 from apr_jax.train.loss import supervised_loss
 from apr_jax.train.optimizer import OptimizerConfig, make_optimizer
-from apr_jax.train.step import Rows, Trainer, data_mesh
+from apr_jax.train.step import Trainer, data_mesh
 from experiments.command import load_config
 from experiments.settings import Settings, read_settings
 from tools import command
@@ -73,21 +73,21 @@ def draw_trees(settings: Settings, count: int, tokenizer: Tokenizer) -> list[Thr
     return trees
 
 
-def repeated_pieces(tree: ThreadTree) -> list[Piece]:
+def repeated_segments(tree: ThreadTree) -> list[Segment]:
     """The authors' sequences: a thread up to each of its calls, call included, and to its end."""
-    pieces = []
+    segments = []
     for thread in tree.threads():
         before: tuple[Block, ...] = ()
         for item in thread.blocks:
             if isinstance(item, Spawn):
-                pieces.append(lay_out(Thread((*before, *item.call))))
+                segments.append(flatten_thread(Thread((*before, *item.call))))
                 item = item.join
             before += (item,)
-        pieces.append(lay_out(Thread(before)))
-    return pieces
+        segments.append(flatten_thread(Thread(before)))
+    return segments
 
 
-def batches_of(rows: Sequence[Sequence[Piece]], length: int, count: int) -> list[Rows]:
+def batches_of(rows: Sequence[Sequence[Segment]], length: int, count: int) -> list[PackedBatch]:
     return [pack_rows(rows[at : at + count], length, count) for at in range(0, len(rows), count)]
 
 
@@ -105,10 +105,10 @@ class TorchLoop:
             self.model.parameters(), OPTIMIZER.peak_rate, (0.9, OPTIMIZER.beta2), weight_decay=OPTIMIZER.weight_decay
         )
 
-    def loss(self, rows: Rows):
+    def loss(self, batch: PackedBatch):
         """The sum of cross-entropies of every token that has a predecessor, and their number."""
         torch, on = self._torch, self._device
-        tensor = {name: torch.from_numpy(rows[name].astype(np.int64)).to(on) for name in NEEDED}
+        tensor = {name: torch.from_numpy(getattr(batch, name).astype(np.int64)).to(on) for name in NEEDED}
         enter, exit_ = tensor["enter"], tensor["exit"]
         T = enter.shape[1]
         sees = (enter[:, None, :] <= enter[:, :, None]) & (enter[:, :, None] < exit_[:, None, :])
@@ -128,10 +128,10 @@ class TorchLoop:
         trained = tensor["predecessors"] >= 0
         return (losses * trained).sum(), trained.sum()
 
-    def run(self, batches: Sequence[Rows]) -> None:
-        for rows in batches:
+    def run(self, batches: Sequence[PackedBatch]) -> None:
+        for batch in batches:
             self._optimizer.zero_grad()
-            loss, weight = self.loss(rows)
+            loss, weight = self.loss(batch)
             (loss / weight).backward()
             self._torch.nn.utils.clip_grad_norm_(self.model.parameters(), OPTIMIZER.clip)
             self._optimizer.step()
@@ -148,15 +148,15 @@ class OurLoop:
     def __init__(self, model: Llama, devices: int):
         optimizer = make_optimizer(OPTIMIZER, 10**6)
         self.trainer = Trainer(
-            model, lambda model, rows: supervised_loss(model, rows, "all"), optimizer, data_mesh(devices),
+            model, lambda model, batch: supervised_loss(model, batch, "all"), optimizer, data_mesh(devices),
             whole_layers=False,
         )  # fmt: skip
         self.state = self.trainer.init(model)
 
-    def run(self, batches: Sequence[Rows]) -> float:
+    def run(self, batches: Sequence[PackedBatch]) -> float:
         late, first = None, None
-        for rows in batches:
-            self.state, sums = self.trainer.step(self.state, [rows])
+        for batch in batches:
+            self.state, sums = self.trainer.step(self.state, [batch])
             if late is not None:
                 jax.block_until_ready(late)
             late = sums
@@ -169,15 +169,15 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     settings = read_settings(load_config(values["config"].value))
     tokenizer, window, count = countdown_tokenizer(settings.max_number), settings.window, values["rows"].value
     trees = draw_trees(settings, values["trees"].value, tokenizer)
-    packed = [piece for tree in trees for piece in lay_out_tree(tree)]
+    packed = [segment for tree in trees for segment in flatten_tree(tree)]
     length = max(settings.sft.row_length, max(map(len, packed)))
     length = -(-length // 64) * 64
     random.Random(0).shuffle(packed)
     rows = [[packed[i] for i in row] for row in first_fit(list(map(len, packed)), length)]
-    repeated = [piece for tree in trees for piece in repeated_pieces(tree)]
+    repeated = [segment for tree in trees for segment in repeated_segments(tree)]
     batches = {
         "packed": batches_of(rows, length, count),
-        "repeated": batches_of([[piece] for piece in repeated], window, count),
+        "repeated": batches_of([[segment] for segment in repeated], window, count),
     }
     useful = sum(map(len, packed))
 
@@ -209,7 +209,7 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
             loop()
             seconds[name].append(time.perf_counter() - began)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
-    flops = training_flops(config, useful, sum(int(piece.positions.sum()) + len(piece) for piece in packed))
+    flops = training_flops(config, useful, sum(int(segment.positions.sum()) + len(segment) for segment in packed))
     peak = peak_flops(jax.devices()[0], config.dtype)
     found |= {
         "trees": len(trees),

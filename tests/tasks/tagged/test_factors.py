@@ -48,7 +48,7 @@ def test_the_runner_replays_the_solver(inherit):
     jobs = [lambda i=i: runner.run(PROBLEMS[i], (i,)) for i in range(len(PROBLEMS))]
     for tree, problem, played in zip(trees, PROBLEMS, asyncio.run(run_all(jobs))):
         assert decode_tree(played, TOKENIZER.decode).root == decode_tree(tree, TOKENIZER.decode).root
-        assert played.info["correct"] and played.info["claimed"] == (problem.divisor is not None)
+        assert played.outcome.correct and played.outcome.answered == (problem.divisor is not None)
     assert not engine.live and len(set(engine.names)) == len(engine.names)
 
 

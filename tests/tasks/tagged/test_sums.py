@@ -51,7 +51,7 @@ def test_the_runner_replays_the_solver():
     played = asyncio.run(run_all([lambda i=i: runner.run(problems[i], (i,)) for i in range(len(problems))]))
     for tree, mine in zip(trees, played):
         assert decode_tree(mine, TOKENIZER.decode).root == decode_tree(tree, TOKENIZER.decode).root
-        assert mine.info["correct"]
+        assert mine.outcome.correct
 
 
 def test_wrong_answers_and_problems_are_told():
