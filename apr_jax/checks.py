@@ -115,6 +115,8 @@ def _annotations(kind: type) -> dict[str, Any]:
 
 
 def _fits(value: Any, annotation: Any) -> bool:
+    if annotation is Any:
+        return True
     if annotation is int:
         return isinstance(value, numbers.Integral) and not isinstance(value, bool) and abs(value) < LARGEST
     if annotation is float:

@@ -20,8 +20,9 @@ from ml_collections import ConfigDict
 from apr_jax.checks import describe
 from apr_jax.errors import UserError
 from apr_jax.io.paths import user_path
+from apr_jax.tasks.task import find_task
 from apr_jax.train.checkpoint import check_folder
-from experiments.settings import STAGES, STYLES, Settings, default_config, read_settings, setting_types
+from experiments.settings import SECTIONS, STAGES, Settings, default_config, read_settings, setting_types
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = ROOT / "experiments" / "configs"
@@ -29,9 +30,10 @@ SHARED_STAGES = ("data", "sft")  # what several processes can run together
 FLAGS_HELP = f"""\
   --config=FILE        the preset: a Python file with get_config(), for example experiments/configs/laptop.py;
                        FILE:WORD gives WORD to get_config
-  --config.A.B=VALUE   changes one setting, as --config.sft.steps=100 or --config.apr.beam=4,5; may be repeated
+  --config.A.B=VALUE   changes one setting, as --config.sft.steps=100 or --config.evaluate.also_at=0.5,1; may be
+                       repeated; --config.task=NAME or --config.task=package.module:Class is another task
   --stage=STAGE,...    runs only these stages, in this order (default all: {", ".join(STAGES)})
-  --styles=STYLE,...   trains and evaluates the models of these alone (default all: {", ".join(STYLES)})
+  --variants=NAME,...  trains and evaluates the models of these variants of the task alone (default all)
   --workdir=FOLDER     the run folder (default runs/NAME, NAME from the config)
   --sweep=A.B=V1,V2    one run per value, each in its own folder under the run folder; repeated: the product of all
   --coordinator=HOST:PORT --processes=N --process=I
@@ -49,7 +51,7 @@ class Command:
     changes: tuple[str, ...]  # "A.B=VALUE", in their order
     settings: Settings
     stages: tuple[str, ...]
-    styles: tuple[str, ...]
+    variants: tuple[str, ...]  # of the task
     workdir: Path
     sweeps: tuple[str, ...]
     coordinator: str = ""  # where the first of several processes listens; "": there is one
@@ -66,7 +68,7 @@ def parse(argv: Sequence[str]) -> Command | None:
         flags.DEFINE_string(name, None, "", flag_values=values)
     for name, default in (("processes", 1), ("process", 0)):
         flags.DEFINE_integer(name, default, "", flag_values=values)
-    for name in ("stage", "styles"):
+    for name in ("stage", "variants"):
         flags.DEFINE_list(name, "all", "", flag_values=values)
     flags.DEFINE_multi_string("sweep", [], "", flag_values=values)
     flags.DEFINE_boolean("help", False, "", short_name="h", flag_values=values)
@@ -76,7 +78,7 @@ def parse(argv: Sequence[str]) -> Command | None:
     except flags.UnrecognizedFlagError as error:
         raise UserError(
             f"no such flag: --{error.flagname}{_nearest(error.flagname, values, '--')}; flags are "
-            f"--config, --stage, --styles, --workdir, --sweep, --coordinator, --processes, --process, --debug and "
+            f"--config, --stage, --variants, --workdir, --sweep, --coordinator, --processes, --process, --debug and "
             f"--help, settings are given as --config.a.b=value"
         ) from None
     except flags.Error as error:
@@ -87,11 +89,9 @@ def parse(argv: Sequence[str]) -> Command | None:
         raise UserError(f"no such argument: {rest[0]!r}; settings are given as --config.a.b=value (--help explains)")
     if not values.config:
         raise UserError(f"--config=FILE is needed: {_presets()}, or a file of your own")
-    stages, styles = _some("stage", values.stage, STAGES), _some("styles", values.styles, STYLES)
-    config = load_config(values.config)
-    for change in changes:
-        change_setting(config, change)
-    settings = read_settings(config)
+    stages = _some("stage", values.stage, STAGES)
+    settings = read_settings(change_settings(load_config(values.config), changes))
+    variants = _some("variants", values.variants, settings.task.variants)
     _check_processes(values, stages, settings)
     workdir = user_path(values.workdir or str(Path("runs") / settings.name))
     check_folder(workdir)
@@ -101,7 +101,7 @@ def parse(argv: Sequence[str]) -> Command | None:
                 raise NotADirectoryError(f"--workdir is a folder, was given {workdir}: {folder} is a file")
             break
     return Command(
-        values.config, changes, settings, stages, styles, workdir, tuple(values.sweep),
+        values.config, changes, settings, stages, variants, workdir, tuple(values.sweep),
         values.coordinator or "", values.processes, values.process, values.debug,
     )  # fmt: skip
 
@@ -167,20 +167,50 @@ def load_config(name: str) -> ConfigDict:
         text = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
         raise UserError(f"{file}, line {line}: {type(error).__name__}: {text}") from None
     if not isinstance(config, ConfigDict):
-        raise UserError(f"{file} needs a function get_config() that returns a changed default_config()")
-    known = set(_names(default_config()))
+        raise UserError(f"{file} needs a function get_config() that returns a changed default_config(TASK)")
+    if not isinstance(config.get("task"), str):
+        raise UserError(f"{file} names no task: start from default_config(TASK)")
+    default = default_config(config.task)
+    known = set(_names(default))
     try:
         given = list(_names(config))
     except RecursionError:
         raise UserError(f"{file}: a section of its config holds itself") from None
     if extra := [name for name in given if name not in known]:
-        raise UserError(f"{file}: {_no_setting(default_config(), extra[0])}")
+        raise UserError(f"{file}: {_no_setting(default, extra[0])}")
     if missing := known - set(given):
-        raise UserError(f"{file} leaves out {min(missing)}: start from default_config()")
+        raise UserError(f"{file} leaves out {min(missing)}: start from default_config(TASK)")
     return config
 
 
-def change_setting(config: ConfigDict, change: str) -> None:
+def change_settings(config: ConfigDict, changes: Sequence[str]) -> ConfigDict:
+    """A config with changes like ``A.B=VALUE``, in their order, a change of the task first: the new task has its own
+    section, with its defaults, in the place of the old one's."""
+    for change in changes:
+        if change.partition("=")[::2][0] == "task":
+            config = _with_task(config, change.partition("=")[2])
+    for change in changes:
+        if not change.startswith("task="):
+            _change(config, change)
+    return config
+
+
+def _with_task(config: ConfigDict, task: str) -> ConfigDict:
+    """The config of another task: what does not depend on the task stays. Settings of variants have the defaults of the
+    new task."""
+    if task == config.task:
+        return config
+    changed = default_config(task)
+    for name in SECTIONS:
+        if name != "task":
+            changed[name] = config[name]
+    if find_task(task).variants != find_task(config.task).variants:
+        fresh = default_config(task)
+        changed.grpo.variants, changed.evaluate.budgets = fresh.grpo.variants, fresh.evaluate.budgets
+    return changed
+
+
+def _change(config: ConfigDict, change: str) -> None:
     """Sets ``A.B=VALUE``, read as the type that the setting has."""
     key, sign, given = change.partition("=")
     if not sign:
@@ -191,12 +221,13 @@ def change_setting(config: ConfigDict, change: str) -> None:
     holder = config
     for name in sections:
         holder = holder[name]
-    holder[last] = read_value(key, given, holder[last])
+    holder[last] = read_value(config.task, key, given, holder[last])
 
 
-def read_value(key: str, given: str, example: Any = None) -> Any:
-    """A setting's value as its type; an `example` helps to say what a list is like. Raises UserError."""
-    kind = setting_types()[key]
+def read_value(task: str, key: str, given: str, example: Any = None) -> Any:
+    """The value of a setting of a task's experiments, as its type. An `example` helps to say how a list is written.
+    Raises UserError."""
+    kind = setting_types(task)[key]
     try:
         return _read(given, kind)
     except ValueError:

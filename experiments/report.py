@@ -4,17 +4,18 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from apr_jax.data.folder import DataFolder
 from apr_jax.errors import UserError
 from apr_jax.evaluate.records import Record, read_records
 from apr_jax.evaluate.statistics import paired_difference, summarise
 from apr_jax.io.files import write_text
 from apr_jax.io.paths import read_json
+from apr_jax.tasks.task import Task
 from apr_jax.train.checkpoint import fingerprint, last_step, load_model
-from experiments.dataset import load_manifest
 from experiments.figures import accuracy, training
 from experiments.figures.style import read_metrics
 
-TITLES = {"sft_sosp": "SoS+ SFT", "sft_apr": "APR SFT", "grpo_sosp": "SoS+ SFT+GRPO", "grpo_apr": "APR SFT+GRPO"}
+STAGES = {"sft": "SFT", "grpo": "SFT+GRPO"}  # of training, with the titles of their models
 HEADER = (
     "| model | accuracy (95 % interval) | answered | step accuracy | total tokens | sequential tokens | children |"
     " threads cut by the window | malformed spawns | tokens trained |"
@@ -29,29 +30,33 @@ def records_name(name: str, temperature: float | None = None, budget: int | None
 
 
 def write_report(
-    workdir: Path, also_at: Sequence[float] = (), weights: Mapping[Path, str] = {},
+    dataset: DataFolder, workdir: Path, also_at: Sequence[float] = (), weights: Mapping[Path, str] = {},
     budgets: Mapping[str, Sequence[int]] = {},
 ) -> str:  # fmt: skip
     """Writes report.md, summary.json and figures/ from what the run folder holds; returns the table, followed by those
-    of the further temperatures `also_at`, and of each of a style's `budgets` behind the first. `weights` are
+    of the further temperatures `also_at`, and of each of a variant's `budgets` behind the first. `weights` are
     fingerprints of saved steps that the caller has read already.
 
     Raises UserError where records are of other weights than the model has now. Where a model's weights are gone its
     records stay, and the report says so.
     """
-    stamps = {name: _read_stamp(workdir / "evaluate" / f"{name}.stamp.json") for name in TITLES}
-    titles = {name: title + _position(stamps[name]) for name, title in TITLES.items()}
-
+    task = dataset.task
+    models = {
+        f"{stage}_{variant}": f"{task.title(variant)} {title}"
+        for stage, title in STAGES.items()
+        for variant in task.variants
+    }
+    stamps = {name: _read_stamp(workdir / "evaluate" / f"{name}.stamp.json") for name in models}
+    titles = {name: title + _position(stamps[name]) for name, title in models.items()}
     present: dict[str, str | None] = {}  # fingerprints of the weights that are there now
-
-    first = {style: (budgets.get(style) or (None,))[0] for style in ("sosp", "apr")}
+    first = {variant: (budgets.get(variant) or (None,))[0] for variant in task.variants}
 
     def read(temperature: float | None = None, asked: Mapping[str, int | None] = first) -> dict[str, list[Record]]:
         found = {}
         for name, title in titles.items():
-            style = name.partition("_")[2]
-            path = workdir / "evaluate" / f"{records_name(name, temperature, asked.get(style))}.jsonl"
-            if style not in asked or not path.exists():
+            variant = name.partition("_")[2]
+            path = workdir / "evaluate" / f"{records_name(name, temperature, asked.get(variant))}.jsonl"
+            if variant not in asked or not path.exists():
                 continue
             found[title] = read_records(path)
             if name not in present:
@@ -68,19 +73,17 @@ def write_report(
         for line in ("", f"The weights of {titles[name]} are not in {name}/ any more: its row is of records alone.")
     ]  # fmt: skip
     metrics = {
-        titles[name]: read_metrics(path)
-        for name in TITLES
-        if (path := workdir / name / "metrics.jsonl").exists()
+        titles[name]: read_metrics(path) for name in models if (path := workdir / name / "metrics.jsonl").exists()
     }
     trained = {
-        titles[name]: _trained(metrics.get(titles[name], []), stamps[name].get("step", float("inf"))) for name in TITLES
+        titles[name]: _trained(metrics.get(titles[name], []), stamps[name].get("step", float("inf"))) for name in models
     }
     summaries = {title: summarise(rows) for title, rows in records.items()}
-    problems = load_manifest(workdir / "data")["held_out_problems"]
-    lines = _table(records, summaries, trained, problems) + gone + _unfinished(workdir, problems)
+    problems = dataset.manifest["held_out_problems"]
+    lines = _table(task, records, summaries, trained, problems) + gone + _unfinished(workdir, problems)
     further = [(temperature, first) for temperature in also_at]
-    for style, asked in budgets.items():
-        further += [(temperature, {style: budget}) for budget in asked[1:] for temperature in (None, *also_at)]
+    for variant, asked in budgets.items():
+        further += [(temperature, {variant: budget}) for budget in asked[1:] for temperature in (None, *also_at)]
     for temperature, asked in further:
         if at := read(temperature, asked):
             found = {title: summarise(rows) for title, rows in at.items()}
@@ -88,13 +91,13 @@ def write_report(
             if asked is not first:
                 where.append(f"with {next(iter(found.values()))['condition'].strip()}")
             where = ", ".join(where)
-            lines += ["", f"{where[0].upper()}{where[1:]}:", "", *_table(at, found, trained, problems)]
+            lines += ["", f"{where[0].upper()}{where[1:]}:", "", *_table(task, at, found, trained, problems)]
             summaries |= {f"{title} {where}": one for title, one in found.items()}
     check = workdir / "export" / "check.json"
     if check.exists():
         mend = "delete it and run --stage=export again"
         found = read_json(check, mend)
-        if found.get("model") not in TITLES:
+        if found.get("model") not in models:
             raise UserError(f"{check} is broken: {mend}")
         if found.get("weights") != (_present(workdir / found["model"], weights) or found.get("weights")):
             lines += ["", f"The export is of other weights than {found['model']} has now: run --stage=export again."]
@@ -104,23 +107,22 @@ def write_report(
                 else f"{name.replace('_', ' ')} {value}"
                 for name, value in found.items() if name not in ("model", "step", "weights")
             )]  # fmt: skip
-    manifest = load_manifest(workdir / "data")
-    for style in ("sosp", "apr"):
-        counts = manifest.get(f"{style}_train", {})
+    for variant in task.variants:
+        counts, title = dataset.manifest.get(f"{variant}_train", {}), task.title(variant)
         if not counts.get("trees"):
             continue  # a data set that was imported may have one alone
         n = counts["problems"]
         lines.append(
-            f"The {style} solver on {n} training problems: "
+            f"The {title} demonstrations of {n} training problems: "
             f"right within the window {counts['solved'] / n:.1%}, "
             f"right {counts['solved_by_solver'] / n:.1%}, kept {counts['trees']} trees "
-            f"({counts['too_long']} too long, {counts['wrong']} wrong), "
+            f"({counts['too_long']} too long, {counts['no_demonstration']} without one), "
             f"{counts['tokens'] / counts['trees']:.0f} tokens a tree."
         )
         if left_out := max(
-            (row.get("threads_too_long", 0) for row in metrics.get(titles[f"sft_{style}"], ())), default=0
+            (row.get("threads_too_long", 0) for row in metrics.get(titles[f"sft_{variant}"], ())), default=0
         ):
-            lines.append(f"SFT left out {left_out} {style} threads that are longer than a row.")
+            lines.append(f"SFT left out {left_out} {title} threads that are longer than a row.")
     folder = workdir / "figures"
     folder.mkdir(exist_ok=True)
     accuracy.accuracy_bars(records, folder / "accuracy.png")
@@ -135,10 +137,6 @@ def write_report(
     write_text(workdir / "summary.json", json.dumps(summaries, indent=1))
     write_text(workdir / "report.md", text)
     return text
-
-
-# What GRPO changed in the paper (figures 5 and 7): 6.1 to 8.2 children, 1,471 to 1,796 tokens a sequence; SoS+ is one.
-PAPER_CHANGES = {"APR": {"children": 0.344, "tokens a sequence": 0.221}, "SoS+": {"tokens a sequence": 2660 / 2201 - 1}}
 
 
 def _read_stamp(path: Path) -> dict:
@@ -173,7 +171,7 @@ def _unfinished(workdir: Path, problems: int) -> list[str]:
 
 
 def _table(
-    records: dict[str, list[Record]], summaries: dict[str, dict], trained: dict[str, float], problems: int
+    task: Task, records: dict[str, list[Record]], summaries: dict[str, dict], trained: dict[str, float], problems: int
 ) -> list[str]:
     """A row for each model, and what GRPO changed on the same problems."""
     lines = [HEADER, "|" + " --- |" * HEADER.count(" | ") + " --- |"]
@@ -181,10 +179,10 @@ def _table(
     for condition in dict.fromkeys(s["condition"] for s in summaries.values() if s["condition"]):
         those = ", ".join(title for title, s in summaries.items() if s["condition"] == condition)
         lines += ["", f"Prompts of {those} began with {condition.strip()!r}."]
-    for style in ("SoS+", "APR"):
+    for variant in task.variants:
         before, after = (
-            next((title for title in records if title.partition(" (")[0] == f"{style} {stage}"), None)
-            for stage in ("SFT", "SFT+GRPO")
+            next((title for title in records if title.partition(" (")[0] == f"{task.title(variant)} {stage}"), None)
+            for stage in STAGES.values()
         )
         if before and after:
             if [record.problem for record in records[before]] != [record.problem for record in records[after]]:
@@ -194,21 +192,24 @@ def _table(
             mean, low, high, gained, lost = paired_difference(records[before], records[after])
             lines += ["", f"GRPO over {before} on the same problems: {100 * mean:+.1f} points "
                       f"({100 * low:+.1f} to {100 * high:+.1f}), {gained} gained, {lost} lost. "
-                      + _changes(style, summaries[before], summaries[after])]  # fmt: skip
+                      + _changes(task.published_changes(variant), summaries[before], summaries[after])]  # fmt: skip
     return lines
 
 
-def _changes(style: str, before: dict, after: dict) -> str:
-    """What GRPO changed in the shape of trees, beside what it changed in the paper."""
+def _changes(published: Mapping[str, float], before: dict, after: dict) -> str:
+    """The change of the shape of trees by GRPO, beside a published one."""
     quantities = {
         "children": lambda s: s["children"],
         "tokens a sequence": lambda s: s["total_tokens"] / (1 + s["children"]),
     }
     parts = []
-    for name, theirs in PAPER_CHANGES[style].items():
-        old, new = quantities[name](before), quantities[name](after)
+    for name, quantity in quantities.items():
+        old, new = quantity(before), quantity(after)
+        if old == new == 0:
+            continue  # a model that has no children
         change = f"{100 * (new / old - 1):+.1f} %" if old else "from none"
-        parts.append(f"{name} {old:.1f} to {new:.1f} ({change}; paper {100 * theirs:+.1f} %)")
+        theirs = f"; paper {100 * published[name]:+.1f} %" if name in published else ""
+        parts.append(f"{name} {old:.1f} to {new:.1f} ({change}{theirs})")
     return "; ".join(parts).capitalize() + "."
 
 

@@ -3,7 +3,7 @@ r"""Trains, evaluates and reports one experiment, from problems to figures.
     python -m experiments.run --config=experiments/configs/smoke.py
     python -m experiments.run --config=experiments/configs/laptop.py --config.sft.steps=100 --workdir=runs/short
     python -m experiments.run --config=experiments/configs/laptop.py --stage=evaluate,report
-    python -m experiments.run --config=experiments/configs/laptop.py --styles=apr
+    python -m experiments.run --config=experiments/configs/laptop.py --variants=apr
     python -m experiments.run --config=experiments/configs/laptop.py --sweep=seed=0,1,2 --sweep=sft.steps=100,200
     python -m experiments.run --config=experiments/configs/paper.py --stage=data,sft \
         --coordinator=HOST:PORT --processes=2 --process=0       # and the same with --process=1 on another machine
@@ -48,7 +48,7 @@ def start(command: Command) -> None:
         jax.distributed.initialize(command.coordinator, command.processes, command.process)
     from experiments.stages import Run  # after the devices are set: it brings in everything else
 
-    Run(settings, command.workdir, command.styles, command.stages).run(command.stages)
+    Run(settings, command.workdir, command.variants, command.stages).run(command.stages)
 
 
 def check_port(coordinator: str) -> None:

@@ -1,11 +1,12 @@
 """What an experiment can set: the tree of defaults, and its reading into the parts' own typed configs.
 
-Every config file starts from `default_config()` and changes it; `read_settings` refuses a wrong value at
-the start, before anything is built.
+Every config file starts from `default_config(TASK)` and changes it; `read_settings` refuses a wrong value at
+the start, before anything is built. The section of the task, called as the task is, holds the task's own settings.
 """
 
 import dataclasses
 import functools
+import typing
 from collections.abc import Iterator
 from pathlib import PurePath
 from typing import Any
@@ -13,12 +14,11 @@ from typing import Any
 import ml_collections
 
 from apr_jax.checks import FieldError, check_type, check_values
-from apr_jax.data.dataset import DatasetConfig
+from apr_jax.data.dataset import DataConfig
 from apr_jax.errors import UserError
 from apr_jax.io.paths import expand_home
 from apr_jax.model.llama import PRESETS, LlamaConfig
-from apr_jax.tasks.countdown.problem import ProblemRange
-from apr_jax.tasks.countdown.solver import SolverConfig
+from apr_jax.tasks.task import Task, find_task, load_task
 from apr_jax.threads.engine import Sampling
 from apr_jax.threads.run import Budget
 from apr_jax.train.objective import GrpoConfig
@@ -26,75 +26,46 @@ from apr_jax.train.optimizer import OptimizerConfig
 from apr_jax.train.reward import Prices
 from apr_jax.train.sft import SftConfig
 
-STYLES = ("sosp", "apr")
-RECIPE = ("search", "correct_only", "conditioned")  # settings of a style that are the recipe's, not the solver's
+# The top of the tree of settings; beside these the task's section, which is called as the task is.
+SECTIONS = (
+    "task", "name", "seed", "devices", "fsdp", "window", "data", "tokenizer", "model", "sft", "grpo", "budget",
+    "evaluate", "export",
+)  # fmt: skip
 STAGES = ("data", "sft", "grpo", "evaluate", "export", "report")
 
 
 # The least value of what no part's own config holds; of sizes and limits 0 means another than their number.
 LEAST = {
-    "devices": 1, "fsdp": 1, "window": 32, "sosp.max_value": 0, "apr.max_value": 0, "apr.children": 0,
+    "devices": 1, "fsdp": 1, "window": 32, "sft.children": 0,
     "model.width": 0, "model.layers": 0, "model.heads": 0, "model.kv_heads": 0, "model.feed_forward": 0,
     "grpo.slots": 1, "budget.tokens": 0, "evaluate.slots": 1, "export.check_trees": 0,
 }  # fmt: skip
 # What a setting that is an empty tuple by default has elements of.
-ELEMENTS = {
-    "sosp.beam_weights": float, "apr.beam_weights": float, "evaluate.also_at": float,
-    "evaluate.sosp_budgets": int, "evaluate.apr_budgets": int,
-}  # fmt: skip
+ELEMENTS = {"evaluate.also_at": float}
 
 
-def default_config() -> ml_collections.ConfigDict:
-    """Defaults that every preset shares. A tuple of two is a closed range."""
+def default_config(task: str) -> ml_collections.ConfigDict:
+    """Defaults that every preset of a task shares; `task` as `load_task` takes it. A tuple of two is a closed range."""
+    kind = find_task(task)
+    if kind.name in SECTIONS:
+        raise UserError(f"the task {task} is called as the settings {kind.name} are: give it another name")
     c = ml_collections.ConfigDict()
+    c.task = task
     c.name = "experiment"  # default workdir: runs/NAME
     c.seed = 0  # of everything: problems, traces, weights, order, rollouts
     c.devices = 2  # rows split over all of them; on a CPU as many virtual ones are made
     c.fsdp = 1  # devices that share one copy of weights and optimizer state in training, a divisor of devices
     c.window = 768  # tokens of one thread's context, training and evaluation alike
 
-    c.problems = ml_collections.ConfigDict()
-    c.problems.count = 4  # numbers per problem, 2 to 6
-    c.problems.max_number = 10
-    c.problems.min_target = 10
-    c.problems.max_target = 30
-    c.problems.train = 6000
-    c.problems.held_out = 200  # distinct, never in training
-    c.problems.repeats = False  # whether a training problem may come twice
-    c.problems.unseen_targets = 0.0  # share of targets that only held-out problems have (Stream of Search's split)
+    c[kind.name] = _section(kind.Settings())
 
-    c.sosp = ml_collections.ConfigDict()  # the SoS+ solver (SolverConfig)
-    c.sosp.beam = (1, 5)  # table 2 has (5, 5) and (15, 15), too
-    c.sosp.beam_weights = ()  # how often each beam of the range is drawn, lowest first; (): all alike, the paper's
-    c.sosp.search = "sosp"  # or "sos", Stream of Search's: one of `strategies` for a whole trace (table 1)
-    c.sosp.strategies = ("dfs", "bfs")
-    c.sosp.promising = 0.5
-    c.sosp.heuristic = "multiply"
-    c.sosp.shuffle = True  # operations kept by the beam are written in random order, as the authors do
-    c.sosp.rank_root = False  # but those of the problem's own state best first
-    c.sosp.distinct = False  # of operations that leave the same numbers only the first
-    c.sosp.max_value = 0  # results above it are not explored; 0: no limit, the paper's
-    c.sosp.correct_only = False  # train on solved problems alone (rejection sampling, table 2)
-    c.sosp.conditioned = False  # a token budget first on the prompt (figure 4)
-
-    c.apr = ml_collections.ConfigDict()  # the APR solver
-    c.apr.beam = (3, 5)
-    c.apr.beam_weights = ()
-    c.apr.sub_beam = (4, 5)
-    c.apr.depth = 1  # levels of children; the authors' have one
-    c.apr.promising = 0.9  # the authors' code; the paper's text says 0.1
-    c.apr.heuristic = "multiply"
-    c.apr.shuffle = True
-    c.apr.rank_root = False
-    c.apr.distinct = False
-    c.apr.max_value = 0
-    c.apr.correct_only = False
-    c.apr.conditioned = False  # a budget of children first on the root's prompt
-    c.apr.children = 0  # child threads of a tree that are trained on, solvers of it first; 0: all, the paper's
+    c.data = ml_collections.ConfigDict()
+    c.data.train = 6000  # problems
+    c.data.held_out = 200  # distinct problems, never in training
+    c.data.repeats = False  # whether a training problem may come twice
 
     c.tokenizer = ml_collections.ConfigDict()
-    c.tokenizer.max_number = 99  # larger numbers are spelled in digits
-    c.tokenizer.name = ""  # a Hugging Face tokenizer by folder or name in the place of ours
+    c.tokenizer.name = ""  # a Hugging Face tokenizer by folder or name in the place of the task's
 
     c.model = ml_collections.ConfigDict()  # LlamaConfig; the vocabulary is the tokenizer's
     c.model.preset = "tiny"  # tiny (1 M), small (25 M) or base (the paper's 228 M): sizes that are 0 below
@@ -110,12 +81,13 @@ def default_config() -> ml_collections.ConfigDict:
     c.model.remat = "none"  # what the backward pass computes again: none, dots (all but products), full
     c.model.scan = False  # layers under a scan in training: one to compile, for deep models
 
-    c.sft = ml_collections.ConfigDict()  # the same for both styles
+    c.sft = ml_collections.ConfigDict()  # the same for every variant
     c.sft.steps = 1000  # at most
-    c.sft.tokens = 0  # after which a style ends, if that is before `steps`; 0: no limit
+    c.sft.tokens = 0  # after which a variant ends, if that is before `steps`; 0: no limit
     c.sft.batch_rows = 4  # multiple of devices times microbatches
     c.sft.microbatches = 1  # parts of a batch whose gradients are added up, to need the memory of one
     c.sft.row_length = 768  # tokens, at least the window
+    c.sft.children = 0  # child threads of a tree that are trained on, those with a result first; 0: all, the paper's
     c.sft.loss_tokens = "sampled"  # or "all", the paper's
     c.sft.save_every = 200
     c.sft.log_every = 10
@@ -124,7 +96,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.sft.optimizer = _optimizer()
 
     c.grpo = ml_collections.ConfigDict()
-    c.grpo.styles = ("apr",)  # which models: apr, sosp
+    c.grpo.variants = kind.variants[:1]  # whose models are trained further
     c.grpo.steps = 10
     c.grpo.prompts = 12  # per step
     c.grpo.group = 6  # rollouts per prompt
@@ -157,8 +129,9 @@ def default_config() -> ml_collections.ConfigDict:
     c.evaluate = ml_collections.ConfigDict()
     c.evaluate.temperature = 0.0  # greedy
     c.evaluate.also_at = ()  # further temperatures, each with a table of its own (the paper's table 3: 0.1, 0.5, 1)
-    c.evaluate.sosp_budgets = ()  # of a conditioned model: tokens that prompts ask for, each with a table of its own;
-    c.evaluate.apr_budgets = ()  # children that they ask for. (): what the demonstrations had most often
+    # Of a variant whose demonstrations had conditions: budgets that prompts ask for, each with a table of its own.
+    # (): the condition that the demonstrations had most often.
+    c.evaluate.budgets = ml_collections.ConfigDict({variant: () for variant in kind.variants})
     c.evaluate.top_k = 0  # 0: all words
     c.evaluate.top_p = 1.0
     c.evaluate.slots = 64  # multiple of devices
@@ -167,6 +140,16 @@ def default_config() -> ml_collections.ConfigDict:
     c.export.dtype = "float32"
     c.export.check_trees = 20  # trees decoded by transformers and by us; 0: only logits
     return c
+
+
+def _section(settings: Any) -> ml_collections.ConfigDict:
+    """A dataclass of settings as a section, with its values; nested ones are sections of their own."""
+    section = ml_collections.ConfigDict()
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if field.init:
+            section[field.name] = _section(value) if dataclasses.is_dataclass(value) else value
+    return section
 
 
 def _optimizer() -> ml_collections.ConfigDict:
@@ -184,45 +167,54 @@ class Settings:
     devices: int
     fsdp: int
     window: int
-    problems: ProblemRange
-    train: int
-    held_out: int
-    repeats: bool
-    unseen_targets: float
-    solvers: dict[str, SolverConfig]
-    recipes: dict[str, dict[str, Any]]  # per style, what `Recipe` has beside the solver
-    children: int
+    task: Task
+    data: DataConfig
     tokenizer: str
-    max_number: int
     model: dict[str, Any]  # LlamaConfig but for the vocabulary
     checkpoint: str  # of the first weights; "": they are random
     sft: SftConfig
     grpo: GrpoConfig
-    grpo_styles: tuple[str, ...]
+    grpo_variants: tuple[str, ...]
+    sft_children: int  # of a tree, trained on; 0: all
     grpo_slots: int
     budget: Budget
     evaluate_sampling: Sampling
     evaluate_also: dict[float, Sampling]  # by temperature
-    evaluate_budgets: dict[str, tuple[int, ...]]  # by style; (): what its demonstrations had most often
+    evaluate_budgets: dict[str, tuple[int, ...]]  # by variant; (): what its demonstrations had most often
     evaluate_slots: int
     export_dtype: str
     export_check_trees: int
 
-    def budget_of(self, style: str) -> Budget:
-        """What a tree of a style may use: SoS+ has no children that could be asked for."""
-        return self.budget if style == "apr" else dataclasses.replace(self.budget, least_children=0)
+    def budget_of(self, variant: str) -> Budget:
+        """The budget of a variant's trees: no children can be asked for where threads have none."""
+        return self.budget if self.task.spawns(variant) else dataclasses.replace(self.budget, least_children=0)
 
 
 @functools.cache
-def setting_types() -> dict[str, Any]:
-    """The type of every setting by its full name, as an annotation: int, tuple[float, ...]."""
+def setting_types(task: str) -> dict[str, Any]:
+    """The type of every setting of a task's experiments by its full name, as an annotation: int, tuple[float, ...]."""
+    kind = find_task(task)
+    types = _field_types(kind.Settings, f"{kind.name}.")
 
     def of(name: str, default: Any) -> Any:
+        if name in types:
+            return types[name]
         if not isinstance(default, tuple):
             return type(default)
-        return tuple[ELEMENTS[name] if name in ELEMENTS else type(default[0]), ...]
+        return tuple[ELEMENTS.get(name) or (type(default[0]) if default else int), ...]
 
-    return {name: of(name, default) for name, default in _leaves(default_config().to_dict())}
+    return {name: of(name, default) for name, default in _leaves(default_config(task).to_dict())}
+
+
+def _field_types(kind: type, prefix: str) -> dict[str, Any]:
+    """The annotations of a dataclass of settings and of those nested in it, by their full names."""
+    annotations, found = typing.get_type_hints(kind), {}
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(annotations[field.name]):
+            found |= _field_types(annotations[field.name], f"{prefix}{field.name}.")
+        elif field.init:
+            found[prefix + field.name] = annotations[field.name]
+    return found
 
 
 def read_settings(config: ml_collections.ConfigDict) -> Settings:
@@ -246,24 +238,17 @@ def read_settings(config: ml_collections.ConfigDict) -> Settings:
     if not place.parts or place.is_absolute() or ".." in place.parts or not c["name"].isprintable():
         raise UserError(f"name is that of a folder under runs/, was given {c['name']!r}")
     devices, window = c["devices"], c["window"]
-    if c["sosp"]["search"] not in ("sosp", "sos"):
-        raise UserError(f"sosp.search is sosp or sos, was given {c['sosp']['search']!r}")
-    if unknown := set(c["grpo"]["styles"]) - set(STYLES):
-        raise UserError(f"grpo.styles is a choice of {', '.join(STYLES)}, was given {', '.join(sorted(unknown))}")
+    kind = find_task(c["task"])
+    if unknown := set(c["grpo"]["variants"]) - set(kind.variants):
+        raise UserError(
+            f"grpo.variants is a choice of {', '.join(kind.variants)}, was given {', '.join(sorted(unknown))}"
+        )
     if c["export"]["dtype"] not in ("float32", "bfloat16"):
         raise UserError(f"export.dtype is float32 or bfloat16, was given {c['export']['dtype']!r}")
 
-    problems = {field.name: c["problems"][field.name] for field in dataclasses.fields(ProblemRange)}
-    data = {name: c["problems"][name] for name in ("train", "held_out", "repeats", "unseen_targets")}
-    build("problems", check_values, DatasetConfig, **data)
-    build("tokenizer", check_values, DatasetConfig, max_number=c["tokenizer"]["max_number"])
-
-    def solver(style: str) -> SolverConfig:
-        values = {key: value for key, value in c[style].items() if key not in ("children", *RECIPE)}
-        values["max_value"] = values["max_value"] or None
-        return build(style, SolverConfig, **values)
-
-    solvers = {style: solver(style) for style in STYLES}
+    task = load_task(c["task"], _built(kind.Settings, c[kind.name], kind.name, build))
+    data = {name: c["data"][name] for name in ("train", "held_out", "repeats")}
+    build("data", check_values, DataConfig, **data)
 
     def section(name: str, kind, leave_out: tuple[str, ...] = ()):
         values = {key: value for key, value in c[name].items() if key not in leave_out}
@@ -272,7 +257,7 @@ def read_settings(config: ml_collections.ConfigDict) -> Settings:
             values["prices"] = build(f"{name}.prices", Prices, **values["prices"])
         return build(name, kind, **values, seed=c["seed"], names={"seed": "seed"})
 
-    sft, grpo = section("sft", SftConfig), section("grpo", GrpoConfig, ("styles", "slots"))
+    sft, grpo = section("sft", SftConfig, ("children",)), section("grpo", GrpoConfig, ("variants", "slots"))
     model = _model_sizes(c["model"])
     model["context"] = -(-max(window, grpo.row_length) // 128) * 128
     build("model", LlamaConfig, vocab_size=8, **model)
@@ -289,23 +274,25 @@ def read_settings(config: ml_collections.ConfigDict) -> Settings:
     if long := [t for t in temperatures[1:] if float(f"{t:g}") != t]:  # files of records are named so
         raise UserError(f"evaluate.also_at has temperatures of at most 6 digits, was given {long[0]}")
 
-    def budgets(name: str) -> tuple[int, ...]:
-        given = c["evaluate"][name]
+    def budgets(variant: str) -> tuple[int, ...]:
+        given = c["evaluate"]["budgets"][variant]
         if min(given, default=0) < 0 or len({*given}) < len(given):
-            raise UserError(f"evaluate.{name} is whole numbers from 0, each once, was given {given}")
+            raise UserError(f"evaluate.budgets.{variant} is whole numbers from 0, each once, was given {given}")
         return given
 
+    tokenizer = expand_home(c["tokenizer"]["name"])
     settings = Settings(
-        config=c, name=c["name"], seed=c["seed"], devices=devices, fsdp=c["fsdp"], window=window,
-        problems=build("problems", ProblemRange, **problems), **data,
-        solvers=solvers, recipes={style: {key: c[style][key] for key in RECIPE if key in c[style]} for style in STYLES},
-        children=c["apr"]["children"],
-        max_number=c["tokenizer"]["max_number"], tokenizer=expand_home(c["tokenizer"]["name"]), model=model,
-        checkpoint=expand_home(c["model"]["checkpoint"]), sft=sft, grpo=grpo,
-        grpo_styles=tuple(c["grpo"]["styles"]), grpo_slots=c["grpo"]["slots"],
+        config=c, name=c["name"], seed=c["seed"], devices=devices, fsdp=c["fsdp"], window=window, task=task,
+        data=DataConfig(
+            c["task"], task.settings, window=window, row_length=sft.row_length, tokenizer=tokenizer, seed=c["seed"],
+            **data,
+        ),
+        tokenizer=tokenizer, model=model, checkpoint=expand_home(c["model"]["checkpoint"]), sft=sft, grpo=grpo,
+        sft_children=c["sft"]["children"],
+        grpo_variants=tuple(c["grpo"]["variants"]), grpo_slots=c["grpo"]["slots"],
         budget=build("budget", Budget, context=window, **c["budget"] | {"tokens": c["budget"]["tokens"] or None}),
         evaluate_sampling=sampling(temperatures[0]), evaluate_also={t: sampling(t) for t in temperatures[1:]},
-        evaluate_budgets={style: budgets(f"{style}_budgets") for style in STYLES},
+        evaluate_budgets={variant: budgets(variant) for variant in kind.variants},
         evaluate_slots=c["evaluate"]["slots"], export_dtype=c["export"]["dtype"],
         export_check_trees=c["export"]["check_trees"],
     )  # fmt: skip
@@ -313,12 +300,24 @@ def read_settings(config: ml_collections.ConfigDict) -> Settings:
     return settings
 
 
+def _built(kind: type, section: dict[str, Any], name: str, build) -> Any:
+    """A section of a task's settings as its dataclass, nested ones first."""
+    annotations = typing.get_type_hints(kind)
+    values = {
+        key: _built(annotations[key], value, f"{name}.{key}", build) if isinstance(value, dict) else value
+        for key, value in section.items()
+    }
+    return build(name, kind, **values)
+
+
 def _check_types(c: dict[str, Any]) -> None:
     """Raises UserError where a tree of settings lacks one, has one too many, or one of another type."""
-    known, given = setting_types(), dict(_leaves(c))
+    if not isinstance(c.get("task"), str):
+        raise UserError(f"task is a task's name or package.module:Class, was given {str(c.get('task'))[:80]!r}")
+    known, given = setting_types(c["task"]), dict(_leaves(c))
     for name, kind in known.items():
         if name not in given:
-            raise UserError(f"the setting {name} is missing: start from default_config()")
+            raise UserError(f"the setting {name} is missing: start from default_config(TASK)")
         check_type(name, given[name], kind)
     if unknown := given.keys() - known.keys():
         raise UserError(f"no setting {min(unknown, key=str)}")
@@ -326,12 +325,7 @@ def _check_types(c: dict[str, Any]) -> None:
 
 def _check_together(settings: Settings) -> None:
     """Raises UserError for settings that do not go together."""
-    c, devices, window, problems = settings.config, settings.devices, settings.window, settings.problems
-    if problems.max_target > (largest := max(2, problems.max_number) ** problems.count):
-        raise UserError(
-            f"problems.max_target is at most {largest}, no more can be made of {problems.count} numbers up to "
-            f"{problems.max_number}, was given {problems.max_target}"
-        )
+    c, devices, window = settings.config, settings.devices, settings.window
     for name in ("sft.batch_rows", "grpo.batch_rows", "grpo.slots", "evaluate.slots"):
         if (value := _value(c, name)) % devices:
             raise UserError(f"{name} is a multiple of devices ({devices}), was given {value}")
@@ -345,16 +339,17 @@ def _check_together(settings: Settings) -> None:
     for name in ("sft.row_length", "grpo.row_length"):
         _at_least(name, _value(c, name), window)
     held_back = settings.grpo.validation if settings.grpo.validate_every else 0
-    if settings.grpo.prompts + held_back > settings.train:
+    if settings.grpo.prompts + held_back > settings.data.train:
         also = f" less the {held_back} of grpo.validation" if held_back else ""
         raise UserError(
-            f"grpo.prompts is at most problems.train ({settings.train}){also}, was given {settings.grpo.prompts}"
+            f"grpo.prompts is at most data.train ({settings.data.train}){also}, was given {settings.grpo.prompts}"
         )
-    if settings.solvers["apr"].depth > settings.budget.depth:
-        raise UserError(
-            f"apr.depth is at most budget.depth ({settings.budget.depth}), what a model may open, was given "
-            f"{settings.solvers['apr'].depth}"
-        )
+    for variant in settings.task.variants:
+        if (levels := settings.task.levels(variant)) > settings.budget.depth:
+            raise UserError(
+                f"budget.depth, the levels that a model may open, is at least {levels}, those of the {variant} "
+                f"demonstrations, was given {settings.budget.depth}"
+            )
 
 
 def _at_least(name: str, value: int, least: int) -> None:

@@ -5,10 +5,10 @@ A run folder holds:
     config.json                    what was run; devices, slots and the like as last called (checkpoints have theirs)
     versions.json                  device and packages, `earlier` ones where a run went on elsewhere
     data/                          problems, traces, tokenizer.json, manifest.json
-    sft_STYLE/ grpo_STYLE/         checkpoints/, metrics.jsonl, tensorboard/; of GRPO with validation best/
+    sft_VARIANT/ grpo_VARIANT/     checkpoints/, metrics.jsonl, tensorboard/; of GRPO with validation best/
     evaluate/MODEL.jsonl           one record per held-out problem, in their order; MODEL+BUDGET@TEMPERATURE.jsonl where
                                    those were asked for; MODEL.stamp.json: of which weights
-    export/                        the last APR model in Hugging Face format
+    export/                        the last model of the first variant in Hugging Face format
     report.md summary.json figures/
 """
 
@@ -16,31 +16,24 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import os
-import platform
 import time
-import zlib
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Sequence
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
 
 import jax
-import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 
 from apr_jax import interrupt
 from apr_jax.data.dataset import read_manifest
+from apr_jax.data.folder import PARTS, DataFolder
 from apr_jax.errors import UserError
 from apr_jax.evaluate.run import evaluate
 from apr_jax.export.hf import check_export, check_trees, export_hf
 from apr_jax.io.files import write_text
-from apr_jax.io.paths import read_json
 from apr_jax.model.llama import Llama, LlamaConfig, abstract_llama, parameter_count
 from apr_jax.rollout.engine import JaxEngine
-from apr_jax.tasks.countdown import CountdownProtocol
-from apr_jax.tasks.stand_in import StandIn
+from apr_jax.tasks.task import settings_json
 from apr_jax.text.hub import find_tokenizer, load_tokenizer
 from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.threads.run import TreeRunner
@@ -48,41 +41,22 @@ from apr_jax.train.checkpoint import CheckpointError, fingerprint, last_step, lo
 from apr_jax.train.grpo import GrpoJob, RolloutSpec, most_frequent, run_grpo
 from apr_jax.train.sft import SftJob, run_sft
 from apr_jax.train.step import data_mesh
-from experiments.dataset import (
-    load_conditions,
-    load_held_out,
-    load_pieces,
-    load_problems,
-    load_run_tokenizer,
-    make_data,
-)
+from experiments.data_stage import make_data
 from experiments.report import records_name, write_report
-from experiments.settings import STAGES, STYLES, Settings, default_config
-
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers", "transformers", "torch")
-
+from experiments.settings import STAGES, Settings
+from experiments.workspace import agree, claim, read_note
 
 POLL_SECONDS = 1.0  # between two looks at what another process has made
 
-# How the same run is computed, logged and saved: a run may go on with other values of these.
-EXECUTION = {
-    "devices", "fsdp", "model.attention", "model.remat", "model.scan", "sft.microbatches", "sft.save_every",
-    "sft.log_every", "sft.most_skipped", "grpo.batch_rows", "grpo.slots", "grpo.save_every", "evaluate.slots",
-    "evaluate.also_at", "evaluate.apr_budgets", "evaluate.sosp_budgets",
-}  # fmt: skip
-# Settings that a run may still change as long as these folders, of the stages that read them, are not there.
-UNTIL = {"grpo": ("grpo_*",), "evaluate": ("evaluate", "grpo_*/best"), "export": ("export",)}
-
 
 class Run:
-    """One run folder and the stages that fill it, with the models of some styles or all. Two processes may work on one
-    folder, each on a style of its own, once its data are made."""
+    """One run folder and the stages that fill it, with the models of some variants or all (). Two processes may work on
+    one folder, each on a variant of its own, once its data are made."""
 
-    def __init__(
-        self, settings: Settings, workdir: Path, styles: Sequence[str] = STYLES, stages: Sequence[str] = STAGES
-    ):
-        self.settings, self.workdir, self.styles = settings, workdir, styles
-        self._counted: dict[str, dict[str, int]] = {}  # conditions, by style
+    def __init__(self, settings: Settings, workdir: Path, variants: Sequence[str] = (), stages: Sequence[str] = STAGES):
+        self.settings, self.workdir, self.task = settings, workdir, settings.task
+        self.variants = tuple(variants) or self.task.variants
+        self.dataset = DataFolder(workdir / "data", self.task)
         self._weights: dict[Path, str] = {}  # fingerprints of saved steps, as far as stages have read them
         on_devices = not {*stages} <= {"data", "report"}
         if on_devices and settings.model["attention"] == "cudnn" and jax.default_backend() != "gpu":
@@ -91,82 +65,43 @@ class Run:
         if settings.tokenizer and not (workdir / "config.json").exists():
             load_tokenizer(settings.tokenizer)
         self.mesh = data_mesh(settings.devices, settings.fsdp) if on_devices else None
-        for style in styles:
-            if first := self._first_checkpoint(style):
+        for variant in self.variants:
+            if first := self._first_checkpoint(variant):
                 try:
                     given, _ = load_meta(first)
                 except CheckpointError as error:
                     raise UserError(f"model.checkpoint: {error}") from None
                 self._check_sizes(first, given)
         if jax.process_count() > 1:
-            self._attempt = self._agree()
+            self._attempt = agree(settings, self.variants)
         if jax.process_index() == 0:
-            self._claim()
+            claim(workdir, settings)
 
     def run(self, stages: Sequence[str]) -> None:
         for stage in stages:
             interrupt.check()
             getattr(self, stage)()
 
-    def _agree(self) -> int:
-        """A number that the processes of this start share, and no other start. Raises UserError where one of them was
-        given other settings."""
-        mine = zlib.crc32(json.dumps([self.settings.config, self.styles], sort_keys=True).encode())
-        drawn = int.from_bytes(os.urandom(4), "little")
-        settings, numbers = multihost_utils.process_allgather(np.array([mine, drawn], np.uint32)).T.tolist()
-        if len(set(settings)) > 1:
-            raise UserError(
-                "the processes were given different settings: all need the same --config, --styles and changes"
-            )
-        return numbers[0]
-
-    def _claim(self) -> None:
-        """Writes config and versions; refuses a folder that holds a run of another config."""
-        path = self.workdir / "config.json"
-        mine = json.loads(json.dumps(self.settings.config))
-        if path.exists():
-            theirs = read_json(path, "delete it, if the config is the one it was begun with")
-            theirs = _completed(theirs, json.loads(json.dumps(default_config().to_dict())))
-            begun = {name for name, folders in UNTIL.items() if any(any(self.workdir.glob(f)) for f in folders)}
-            if differences := list(_differences(theirs, mine, free=UNTIL.keys() - begun)):
-                raise UserError(
-                    f"{self.workdir} holds a run of another config ({'; '.join(differences[:3])}): "
-                    "give another --workdir, or the config it was begun with"
-                )
-        write_text(path, json.dumps(mine, indent=1))
-        versions = {
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-            "device": jax.devices()[0].device_kind,
-        }
-        versions |= {name: _version(name) for name in PACKAGES}
-        noted = _read_json(self.workdir / "versions.json")
-        before = noted.pop("earlier", [])
-        known = [*(before if isinstance(before, list) else []), noted] if noted else []
-        if earlier := [one for one in known if one != versions]:
-            versions["earlier"] = earlier
-        write_text(self.workdir / "versions.json", json.dumps(versions, indent=1))
-
     # ------------------------------------------------------------------ stages
 
     def data(self) -> None:
         """The first process makes the data, which can take its time; the others wait for the manifest, and end with
         the first one's error where it leaves one."""
-        folder = self.workdir / "data"
+        folder = self.dataset.folder
         if jax.process_count() > 1:
             failure = self.workdir / f"data_failed.{self._attempt}"
             if jax.process_index() == 0:
-                self._make_first(folder, failure)
+                self._make_first(failure)
             while read_manifest(folder) is None:
                 if failure.exists():
                     raise UserError(f"process 0 ended in the data stage: {failure.read_text()}")
                 time.sleep(POLL_SECONDS)
         make_data(self.settings, folder)  # where it is made: only looks whether this run can use it
 
-    def _make_first(self, folder: Path, failure: Path) -> None:
+    def _make_first(self, failure: Path) -> None:
         """Makes the data. Of an error one line stands in `failure` until the other processes have read it."""
         try:
-            make_data(self.settings, folder)
+            make_data(self.settings, self.dataset.folder)
         except BaseException as error:
             line = (str(error).strip().splitlines() or [""])[0]
             with contextlib.suppress(OSError):
@@ -176,57 +111,58 @@ class Run:
             raise
 
     def sft(self) -> None:
-        for style in self.styles:
-            model = self._first_model(style)
-            children = self.settings.children if style == "apr" else 0
-            pieces, validation = (
-                load_pieces(self.workdir / "data", style, part, children, self.settings.seed)
-                for part in ("train", "validation")
-            )
+        segments = {  # of all variants before the first is trained: what is missing or broken is told at once
+            variant: [
+                self.dataset.segments(variant, part, self.settings.sft_children, self.settings.seed) for part in PARTS
+            ]
+            for variant in self.variants
+        }
+        for variant, (train, validation) in segments.items():
+            model = self._first_model(variant)
             job = SftJob(
-                model, self.settings.sft, pieces, self.mesh, self.workdir / f"sft_{style}", validation,
-                self._meta(model.config, style, "sft"),
+                model, self.settings.sft, train, self.mesh, self.workdir / f"sft_{variant}", validation,
+                self._meta(model.config, variant, "sft"),
             )  # fmt: skip
             run_sft(job)
 
     def grpo(self) -> None:
-        for style in self.settings.grpo_styles if self.settings.grpo.steps else ():
-            if style not in self.styles:
+        for variant in self.settings.grpo_variants if self.settings.grpo.steps else ():
+            if variant not in self.variants:
                 continue
-            folder = self.workdir / f"sft_{style}" / "checkpoints"
+            folder = self.workdir / f"sft_{variant}" / "checkpoints"
             if newest_step(folder) is None:
                 raise FileNotFoundError(f"no checkpoint at {folder}: run --stage=sft first")
-            self._check_finished(f"sft_{style}")
-            model, _ = self._load(f"sft_{style}", folder)
+            self._check_finished(f"sft_{variant}")
+            model, _ = self._load(f"sft_{variant}", folder)
             began_with = fingerprint(model)
-            begun = last_step(self.workdir / f"grpo_{style}")
+            begun = last_step(self.workdir / f"grpo_{variant}")
             if begun and load_meta(begun)[1].get("began_with", began_with) != began_with:
                 raise UserError(
-                    f"{self.workdir / f'grpo_{style}'} began with other weights than sft_{style} has now: remove it, "
-                    "or give another --workdir"
+                    f"{self.workdir / f'grpo_{variant}'} began with other weights than sft_{variant} has now: remove "
+                    "it, or give another --workdir"
                 )
             rollouts = RolloutSpec(
-                CountdownProtocol(style), self.tokenizer, self.settings.budget_of(style), self.settings.grpo_slots,
-                self._conditions(style),
+                self.task.protocol(variant), self.tokenizer, self.settings.budget_of(variant), self.settings.grpo_slots,
+                self.dataset.conditions(variant),
             )  # fmt: skip
             job = GrpoJob(
-                model, self.settings.grpo, rollouts, load_problems(self.workdir / "data" / "train.npy"), self.mesh,
-                self.workdir / f"grpo_{style}", key=lambda problem: problem.key,
-                meta=self._meta(model.config, style, "grpo") | {"began_with": began_with},
+                model, self.settings.grpo, rollouts, self.dataset.problems("train"), self.mesh,
+                self.workdir / f"grpo_{variant}", key=self.task.key,
+                meta=self._meta(model.config, variant, "grpo") | {"began_with": began_with},
                 validation_sampling=self.settings.evaluate_sampling,
             )  # fmt: skip
             run_grpo(job)
 
     def evaluate(self) -> None:
-        problems = load_held_out(self.workdir / "data")
+        problems = self.dataset.held_out()
         models = self.models()
         if not models:
             raise FileNotFoundError(f"no checkpoint under {self.workdir}: run --stage=sft first")
-        for style in self.styles:
-            if self.settings.evaluate_budgets[style] and not any(self._conditions(style)):
+        for variant in self.variants:
+            if self.settings.evaluate_budgets[variant] and not any(self.dataset.conditions(variant)):
                 raise UserError(
-                    f"evaluate.{style}_budgets is for a model whose demonstrations had budgets, these had none: make "
-                    f"them with {style}.conditioned=true, in another --workdir"
+                    f"evaluate.budgets.{variant} is for a model whose demonstrations had conditions, these had none: "
+                    "make them with conditions, in another --workdir"
                 )
         for name, (model, meta) in models.items():
             folder = self.workdir / "evaluate"
@@ -237,7 +173,7 @@ class Run:
                 "weights": fingerprint(model), "step": meta["step"], "steps": steps, "finished": reached >= steps,
                 "problems": len(problems),
             }  # fmt: skip
-            known = _read_json(folder / f"{name}.stamp.json")
+            known = read_note(folder / f"{name}.stamp.json")
             if any(known.get(key) != stamp[key] for key in ("weights", "problems")):
                 for old in folder.glob(f"{name}[.@+]*"):  # of other weights
                     old.unlink()
@@ -252,31 +188,31 @@ class Run:
                 context=self.settings.window,
                 seed=self.settings.seed,
             )
-            protocol = CountdownProtocol(meta["style"])
-            usual = most_frequent(self._conditions(meta["style"]))
-            asked = {budget: protocol.condition(budget) for budget in self.settings.evaluate_budgets[meta["style"]]}
+            variant = meta["variant"]
+            usual = most_frequent(self.dataset.conditions(variant))
+            asked = {b: self.task.condition(variant, b) for b in self.settings.evaluate_budgets[variant]}
             samplings = {None: self.settings.evaluate_sampling, **self.settings.evaluate_also}
             for (budget, condition), (temperature, sampling) in itertools.product(
                 (asked or {None: usual}).items(), samplings.items()
             ):
                 records = records_name(name, temperature, budget)
                 runner = TreeRunner(
-                    engine, protocol, self.tokenizer, self.settings.budget_of(meta["style"]), sampling
-                )  # fmt: skip
+                    engine, self.task.protocol(variant), self.tokenizer, self.settings.budget_of(variant), sampling
+                )
                 evaluate(
-                    runner, problems, folder / f"{records}.jsonl", task=StandIn("countdown"), variant=meta["style"],
+                    runner, problems, folder / f"{records}.jsonl", task=self.task, variant=variant,
                     condition=condition, weights=stamp["weights"],
                     progress_title=f"evaluate {title}{records.removeprefix(name)}",
                     at_once=max(256, self.settings.evaluate_slots),
                 )  # fmt: skip
 
     def export(self) -> None:
-        saved = self.saved()
-        name = next((name for name in ("grpo_apr", "sft_apr") if name in saved), None)
+        saved, variant = self.saved(), self.task.variants[0]
+        if variant not in self.variants:
+            return  # another process may be at work on it, in the same folder
+        name = next((name for name in (f"grpo_{variant}", f"sft_{variant}") if name in saved), None)
         if name is None:
-            if "apr" not in self.styles:
-                return
-            raise FileNotFoundError(f"no APR checkpoint under {self.workdir}: run --stage=sft first")
+            raise FileNotFoundError(f"no {variant} checkpoint under {self.workdir}: run --stage=sft first")
         self._check_finished(name, "; python -m tools.export_hf exports any checkpoint")
         model, meta = self._load(name, saved[name].parent)
         if saved[name].parent.name == "checkpoints" and meta["step"] < (steps := self._reached(name)[1]):
@@ -287,58 +223,51 @@ class Run:
         folder = self.workdir / "export"
         self._weights[saved[name]] = fingerprint(model)
         described = {"model": name, "step": meta["step"], "weights": self._weights[saved[name]]}
-        if _read_json(folder / "check.json").items() >= described.items():
+        if read_note(folder / "check.json").items() >= described.items():
             return  # the check is the last thing written
         export_hf(model, self.tokenizer, folder, meta, self.settings.export_dtype)
-        held_out = load_held_out(self.workdir / "data")
-        pieces = load_pieces(self.workdir / "data", "apr", "validation")
+        held_out, demonstrations = self.dataset.held_out(), self.dataset.segments(variant, "validation")
+        texts = [demonstrations[i].tokens[:64] for i in range(min(8, len(demonstrations)))]
         check = {
             **described,
-            **check_export(model, self.tokenizer, folder, [pieces[i].tokens[:64] for i in range(min(8, len(pieces)))]),
+            **check_export(model, self.tokenizer, folder, texts),
         }
         if self.settings.export_check_trees:
             problems = held_out[: self.settings.export_check_trees]
             equal, total = check_trees(
-                model, self.tokenizer, folder, CountdownProtocol("apr"), problems, self.settings.budget,
-                progress_title="export check", condition=most_frequent(self._conditions("apr")),
+                model, self.tokenizer, folder, self.task.protocol(variant), problems, self.settings.budget_of(variant),
+                progress_title="export check", condition=most_frequent(self.dataset.conditions(variant)),
             )  # fmt: skip
             check |= {"trees_equal": equal, "trees": total}
         write_text(folder / "check.json", json.dumps(check, indent=1))
         print(f"export {folder}: {json.dumps(check)}")
 
     def report(self) -> None:
+        settings = self.settings
         print(
-            write_report(
-                self.workdir, tuple(self.settings.evaluate_also), self._weights, self.settings.evaluate_budgets
-            )
+            write_report(self.dataset, self.workdir, settings.evaluate_also, self._weights, settings.evaluate_budgets)
         )
 
     # ------------------------------------------------------------------ what stages share
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        return load_run_tokenizer(self.workdir / "data", self.settings.tokenizer)
-
-    def _conditions(self, style: str) -> dict[str, int]:
-        """Of a style's demonstrations, as `load_conditions` counts them."""
-        if style not in self._counted:
-            self._counted[style] = load_conditions(self.workdir / "data", style, self.tokenizer)
-        return self._counted[style]
+        return self.dataset.tokenizer(self.settings.tokenizer)
 
     @property
     def model_config(self) -> LlamaConfig:
         return LlamaConfig(vocab_size=len(self.tokenizer), **self.settings.model)
 
-    def _first_checkpoint(self, style: str) -> str | Path:
+    def _first_checkpoint(self, variant: str) -> str | Path:
         """Where SFT finds its first weights, "" for random ones. Once it has saved a step, that has the model's sizes
         too, and model.checkpoint may be gone."""
-        own = self.workdir / f"sft_{style}" / "checkpoints"
+        own = self.workdir / f"sft_{variant}" / "checkpoints"
         return self.settings.checkpoint and (own if newest_step(own) else self.settings.checkpoint)
 
-    def _first_model(self, style: str) -> Llama:
+    def _first_model(self, variant: str) -> Llama:
         """The model that SFT begins with. Raises UserError where a given one is not the run's, CheckpointError where
         it cannot be read."""
-        first = self._first_checkpoint(style)
+        first = self._first_checkpoint(variant)
         if not first:
             return Llama(self.model_config, rngs=nnx.Rngs(self.settings.seed))
         model, _ = load_model(first)
@@ -375,7 +304,7 @@ class Run:
         if given.vocab_size != len(self.tokenizer):
             raise UserError(
                 f"model.checkpoint {checkpoint} has a vocabulary of {given.vocab_size}, the run's tokenizer has "
-                f"{len(self.tokenizer)}: set tokenizer.name or tokenizer.max_number"
+                f"{len(self.tokenizer)}: set tokenizer.name, or the settings of the task's tokenizer"
             )
         try:
             path = find_tokenizer(Path(checkpoint))
@@ -396,9 +325,9 @@ class Run:
             )
 
     def saved(self) -> dict[str, Path]:
-        """The folder of every trained model of these styles, by the name of its stage: sft_sosp, sft_apr, ... Of GRPO
-        with validation what validated best."""
-        names = (f"{kind}_{style}" for kind in ("sft", "grpo") for style in self.styles)
+        """The folder of every trained model of these variants, by the name of its stage: sft_VARIANT, grpo_VARIANT. Of
+        GRPO with validation what validated best."""
+        names = (f"{kind}_{variant}" for kind in ("sft", "grpo") for variant in self.variants)
         return {name: step for name in names if (step := last_step(self.workdir / name))}
 
     def models(self) -> dict[str, tuple[Llama, dict]]:
@@ -406,12 +335,13 @@ class Run:
         return {name: self._load(name, step.parent) for name, step in self.saved().items()}
 
     def _load(self, name: str, folder: Path) -> tuple[Llama, dict]:
-        """`load_model`. Raises UserError where the checkpoint is not of the stage and style whose folder it lies in."""
+        """`load_model`. Raises UserError where the checkpoint is of another task, stage or variant than its folder."""
         model, meta = load_model(folder)
-        if f"{meta.get('stage')}_{meta.get('style')}" != name or not isinstance(meta.get("step"), int):
+        theirs = f"{meta.get('stage')}_{meta.get('variant')}"
+        if (meta.get("task"), theirs) != (self.task.spec, name) or not isinstance(meta.get("step"), int):
             raise UserError(
-                f"{folder} holds no checkpoint of {name}, but step {meta.get('step')} of {meta.get('stage')}_"
-                f"{meta.get('style')}: move it back where it was made"
+                f"{folder} holds no checkpoint of {self.task.spec}'s {name}, but step {meta.get('step')} of "
+                f"{meta.get('task')}'s {theirs}: move it back where it was made"
             )
         if model.config.vocab_size != len(self.tokenizer):
             raise UserError(
@@ -435,47 +365,12 @@ class Run:
             stage = name.partition("_")[0]
             raise UserError(f"{name} stands at step {reached} of {steps}: finish --stage={stage} first{also}")
 
-    def _meta(self, config: LlamaConfig, style: str, kind: str) -> dict:
+    def _meta(self, config: LlamaConfig, variant: str, kind: str) -> dict:
         total, inner = parameter_count(abstract_llama(config))
         return {
-            "model": dataclasses.asdict(config), "style": style, "stage": kind, "config": self.settings.config,
+            "model": dataclasses.asdict(config), "task": self.task.spec, "task_settings": settings_json(self.task),
+            "variant": variant, "stage": kind, "config": self.settings.config,
             "parameters": total, "parameters_without_embeddings": inner,
-            "condition": most_frequent(self._conditions(style)),  # first on a root's prompt, where nothing else is said
+            # First on a root's prompt, where nothing else is said.
+            "condition": most_frequent(self.dataset.conditions(variant)),
         }  # fmt: skip
-
-
-def _version(package: str) -> str | None:
-    """None where it is not installed, as torch need not be."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _read_json(path: Path) -> dict:
-    """What a stage noted of its work; nothing where it noted none or the file is broken."""
-    try:
-        return read_json(path, "")
-    except (FileNotFoundError, UserError):
-        return {}
-
-
-def _completed(config: dict, default: dict) -> dict:
-    """A config with the default of every setting that there was not yet when it was written."""
-    completed = dict(config)
-    for key, value in default.items():
-        theirs = config.get(key, value)
-        completed[key] = _completed(theirs, value) if isinstance(value, dict) and isinstance(theirs, dict) else theirs
-    return completed
-
-
-def _differences(old: dict, new: dict, prefix: str = "", free: Set[str] = frozenset()) -> Iterator[str]:
-    """What would make another run; `free` are sections that may differ."""
-    for key in sorted(set(old) | set(new)):
-        if f"{prefix}{key}" in EXECUTION | free:
-            continue
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            yield from _differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            yield f"{prefix}{key} was {a!r}, is {b!r}"

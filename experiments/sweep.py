@@ -31,12 +31,12 @@ def expand(command: Command) -> list[tuple[str, list[str]]]:
         folder = command.workdir / ",".join(changes)
         line = [
             f"--config={command.file}", *(f"--config.{change}" for change in (*command.changes, *changes)),
-            f"--stage={','.join(command.stages)}", f"--styles={','.join(command.styles)}", f"--workdir={folder}",
+            f"--stage={','.join(command.stages)}", f"--variants={','.join(command.variants)}", f"--workdir={folder}",
             *(["--debug"] if command.debug else []),
         ]  # fmt: skip
-        parse(["run", *line])
+        task = parse(["run", *line]).settings.config["task"]
         # Two ways to write one value, as 0.001 and 1e-3, would run one point twice.
-        if (same := tuple(read_value(*change.split("=", 1)) for change in changes)) in read:
+        if (same := tuple(read_value(task, *change.split("=", 1)) for change in changes)) in read:
             raise UserError(f"--sweep has the point {folder.name} twice, written in two ways")
         read.add(same)
         points.append((folder.name, line))

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from apr_jax.checks import FieldError, at_least, between, check_fields, check_values
-from apr_jax.data.dataset import DatasetConfig
+from apr_jax.data.dataset import DataConfig
 from apr_jax.errors import UserError
 from apr_jax.model.llama import LlamaConfig
 from apr_jax.tasks.countdown.problem import ProblemRange
-from apr_jax.tasks.countdown.recipe import Recipe
 from apr_jax.tasks.countdown.search import SolverConfig
+from apr_jax.tasks.countdown.task import CountdownSettings
+from apr_jax.tasks.task import NoSettings
 from apr_jax.threads.engine import Sampling
 from apr_jax.threads.run import Budget
 from apr_jax.train.objective import GrpoConfig
@@ -21,15 +22,14 @@ from apr_jax.train.optimizer import OptimizerConfig
 from apr_jax.train.reward import Prices
 from apr_jax.train.sft import SftConfig
 
-SOLVER = SolverConfig(beam=(1, 3))
 RIGHT = {
     GrpoConfig: {
         "steps": 1, "prompts": 1, "group": 2, "optimizer": OptimizerConfig(), "batch_rows": 1, "row_length": 1,
     },
     SftConfig: {"steps": 1, "batch_rows": 1, "row_length": 1, "optimizer": OptimizerConfig()},
     OptimizerConfig: {}, LlamaConfig: {"vocab_size": 8}, Budget: {"context": 9}, Sampling: {}, Prices: {},
-    ProblemRange: {}, SolverConfig: {"beam": (1, 3)}, Recipe: {"style": "apr", "solver": SOLVER, "window": 9},
-    DatasetConfig: {"problems": ProblemRange(), "train": 1, "held_out": 1, "recipes": ()},
+    ProblemRange: {}, SolverConfig: {"beam": (1, 3)}, CountdownSettings: {},
+    DataConfig: {"task": "sums", "settings": NoSettings(), "train": 1, "held_out": 1, "window": 9},
 }  # fmt: skip
 
 
@@ -47,8 +47,8 @@ RIGHT = {
         (LlamaConfig, "heads", 0), (LlamaConfig, "rope_theta", 0), (LlamaConfig, "context", 0),
         (Budget, "threads", 0), (Budget, "tokens", 0), (Sampling, "temperature", -1), (Sampling, "top_p", 0),
         (Prices, "child", -1), (ProblemRange, "max_number", 0),
-        (SolverConfig, "max_value", 0), (SolverConfig, "beam", (1, 2, 3)), (Recipe, "window", 0),
-        (DatasetConfig, "train", 0), (DatasetConfig, "max_number", 8), (DatasetConfig, "unseen_targets", 1),
+        (SolverConfig, "max_value", -1), (SolverConfig, "beam", (1, 2, 3)), (DataConfig, "window", 0),
+        (DataConfig, "train", 0), (CountdownSettings, "largest_token", 8), (CountdownSettings, "unseen_targets", 1),
     ],
 )  # fmt: skip
 def test_values_out_of_bounds_are_refused_in_python(kind, name, value):

@@ -4,7 +4,6 @@ import ast
 import tomllib
 from pathlib import Path
 
-import pytest
 from setuptools import find_packages
 
 from tools.benchmarks.structure import (
@@ -33,16 +32,11 @@ def test_every_room_stands_on_one_floor():
     assert {module.room for module in OURS} <= set(names)
 
 
-CIRCLE = "tasks/countdown/recipe.py imports data/store.py"
-
-
-@pytest.mark.xfail(strict=False, reason=CIRCLE)
 def test_no_room_imports_from_a_higher_floor():
     pairs = room_links(module for module in MODULES if module.name.partition(".")[0] != "tests")
     assert upward(pair for pair in pairs if "apr_jax" not in pair) == []
 
 
-@pytest.mark.xfail(strict=False, reason=CIRCLE)
 def test_no_circles_of_rooms():
     assert circles(by_room(room_links(OURS))) == []
 
@@ -93,7 +87,6 @@ def test_names_of_a_task_are_found(tmp_path):
     assert names_of(path) == {"a.countdown", "sosp_b", " sos_plus", "sosp"}
 
 
-@pytest.mark.xfail(strict=False, reason="the rooms above the tasks still know Countdown by its name")
 def test_one_task_s_names_stand_with_the_task_alone():
     paths = [module.path for module in MODULES if not module.path.as_posix().startswith(KNOW_IT)]
     assert {path.as_posix(): found for path in paths if (found := names_of(ROOT / path))} == {}

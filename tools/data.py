@@ -1,16 +1,16 @@
-"""Makes Countdown data sets, tells what is in them, and reads and writes the authors' files.
+"""Makes data sets, tells what is in them, and reads and writes files of other programs.
 
     python -m tools.data make --config=experiments/configs/paper.py --out=data/paper
     python -m tools.data make --config=experiments/configs/paper.py --out=data/paper --shard=3/16
     python -m tools.data stats data/paper --plot=lengths.png
     python -m tools.data stats data/paper --tokenizer=FOLDER    # counted in another tokenizer's tokens, too
-    python -m tools.data import train_apr.json train_sosp.json --held_out=val.json --out=data/authors
+    python -m tools.data import --task=countdown train_apr.json train_sosp.json --held_out=val.json --out=data/authors
     python -m tools.data export data/paper/apr_train --out=train_apr.json
 
 `make` may be stopped and started again, with any number of processes, and ends in the same bytes. With
 --shard=i/n it makes share i of n (0 to n - 1) in a folder that all shares see; whichever ends last writes the
 manifest. A run reads the data set where its folder is the run's data/ folder. `import` and `export` read and
-write the authors' JSON files of traces.
+write the files that a task knows: for Countdown the authors' JSON files of traces.
 """
 
 import re
@@ -29,6 +29,7 @@ COMMANDS = ("make", "stats", "import", "export")
 def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("config", None, "make: an experiment's config file.", flag_values=values)
     flags.DEFINE_multi_string("set", [], "make: A.B=VALUE, changes one setting; repeat it.", flag_values=values)
+    flags.DEFINE_string("task", None, "import: whose files they are, NAME or package.module:Class.", flag_values=values)
     flags.DEFINE_string("out", None, "make, import, export: what to write.", flag_values=values)
     flags.DEFINE_integer("processes", 0, "make: how many at once; 0: one per core.", lower_bound=0, flag_values=values)
     flags.DEFINE_string("shard", "0/1", "make: share i of n, as 3/16.", flag_values=values)
@@ -63,17 +64,15 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
 
 
 def _make(values: flags.FlagValues) -> None:
-    from experiments.command import change_setting, load_config
-    from experiments.dataset import make_data
+    from experiments.command import change_settings, load_config
+    from experiments.data_stage import make_data
     from experiments.settings import read_settings
 
     command.need(values, "config")
     shard = read_shard(values["shard"].value)
-    config = load_config(values["config"].value)
-    for change in values["set"].value:
-        change_setting(config, change)
+    settings = read_settings(change_settings(load_config(values["config"].value), values["set"].value))
     folder = Path(values["out"].value)
-    manifest = make_data(read_settings(config), folder, values["processes"].value, shard)
+    manifest = make_data(settings, folder, values["processes"].value, shard)
     if manifest is None:
         print(f"share {shard[0]} of {shard[1]} is done; other shares of {folder} are missing")
         return
@@ -86,7 +85,7 @@ def _print_counts(manifest: dict) -> None:
         if isinstance(counts, dict) and "trees" in counts:
             print(
                 f"{name}: {counts['trees']} trees of {counts['problems']} problems "
-                f"({counts['wrong']} wrong and {counts['too_long']} too long were dropped"
+                f"({counts['no_demonstration']} without a demonstration and {counts['too_long']} too long were dropped"
                 + (f", {counts['held_out']} of held-out problems" if "held_out" in counts else "")
                 + f"), {counts['tokens']} tokens"
             )
@@ -94,7 +93,7 @@ def _print_counts(manifest: dict) -> None:
 
 def _import(files: Sequence[Path], values: flags.FlagValues) -> None:
     from apr_jax.data.imported import import_dataset
-    from apr_jax.tasks.countdown import authors
+    from apr_jax.tasks.task import load_task
 
     if not files:
         raise UserError("import takes one file of traces or more, none was given")
@@ -102,23 +101,28 @@ def _import(files: Sequence[Path], values: flags.FlagValues) -> None:
         Path(path).open("rb").close()
     if not values["held_out"].value:
         raise UserError("--held_out=FILE is needed, problems that nothing may train on: evaluation is on them")
-    held_out = authors.read_problems(Path(values["held_out"].value))
-    traces = (trace for path in files for trace in authors.read_traces(path))
+    if not values["task"].value:
+        raise UserError("--task=NAME is needed: whose files they are")
+    task = load_task(values["task"].value)
+    held_out = task.read_problems(Path(values["held_out"].value))
+    trees = (tree for path in files for tree in task.read_demonstrations(path))
     tokenizer, window = values["tokenizer"].value or "", values["window"].value
-    _print_counts(import_dataset(traces, held_out, Path(values["out"].value), window=window, tokenizer=tokenizer))
+    _print_counts(import_dataset(task, trees, held_out, Path(values["out"].value), window=window, tokenizer=tokenizer))
 
 
 def _export(folder: Path, out: Path) -> None:
+    from apr_jax.data.dataset import read_manifest
     from apr_jax.data.store import TreeStore
-    from apr_jax.tasks.countdown import Problem, authors
+    from apr_jax.tasks.task import load_task
     from apr_jax.text.hub import load_tokenizer
     from apr_jax.threads import decode_tree
 
-    store = TreeStore(folder)
-    words = load_tokenizer(str(folder.parent / "tokenizer.json"))
-    texts = (decode_tree(tree, words.decode) for tree in store)
-    traces = ((Problem(tuple(text.info["numbers"]), text.info["target"]), text) for text in texts)
-    authors.write_traces(out, traces, words.encode)
+    if (manifest := read_manifest(folder.parent)) is None:
+        raise FileNotFoundError(f"no finished data set at {folder.parent}: it has no manifest.json")
+    config = manifest["config"]
+    task, store = load_task(config["task"], config["settings"]), TreeStore(folder)
+    words = load_tokenizer(config["tokenizer"] or str(folder.parent / "tokenizer.json"))
+    task.write_demonstrations(out, (decode_tree(tree, words.decode) for tree in store), words)
     print(f"written to {out}: {len(store)} trees")
 
 

@@ -4,10 +4,10 @@
 
 --checkpoint is the folder of one saved step (.../checkpoints/1000) or of all of them (.../checkpoints: the
 newest is taken). Nothing but --checkpoint and --out is needed. The check loads the folder with
-transformers, compares logits, and decodes Countdown problems greedily with transformers and with our own
+transformers, compares logits, and decodes problems of the model's task greedily with transformers and with our own
 engine: the trees of threads must be the same token for token. Problems are the run's held-out ones where
-they are found beside the tokenizer, else random ones. With a tokenizer that lacks the task's tokens, as a
-foreign model's does, only logits are compared.
+they are found beside the tokenizer, else the task's first ones. Of a model that was trained on no task, and with a
+tokenizer that lacks the task's tokens, only logits are compared.
 """
 
 import functools
@@ -32,7 +32,7 @@ def _define(values: flags.FlagValues) -> None:
     text("out", help="Folder to write. An earlier export there is replaced; a folder of anything else is refused.")
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the stored weights.", flag_values=values)
     text("tokenizer", help="The tokenizer.json. Default: looked for from the checkpoint's folder up, and in data/.")
-    number("check", 20, "Countdown trees to compare after the export; 0: no check.", lower_bound=0)
+    number("check", 20, "Trees to compare after the export; 0: no check.", lower_bound=0)
     number("window", None, "Tokens of one thread in the check. Default: the run's, else 768.", lower_bound=32)
 
 
@@ -44,6 +44,7 @@ def run(checkpoint: str, out: str, dtype: str, tokenizer: str | None, check: int
     if Path(out).exists() and not Path(out).is_dir():
         raise NotADirectoryError(f"{out} is a file, the export needs a folder")
     from apr_jax.export.hf import check_export, check_trees, export_hf  # here: --help need not wait for JAX
+    from apr_jax.tasks.task import load_task
     from apr_jax.text.hub import find_tokenizer, load_tokenizer
     from apr_jax.train.checkpoint import load_model
 
@@ -54,31 +55,32 @@ def run(checkpoint: str, out: str, dtype: str, tokenizer: str | None, check: int
     print(f"written to {out}")
     if not check:
         return
-    from apr_jax.tasks.countdown.protocol import CountdownProtocol
     from apr_jax.threads.run import Budget
 
-    protocol = CountdownProtocol(meta.get("style", "apr"))
-    problems = _problems(path.parent / "held_out.npy", check)
-    rng = random.Random(0)
-    rows = model.config.vocab_size
-    sequences = [[rng.randrange(rows) for _ in range(min(RANDOM_IDS, model.config.context))] for _ in problems]
+    rng, rows = random.Random(0), model.config.vocab_size
+    sequences = [[rng.randrange(rows) for _ in range(min(RANDOM_IDS, model.config.context))] for _ in range(check)]
     difference = check_export(model, words, out, sequences)["max_logit_difference"]
     print(f"largest difference of a logit from transformers', {len(sequences)} sequences: {difference:.2e}")
     if not difference <= LOGIT_TOLERANCE:  # so that a NaN fails too
         raise UserError(f"{out} does not compute what the checkpoint does: logits differ by {difference:.2e}")
+    if "task" not in meta:
+        print("the check of trees does not apply: the model was trained on no task")
+        return
+    task, variant = load_task(meta["task"], meta.get("task_settings")), meta["variant"]
+    protocol = task.protocol(variant)
     if missing := _missing_token(words, protocol):
         print(f"the check of trees does not apply: {missing!r} is not one token of this tokenizer")
         return
     window = window or min((meta.get("config") or {}).get("window", 768), model.config.context)
-    budget = Budget(min(window, model.config.context))
+    budget = Budget(min(window, model.config.context), depth=max(1, task.levels(variant)))
     equal, total = check_trees(
         model,
         words,
         out,
         protocol,
-        problems,
+        _problems(task, path.parent / "held_out.jsonl", check),
         budget,
-        condition=meta.get("condition", ""),  # of older ones not told
+        condition=meta.get("condition", ""),
     )
     print(f"greedy trees equal token for token: {equal} of {total}")
 
@@ -93,14 +95,13 @@ def _missing_token(words, protocol) -> str | None:
     return None
 
 
-def _problems(path: Path, count: int) -> list:
-    from apr_jax.data.dataset import ProblemFile
-    from apr_jax.tasks.countdown.problem import ProblemRange
+def _problems(task, path: Path, count: int) -> list:
+    from apr_jax.data.problems import ProblemFile
 
     if path.is_file():
-        return list(ProblemFile(path)[:count])
-    rng = random.Random(0)
-    return [ProblemRange().draw(rng) for _ in range(count)]
+        return ProblemFile(task, path)[:count]
+    drawn = task.problems(0, "held_out", range(2 * count))
+    return [problem for problem in drawn if problem is not None][:count]
 
 
 def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:

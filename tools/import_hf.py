@@ -38,8 +38,10 @@ def _define(values: flags.FlagValues) -> None:
         "tokenizer", None, "A tokenizer.json, or another tokenizer's folder. Default: the model's own.",
         flag_values=values,
     )  # fmt: skip
-    flags.DEFINE_enum("style", "apr", ["apr", "sosp"], "What the model was trained on: apr or sosp.",
-                      flag_values=values)  # fmt: skip
+    flags.DEFINE_string(
+        "task", None, "The task that the model was trained on. Default: as its config.json says.", flag_values=values
+    )
+    flags.DEFINE_string("variant", None, "The variant of that task. Default: its first.", flag_values=values)
 
 
 def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
@@ -59,8 +61,9 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
         if len(tokenizer) > model.config.vocab_size:
             raise UserError(f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}")
         total, inner = parameter_count(model)
+        trained = _trained_on(folder, values["task"].value, values["variant"].value)
         meta = {
-            "model": dataclasses.asdict(model.config), "style": values["style"].value, "stage": "imported", "step": 0,
+            "model": dataclasses.asdict(model.config), **trained, "stage": "imported", "step": 0,
             "source": _source(values["model"].value), "parameters": total, "parameters_without_embeddings": inner,
             "max_position_embeddings": read_positions(folder),
         }  # fmt: skip
@@ -88,6 +91,20 @@ def _model_folder(name: str) -> Path:
         raise OSError(
             f"no folder at {name}, and the hub did not give a model of that name: {first_line(error)}"
         ) from None
+
+
+def _trained_on(folder: Path, spec: str | None, variant: str | None) -> dict:
+    """The task and variant that were given, else those that an export of ours tells. Raises UserError."""
+    from apr_jax.export.hf import KEY
+    from apr_jax.io.paths import read_json
+    from apr_jax.tasks.task import load_task
+
+    if spec is None:
+        if variant:
+            raise UserError(f"--variant goes with --task, was given {variant!r} alone")
+        return read_json(folder / "config.json", "give another model").get(KEY, {})
+    task = load_task(spec)
+    return {"task": spec, "variant": task.check_variant(variant or task.variants[0])}
 
 
 def _source(name: str) -> str:

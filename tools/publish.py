@@ -1,4 +1,4 @@
-"""Copies what is worth keeping of a run into a small folder: its report and figures, and its last APR model.
+"""Copies what is worth keeping of a run into a small folder: its report and figures, and its last model.
 
     python -m tools.publish runs/workstation experiments/results/workstation --model
 
@@ -16,14 +16,15 @@ from pathlib import Path
 from absl import flags
 
 from apr_jax.errors import UserError
+from apr_jax.io.paths import read_json
 from tools import command
 
 FILES = ("report.md", "summary.json", "config.json", "versions.json", "data/manifest.json", "export/check.json")
-MODELS = ("grpo_apr", "sft_apr")  # the last one first
+STAGES = ("grpo", "sft")  # the last one first
 
 
 def _define(values: flags.FlagValues) -> None:
-    flags.DEFINE_boolean("model", False, "Publish the last APR model, too.", flag_values=values)
+    flags.DEFINE_boolean("model", False, "Publish the last model of the task's first variant, too.", flag_values=values)
 
 
 def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
@@ -37,11 +38,13 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     ):
         raise UserError(f"{out} is a run's own folder, of which checkpoints would be replaced: give another one")
     if values["model"].value:
+        from apr_jax.tasks.task import find_task
         from apr_jax.train.checkpoint import last_step  # --help need not wait for JAX
 
-        model = next(filter(None, (last_step(run / name) for name in MODELS)), None)
+        variant = find_task(read_json(run / "config.json", "publish another run").get("task", "")).variants[0]
+        model = next(filter(None, (last_step(run / f"{stage}_{variant}") for stage in STAGES)), None)
         if model is None:
-            raise FileNotFoundError(f"{run} has no APR checkpoint")
+            raise FileNotFoundError(f"{run} has no {variant} checkpoint")
         _check_weights(run, model)
     out.mkdir(parents=True, exist_ok=True)
     for name in FILES:

@@ -1,11 +1,11 @@
 """Solves one Countdown problem with a symbolic solver and prints its trace: what the models learn from.
 
     python -m tools.solve 3 5 7 8 --target=24
-    python -m tools.solve 3 5 7 8 --target=24 --style=sosp --seed=1 --beam=5
+    python -m tools.solve 3 5 7 8 --target=24 --solver=sos_plus --seed=1 --beam=5
     python -m tools.solve 3 5 7 8 --target=24 --tree
 
 Countdown: reach the target with + - * / and every number exactly once; intermediate results are whole and
-never negative. Style apr spawns threads that search side by side, sosp searches in one thread, sos does so
+never negative. Solver apr spawns threads that search side by side, sos_plus searches in one thread, sos does so
 by one strategy, depth or breadth first. All keep only the best few states, so they may miss a solution that
 exists; another seed or a wider beam may find it.
 """
@@ -31,7 +31,7 @@ SEEDS = range(20)  # tried where none is given
 
 def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("target", None, "What to reach.", flag_values=values)
-    flags.DEFINE_enum("style", "apr", sorted(SOLVERS), "Which solver: apr, sosp or sos.", flag_values=values)
+    flags.DEFINE_enum("solver", "apr", sorted(SOLVERS), "apr, sos_plus or sos.", flag_values=values)
     beam = "States kept of each expansion; default: drawn by the seed from the paper's range."
     flags.DEFINE_integer("beam", None, beam, lower_bound=1, flag_values=values)
     seed = f"Of the search; default: the first of 0 to {len(SEEDS) - 1} that finds a solution."
@@ -44,16 +44,16 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     numbers = " ".join(map(str, problem.numbers))
     if not solvable(problem):
         raise UserError(f"no solution exists: {numbers} cannot make {problem.target}")
-    style, beam = values["style"].value, values["beam"].value
+    solver, beam = values["solver"].value, values["beam"].value
     changes = {} if beam is None else {"beam": (beam, beam)}
-    config = getattr(SolverConfig, f"paper_{style}")(**changes)
+    config = getattr(SolverConfig, f"paper_{solver}")(**changes)
     for seed in SEEDS if values["seed"].value is None else [values["seed"].value]:
-        tree = SOLVERS[style](problem, config, random.Random(seed))
+        tree = SOLVERS[solver](problem, config, random.Random(seed))
         if tree.info["solved"]:
             break
-    drawing = Drawing(tree, None, CountdownProtocol("apr" if style == "apr" else "sosp").result)
+    drawing = Drawing(tree, None, CountdownProtocol("apr" if solver == "apr" else "sos_plus").result)
     print(drawing.terminal(lines=0) if values["tree"].value else tree.root.text)
-    print(f"{style}, seed {seed}, beam {tree.info['beam']}: {drawing.costs()}")
+    print(f"{solver}, seed {seed}, beam {tree.info['beam']}: {drawing.costs()}")
     text = tree.root.text
     verdict = check_solution(problem, text)
     if verdict:

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from apr_jax.data.dataset import read_manifest
+from apr_jax.data.demonstrations import unshared_tokens
 from apr_jax.data.store import TreeStore
-from apr_jax.tasks.countdown.recipe import unshared_tokens
 from apr_jax.text.hub import load_tokenizer
 from apr_jax.threads.metrics import children, longest_context, sequential_tokens, total_tokens
 
@@ -60,7 +60,7 @@ def table(found: list[Described]) -> str:
         lines += [
             f"{kind.name}: {c['problems']} problems, solved by the solver {c['solved_by_solver'] / c['problems']:.1%}",
             f"  kept {c['trees']} trees, {c['solved'] / max(c['trees'], 1):.1%} of them solved; "
-            f"dropped {c['too_long']} too long, {c['wrong']} wrong",
+            f"dropped {c['too_long']} too long, {c['no_demonstration']} without a demonstration",
             f"  all kept trees: {c['tokens']} tokens; {c['unshared_tokens']} with prefixes repeated for every call "
             f"({c['unshared_tokens'] / max(c['tokens'], 1):.2f} times); {c['threads']} threads",
             f"  {'of ' + str(len(kind.characters)) + ' trees':<34} {'mean':>9} {'median':>9} {'95 %':>9} {'most':>9}",
@@ -77,7 +77,7 @@ def table(found: list[Described]) -> str:
 
 
 def draw(found: list[Described], path: Path) -> None:
-    """A histogram of every quantity, training trees only, one line a style."""
+    """A histogram of every quantity, training trees only, one line a variant."""
     from matplotlib.figure import Figure
 
     from experiments.figures.style import COLOURS, LINES

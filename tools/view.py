@@ -9,7 +9,7 @@ behind ":" were put there by the system (prompts, joins), lines behind "|" were 
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from absl import flags
@@ -17,7 +17,9 @@ from absl import flags
 from apr_jax.errors import UserError
 from apr_jax.evaluate.records import Record
 from apr_jax.io.files import write_text
-from apr_jax.tasks.countdown import CountdownProtocol
+from apr_jax.io.json_lines import read_lines
+from apr_jax.io.paths import read_json
+from apr_jax.tasks.task import Task, load_task
 from apr_jax.text.hub import find_tokenizer, load_tokenizer
 from apr_jax.threads import ThreadTree
 from tools import command
@@ -34,7 +36,8 @@ def _define(values: flags.FlagValues) -> None:
 def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     path = Path(arguments[0])
     record = find_record(path, values["index"].value)
-    title, verdict = describe(record), "right" if record.correct else "wrong"
+    task = find_task(record, path)
+    title, verdict = describe(record, task), "right" if record.correct else "wrong"
     try:
         tree = record.thread_tree
     except UserError as error:
@@ -43,7 +46,7 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
         raise UserError(f"{title}: no tree, the run of it failed with {', '.join(record.failures)}")
     decode = None if _is_text(tree) else _decode(tree, path, values["tokenizer"].value)
     try:
-        drawing = Drawing(tree, decode, CountdownProtocol().result)
+        drawing = Drawing(tree, decode, task.protocol(record.variant).result)
         if values["html"].value:
             text = drawing.page(title, verdict, record.correct)
         else:
@@ -62,27 +65,33 @@ def find_record(path: Path, index: int) -> Record:
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     count = 0
-    for line in _lines(path):
+    for number, row in read_lines(path):
         try:
-            record = Record.read(line)
+            record = Record.from_row(row)
         except UserError as error:
-            raise UserError(f"{path}, line {count + 1} is no record: {error}") from None
+            raise UserError(f"{path}, line {number}: {error}") from None
         count += 1
         if record.index == index:
             return record
     raise UserError(f"{path} has no problem {index}, it holds {count} problems")
 
 
-def _lines(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8", errors="replace") as file:
-        yield from (line for line in file if line.strip())
+def find_task(record: Record, path: Path) -> Task:
+    """The task of a record, with the settings of the run that its file belongs to where they are found, else with its
+    defaults. Raises UserError."""
+    for folder in path.resolve().parents:
+        manifest = folder / "data" / "manifest.json"
+        if manifest.is_file():
+            config = read_json(manifest, "give a copy of the records elsewhere").get("config", {})
+            if config.get("task") == record.task:
+                return load_task(record.task, config.get("settings"))
+            break
+    return load_task(record.task)
 
 
-def describe(record: Record) -> str:
-    if isinstance(record.problem.get("numbers"), list) and "target" in record.problem:
-        numbers = " ".join(map(str, record.problem["numbers"]))
-        return f"{record.name}, problem {record.index}: {numbers} to {record.problem['target']}"
-    return f"{record.name}, problem {record.index}"
+def describe(record: Record, task: Task) -> str:
+    """The title of a record's drawing. Raises UserError where its problem is none of the task's."""
+    return f"{record.name}, problem {record.index}: {task.describe(task.read_problem(record.problem))}"
 
 
 def _decode(tree: ThreadTree, path: Path, given: str | None) -> Callable[[Sequence[int]], str]:

@@ -1,13 +1,14 @@
-"""Countdown data sets: problems, and each recipe's trees of them, made in streams by any number of processes.
+"""Data sets: a task's problems, and each variant's demonstrations of them, made in streams by any number of processes.
 
-A data set's bytes are a function of its config alone. Candidate problem i is drawn from (seed, i), the trees of
-problem i from (seed, style, i), and work is cut into shards of fixed ranges of problems. So processes, machines
-(`shard`) and kills change nothing: what stands whole in the folder is kept, the rest is made.
+A data set's bytes are a function of its config alone. Candidate problem i is drawn from (seed, split, i), the tree of
+problem i from (seed, split, variant, i), and work is cut into shards of fixed ranges of problems. So processes,
+machines (`shard`) and kills change nothing: what stands whole in the folder is kept, the rest is made.
 
     manifest.json            written last: the config, what was kept, what was dropped and why, a content hash
-    tokenizer.json           where the tokenizer is ours
-    train.npy held_out.npy   int32 [problems, numbers + 1], the target last
-    STYLE_train/ STYLE_validation/   stores of trees (apr_jax.data.store)
+    config.json              written first; an import has none
+    tokenizer.json           where the tokenizer is the task's
+    train.jsonl held_out.jsonl       problems, one JSON object a line
+    VARIANT_train/ VARIANT_validation/   stores of trees (apr_jax.data.store)
 """
 
 import dataclasses
@@ -16,107 +17,79 @@ import itertools
 import json
 import multiprocessing
 import os
-import random
 import signal
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from apr_jax.checks import SEED, at_least, check_fields, from_to_below
+from apr_jax.checks import SEED, FieldError, at_least, check_fields
+from apr_jax.data.demonstrations import (
+    NO_DEMONSTRATION,
+    TOO_LONG,
+    add_counts,
+    count_tree,
+    encode_demonstration,
+    fits,
+    no_counts,
+)
+from apr_jax.data.problems import LEAST_TRIED, ProblemFile, choose_problems, write_problems
 from apr_jax.data.store import read_counts, write_shard
 from apr_jax.errors import UserError
 from apr_jax.io.files import remove_left, whole, write_text
 from apr_jax.io.paths import read_json
-from apr_jax.tasks.countdown.problem import Problem, ProblemRange
-from apr_jax.tasks.countdown.recipe import COUNTED, DROPPED, Recipe, count_tree
-from apr_jax.tasks.countdown.search import SolverConfig
-from apr_jax.tasks.countdown.vocabulary import SMALLEST_MAX_NUMBER, countdown_tokenizer
+from apr_jax.tasks.task import Task, find_task, load_task, read_settings
 from apr_jax.text.hub import load_tokenizer
 from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.threads import ThreadTree
 
 SHARD_PROBLEMS = 2000  # problems of one shard: some seconds of work, and a few MB
-CANDIDATES = 500  # problems drawn by one task
-MOST_REFUSED = 50  # candidates in a row of that many times the rest wanted, before the range counts as used up
-VALIDATION = 64  # trees of a style that measure the validation loss
-FORMAT = 1
-SOS_FORMAT = 2  # where a recipe searches as Stream of Search does: format 1 had its traces in another form
+CANDIDATES = LEAST_TRIED  # problems drawn by one job
+VALIDATION = 64  # trees of a variant that measure the validation loss
+PROBLEM_FILES = ("train.jsonl", "held_out.jsonl")
+FORMAT = 3
 
 
 @dataclasses.dataclass(frozen=True)
-class DatasetConfig:
-    """What a data set is made of. `unseen_targets` is the share of targets that only held-out problems have, as in
-    Stream of Search (0: held-out problems differ by numbers alone, the paper's)."""
+class DataConfig:
+    """A data set. `task` and `settings` as `load_task` takes them, `settings` an instance of the task's `Settings`.
+    `window` bounds the tokens of a thread's context, `row_length` those of a thread with its calls (0: no bound)."""
 
-    problems: ProblemRange
-    train: int
-    held_out: int
-    recipes: tuple[Recipe, ...]
-    max_number: int = 99  # of our tokenizer
-    tokenizer: str = ""  # a Hugging Face tokenizer by folder or name; "": ours
+    task: str
+    settings: Any
+    train: int  # problems
+    held_out: int  # problems
+    window: int
+    row_length: int = 0
+    tokenizer: str = ""  # a Hugging Face tokenizer by folder or name; "": the task's
     repeats: bool = False  # whether a training problem may come twice
-    unseen_targets: float = 0.0
     validation: int = VALIDATION  # held-out problems whose trees measure the validation loss
     seed: int = 0
 
-    BOUNDS = (
-        at_least(1, "train", "held_out"), at_least(0, "validation"), at_least(SMALLEST_MAX_NUMBER, "max_number"),
-        from_to_below(0, 1, "unseen_targets"), *SEED,
-    )  # fmt: skip
+    BOUNDS = (at_least(1, "train", "held_out", "window"), at_least(0, "validation", "row_length"), *SEED)
 
     def __post_init__(self):
         check_fields(self)
+        if not isinstance(self.settings, kind := find_task(self.task).Settings):
+            raise FieldError("settings", f"is {kind.__name__}, the task's, was given {str(self.settings)[:80]}")
 
     def described(self) -> dict[str, Any]:
-        """As JSON gives it back."""
-        form = SOS_FORMAT if any(recipe.search == "sos" for recipe in self.recipes) else FORMAT
-        return json.loads(json.dumps({"format": form, **dataclasses.asdict(self)}))
+        """The config as JSON gives it back."""
+        return json.loads(json.dumps({"format": FORMAT, **dataclasses.asdict(self)}))
+
+    def load_task(self) -> Task:
+        return load_task(self.task, self.settings)
 
     def make_tokenizer(self) -> Tokenizer:
-        return load_tokenizer(self.tokenizer) if self.tokenizer else countdown_tokenizer(self.max_number)
-
-    def targets(self) -> tuple[list[int], list[int]]:
-        """(targets of training, targets of held-out problems)."""
-        every = list(range(self.problems.min_target, self.problems.max_target + 1))
-        if not self.unseen_targets:
-            return every, every
-        count = min(max(1, round(self.unseen_targets * len(every))), len(every) - 1)
-        unseen = set(random.Random(f"{self.seed}/targets").sample(every, count))
-        return [target for target in every if target not in unseen], sorted(unseen)
-
-
-class ProblemFile(Sequence[Problem]):
-    """The problems of a .npy file, read where they lie: memory does not grow with their number. Raises UserError where
-    the file holds none."""
-
-    def __init__(self, path: Path):
-        try:
-            self._rows = np.load(path, mmap_mode="r")
-        except (ValueError, EOFError):  # no .npy, or one cut short
-            raise UserError(f"{path} is no whole .npy file of problems") from None
-        if not isinstance(self._rows, np.ndarray) or self._rows.ndim != 2 or self._rows.shape[1] < 2:
-            raise UserError(f"{path} holds no problems")
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int | slice):
-        if isinstance(index, slice):
-            return [self[at] for at in range(*index.indices(len(self)))]
-        *numbers, target = self._rows[index].tolist()
-        return Problem(tuple(numbers), target)
+        return load_tokenizer(self.tokenizer) if self.tokenizer else self.load_task().tokenizer()
 
 
 # ---------------------------------------------------------------------- making
 
 
 def make_dataset(
-    config: DatasetConfig,
+    config: DataConfig,
     folder: Path,
     *,
     processes: int = 1,
@@ -126,16 +99,15 @@ def make_dataset(
     """Makes what is missing under `folder` of share `shard` = (i, n); returns the manifest, None while other shares
     are missing. Raises UserError where the folder holds a data set of another config."""
     if (manifest := read_manifest(folder)) is not None:
-        if manifest["config"].get("imported"):
-            return manifest  # made elsewhere: what it was made of is not ours to compare
-        _check_same(manifest["config"], config.described(), folder)
+        if not manifest["config"].get("imported"):  # made elsewhere: what it was made of is not ours to compare
+            _check_same(manifest["config"], config, folder)
         return manifest
     folder.mkdir(parents=True, exist_ok=True)
     begun = folder / "config.json"
     if begun.exists():
         theirs = read_json(begun, "delete it, if the data set was begun with these settings")
-        _check_same(theirs, config.described(), folder)
-    elif any((folder / name).exists() for name in ("train.npy", "held_out.npy")):  # made behind a config.json
+        _check_same(theirs, config, folder)
+    elif any((folder / name).exists() for name in PROBLEM_FILES):  # made behind a config.json
         raise UserError(f"{folder} holds data of an import whose manifest.json is gone: import it again, elsewhere")
     else:
         write_text(begun, json.dumps(config.described(), indent=1))
@@ -145,13 +117,13 @@ def make_dataset(
     with _workers(processes, config) as run:
         _make_problems(config, folder, run, progress)
         jobs = [
-            _Job(str(folder), part, style, number)
-            for style, recipe in enumerate(config.recipes)
+            _Job(str(folder), part, variant, number)
+            for variant in config.load_task().variants
             for part, count in (("validation", min(config.validation, config.held_out)), ("train", config.train))
             for number in range(-(-count // SHARD_PROBLEMS))
         ]
         mine = [job for index, job in enumerate(jobs) if index % shard[1] == shard[0]]
-        missing = [job for job in mine if read_counts(job.shard_folder(config)) is None]
+        missing = [job for job in mine if read_counts(job.shard_folder) is None]
         bar = progress("data trees", sum(job.size(config) for job in mine), "trees")
         done = sum(job.size(config) for job in mine) - sum(job.size(config) for job in missing)
         for size in run(_make_shard, missing, ordered=False):
@@ -173,85 +145,60 @@ def read_manifest(folder: Path) -> dict | None:
     return found
 
 
-def _check_same(theirs: dict, mine: dict, folder: Path) -> None:
-    """Raises UserError where a data set was made with another config. Solver settings that its config
-    does not name yet had their defaults then."""
-    defaults = json.loads(json.dumps(dataclasses.asdict(SolverConfig(beam=(1, 1)))))
-    recipes = [{**one, "solver": defaults | one["solver"]} for one in theirs.get("recipes", ())]
-    theirs = {**theirs, "recipes": recipes}
+def _check_same(theirs: dict, config: DataConfig, folder: Path) -> None:
+    """Raises UserError where a data set was made with another config. A setting of the task that its config does not
+    name yet had its default then."""
+    if theirs.get("format") != FORMAT:
+        raise UserError(f"{folder} holds a data set of an earlier version: give another folder")
+    mine = config.described()
+    if theirs.get("task") == config.task:
+        try:
+            settings = read_settings(find_task(config.task).Settings, theirs["settings"])
+            theirs = {**theirs, "settings": json.loads(json.dumps(dataclasses.asdict(settings)))}
+        except (UserError, KeyError, TypeError):  # it is another one, then
+            pass
     if different := [name for name in mine if mine[name] != theirs.get(name)]:
         raise UserError(
             f"{folder} holds a data set of another config (another {', '.join(different)}): give another folder"
         )
 
 
-def _make_problems(config: DatasetConfig, folder: Path, run, progress) -> None:
-    """Held-out problems are distinct; training problems are the first candidates, in their order, that are not held
-    out and, unless repeats are asked for, not there before."""
-    paths = {name: folder / f"{name}.npy" for name in ("train", "held_out")}
-    if all(path.exists() for path in paths.values()):
+def _make_problems(config: DataConfig, folder: Path, run, progress) -> None:
+    if all((folder / name).exists() for name in PROBLEM_FILES):
         return
-    seen_targets, unseen_targets = config.targets()
+    task = config.load_task()
 
-    def collect(name: str, count: int, targets: Sequence[int], keep: Callable[[Problem], bool]) -> None:
-        with whole(paths[name]) as part:
-            rows = np.lib.format.open_memmap(part, "w+", np.int32, (count, config.problems.count + 1))
-            fill(rows, name, set(targets), keep)
-            rows.flush()
+    def candidates(split: str) -> Iterator[Sequence[Any]]:
+        return run(_draw, ((split, start) for start in itertools.count(0, CANDIDATES)), ordered=True)
 
-    def fill(rows: np.ndarray, name: str, allowed: set[int], keep: Callable[[Problem], bool]) -> None:
-        count = len(rows)
-        bar, have, tried = progress(f"data problems {name}", count, "problems"), 0, 0
-        for problems in run(_draw, ((name, start) for start in itertools.count(0, CANDIDATES)), ordered=True):
-            for problem in problems:
-                if have < count and problem.target in allowed and keep(problem):
-                    rows[have] = (*problem.numbers, problem.target)
-                    have += 1
-            bar.update(have)
-            if have == count:
-                return
-            tried += len(problems)
-            if tried > MOST_REFUSED * (have + CANDIDATES):
-                raise UserError(
-                    f"{count} {name.replace('_', '-')} problems were asked for, this range gives about {have}: "
-                    "widen problems, ask for fewer, or allow repeats"
-                )
+    def counted(split: str, problems: Iterable[Any]) -> Iterator[Any]:
+        bar = progress(f"data problems {split}", getattr(config, split), "problems")
+        for have, problem in enumerate(problems, 1):
+            yield problem
+            if have % CANDIDATES == 0 or have == getattr(config, split):
+                bar.update(have)
 
-    held: set = set()
-    seen: set = set()
-    collect("held_out", config.held_out, unseen_targets, lambda p: p.key not in held and not held.add(p.key))
-    if config.repeats:
-        collect("train", config.train, seen_targets, lambda p: p.key not in held)
-    else:
-
-        def new(problem: Problem) -> bool:
-            key = hash(problem.key)  # of integers alone: the same in every process
-            return problem.key not in held and key not in seen and not seen.add(key)
-
-        collect("train", config.train, seen_targets, new)
+    for split, problems in choose_problems(task, config.train, config.held_out, config.repeats, candidates):
+        write_problems(folder / f"{split}.jsonl", task, counted(split, problems))
 
 
-def _finish(config: DatasetConfig, folder: Path, jobs: Sequence["_Job"]) -> dict | None:
+def _finish(config: DataConfig, folder: Path, jobs: Sequence["_Job"]) -> dict | None:
     """The manifest, where every shard of every share is there."""
-    counts: dict[str, Counter] = {}
+    counts: dict[str, dict[str, Any]] = {}
     content = hashlib.sha256()
     for job in jobs:
-        own = read_counts(job.shard_folder(config))
+        own = read_counts(job.shard_folder)
         if own is None:
             return None
         content.update(own.pop("sha256").encode())
-        total = counts.setdefault(f"{config.recipes[job.recipe].style}_{job.part}", Counter())
-        longest = max(total["longest"], own["longest"])
-        total.update(own)
-        total["longest"] = longest
+        add_counts(counts.setdefault(f"{job.variant}_{job.part}", {}), own)
     for name, count in counts.items():
         if name.endswith("_train") and not count["trees"]:
-            recipe = next(recipe for recipe in config.recipes if name.startswith(recipe.style))
             raise UserError(
-                f"none of {config.train} {recipe.style} trees fits a window of {recipe.window} tokens"
-                + (" and is right" if recipe.correct_only else "")
+                f"none of {config.train} {name.removesuffix('_train')} demonstrations is left to train on: "
+                f"{count[TOO_LONG]} do not fit a window of {config.window} tokens, {count[NO_DEMONSTRATION]} are none"
             )
-    for name in ("train.npy", "held_out.npy"):
+    for name in PROBLEM_FILES:
         with open(folder / name, "rb") as file:
             while chunk := file.read(1 << 20):
                 content.update(chunk)
@@ -260,7 +207,7 @@ def _finish(config: DatasetConfig, folder: Path, jobs: Sequence["_Job"]) -> dict
         "train_problems": config.train,
         "held_out_problems": config.held_out,
         "vocabulary": len(config.make_tokenizer()),
-        **{name: dict(count) for name, count in counts.items()},
+        **counts,
         "sha256": content.hexdigest(),
     }
     write_text(folder / "manifest.json", json.dumps(manifest, indent=1))
@@ -273,63 +220,68 @@ def _finish(config: DatasetConfig, folder: Path, jobs: Sequence["_Job"]) -> dict
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
+    """One shard of a variant's demonstrations."""
+
     folder: str
     part: str  # "train" or "validation"
-    recipe: int
-    number: int  # of the shard
+    variant: str
+    number: int
 
-    def range(self, config: DatasetConfig) -> range:
+    def range(self, config: DataConfig) -> range:
         count = config.train if self.part == "train" else min(config.validation, config.held_out)
         start = self.number * SHARD_PROBLEMS
         return range(start, min(start + SHARD_PROBLEMS, count))
 
-    def size(self, config: DatasetConfig) -> int:
+    def size(self, config: DataConfig) -> int:
         return len(self.range(config))
 
-    def shard_folder(self, config: DatasetConfig) -> Path:
-        return Path(self.folder) / f"{config.recipes[self.recipe].style}_{self.part}" / f"{self.number:05d}"
+    @property
+    def shard_folder(self) -> Path:
+        return Path(self.folder) / f"{self.variant}_{self.part}" / f"{self.number:05d}"
 
 
-_CONFIG: DatasetConfig  # a worker's own, set when it starts
+_CONFIG: DataConfig  # a worker's own, set when it starts
+_TASK: Task
 _TOKENIZER: Tokenizer
 
 
-def _start_process(config: DatasetConfig) -> None:
+def _start_process(config: DataConfig) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's to tell of
     _start_worker(config)
 
 
-def _start_worker(config: DatasetConfig) -> None:
-    global _CONFIG, _TOKENIZER
-    _CONFIG, _TOKENIZER = config, config.make_tokenizer()
+def _start_worker(config: DataConfig) -> None:
+    global _CONFIG, _TASK, _TOKENIZER
+    _CONFIG, _TASK, _TOKENIZER = config, config.load_task(), config.make_tokenizer()
 
 
-def _draw(task: tuple[str, int]) -> list[Problem]:
-    name, start = task
-    source, seed = _CONFIG.problems, _CONFIG.seed
-    return source.draw_each([random.Random(f"{seed}/{name}/{index}") for index in range(start, start + CANDIDATES)])
+def _draw(job: tuple[str, int]) -> list[Any]:
+    split, start = job
+    return _TASK.problems(_CONFIG.seed, split, range(start, start + CANDIDATES))
 
 
 def _make_shard(job: _Job) -> int:
     """Makes one shard; returns how many problems it went through."""
-    recipe = _CONFIG.recipes[job.recipe]
-    problems = ProblemFile(Path(job.folder) / f"{'train' if job.part == 'train' else 'held_out'}.npy")
-    seed = f"{job.part}/{_CONFIG.seed}"
-    recipe = dataclasses.replace(recipe, seed=seed)
-    counts = Counter(dict.fromkeys(("problems", "solved_by_solver", *DROPPED, *COUNTED), 0))
+    problems = ProblemFile(_TASK, Path(job.folder) / f"{'train' if job.part == 'train' else 'held_out'}.jsonl")
+    counts = no_counts()
 
     def kept() -> Iterator[ThreadTree]:
         for index in job.range(_CONFIG):
-            tree, why = recipe.make(problems[index], index, _TOKENIZER)
+            problem = problems[index]
             counts["problems"] += 1
+            text = _TASK.demonstration(problem, job.variant, _CONFIG.seed, job.part, index)
+            if text is None:
+                counts[NO_DEMONSTRATION] += 1
+                continue
+            tree = encode_demonstration(_TASK, problem, job.variant, index, text, _TOKENIZER)
             counts["solved_by_solver"] += tree.info["solved"]
-            if why is None:
+            if fits(tree, _CONFIG.window, _CONFIG.row_length):
                 count_tree(counts, tree)
                 yield tree
             else:
-                counts[why] += 1
+                counts[TOO_LONG] += 1
 
-    write_shard(job.shard_folder(_CONFIG), kept(), counts)
+    write_shard(job.shard_folder, kept(), counts)
     return job.size(_CONFIG)
 
 
@@ -342,7 +294,7 @@ class _workers:
     """``with _workers(n, config) as run``: run(function, tasks, ordered) yields results, in n processes or, where n
     is 1, in this one. At most a few results wait, however many tasks there are."""
 
-    def __init__(self, processes: int, config: DatasetConfig):
+    def __init__(self, processes: int, config: DataConfig):
         self._processes, self._config, self._pool = processes, config, None
 
     def __enter__(self):

@@ -4,6 +4,7 @@
 (`apr_jax.evaluate.latency.sample.Sample`).
 """
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, get_origin
 
 from apr_jax.errors import UserError
+from apr_jax.io.json_lines import read_lines, to_line
 from apr_jax.tasks.task import Task
 from apr_jax.threads.metrics import (
     children,
@@ -23,8 +25,6 @@ from apr_jax.threads.metrics import (
 )
 from apr_jax.threads.tree import ThreadTree
 from apr_jax.threads.tree_json import tree_from_json
-
-SYSTEM_FAILURE = "error:"  # how failures of the system begin in old files, which held them as records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class TreeRecord:
 
     def line(self) -> str:
         """The record as one line of JSON."""
-        return json.dumps(vars(self), separators=(",", ":")) + "\n"
+        return to_line(vars(self))
 
 
 def tree_counts(tree: ThreadTree) -> dict[str, Any]:
@@ -85,17 +85,12 @@ class Record(TreeRecord):
     def thread_tree(self) -> ThreadTree | None:
         return None if self.tree is None else tree_from_json(self.tree)
 
-    @property
-    def system_failure(self) -> str | None:
-        """What ended the run of the tree, as "error:MemoryError": such a record, of an old file, is no result."""
-        return next((kind for kind in self.failures if kind.startswith(SYSTEM_FAILURE)), None)
-
     @classmethod
-    def read(cls, line: str) -> "Record":
-        """Raises UserError where the line is no whole record; its tree is read by `thread_tree`."""
+    def from_row(cls, row: dict[str, Any]) -> "Record":
+        """The record of a line's object. Raises UserError where it is none; its tree is read by `thread_tree`."""
         try:
-            record = cls(**json.loads(line))
-        except (ValueError, TypeError, RecursionError) as error:  # no JSON, or other fields
+            record = cls(**row)
+        except TypeError as error:  # other fields
             raise UserError(f"no record: {error}") from None
         for field in dataclasses.fields(cls):
             kind, value = get_origin(field.type) or field.type, getattr(record, field.name)
@@ -108,32 +103,21 @@ class Record(TreeRecord):
 
 
 def read_records(path: str | Path) -> list[Record]:
-    """All records of a file. Raises FileNotFoundError, and UserError that names the line for one that is broken or is
-    no result."""
+    """All records of a file. Raises FileNotFoundError, and UserError that names the line for one that is broken."""
     records = []
-    for number, line in enumerate(Path(path).read_text(errors="replace").splitlines(), 1):
+    for number, row in read_lines(path):
         try:
-            record = Record.read(line)
+            records.append(Record.from_row(row))
         except UserError as error:
             raise UserError(f"{path}, line {number}: {error}") from None
-        if record.system_failure:
-            raise UserError(
-                f"{path}, line {number}: problem {record.index} was not answered but ended by a failure of the system "
-                f"({record.system_failure}): evaluate again, which runs it anew"
-            )
-        records.append(record)
     return records
 
 
 def whole_records(path: Path) -> list[Record]:
-    """The records of a file that a killed run may have left; no file, no records. A line that was cut short and one
-    that is no result are left out, so that their problems are run again."""
+    """The records of a file that a killed run may have left; no file, no records. A line that was cut short or has
+    other fields is left out, so that its problem is run again."""
     records = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        try:
-            record = Record.read(line)
-        except UserError:
-            continue
-        if not record.system_failure:
-            records.append(record)
+    for _, row in read_lines(path, cut_short=True):
+        with contextlib.suppress(UserError):
+            records.append(Record.from_row(row))
     return records

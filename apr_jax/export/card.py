@@ -1,18 +1,18 @@
 """The model card of an export, its README.md."""
 
 import json
+import re
 
 from apr_jax.model.llama import Llama, parameter_count
 from apr_jax.text.tokenizer import BOS, EOS
 
-TAGS, IMPORTED_TAGS = "adaptive-parallel-reasoning, countdown, jax", "jax"
-ABOUT = f"""\
-A small Llama trained from scratch with apr_jax to search for Countdown solutions in threads (Adaptive Parallel
-Reasoning). It knows the language of search traces, nothing else.
+ABOUT = """\
+A small Llama trained with apr_jax to work in threads (Adaptive Parallel Reasoning), on the task `{task}`, variant
+`{variant}`. It knows the language of that task's demonstrations, nothing else.
 
-Every thread's prompt begins with the token `{BOS}`, which the tokenizer does not add by itself, and ends at the `]` of
-`Operations: [...]`, without a line end. A thread ends with `{EOS}`; after `<End Calling Sub Searches>` the program that
-drives the model has to run the child threads and put their results in its context."""
+Every thread's prompt begins with the token `{bos}`, which the tokenizer does not add by itself, and a thread ends with
+`{eos}`. After a spawn the program that drives the model has to run the child threads and put their results in the
+context of the parent; apr_jax does, with the task's protocol."""
 ABOUT_IMPORTED = "A Llama that apr_jax imported and exported again, without training it."
 
 
@@ -31,7 +31,11 @@ def model_card(model: Llama, name: str, meta: dict, dtype: str) -> str:
     } | {key.replace("_", " "): value for key, value in plain.items()}
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     details = json.dumps(meta, indent=2, default=str)
-    tags, about = (IMPORTED_TAGS, ABOUT_IMPORTED) if meta.get("stage") == "imported" else (TAGS, ABOUT)
+    if "task" in meta:
+        about = ABOUT.format(task=meta["task"], variant=meta.get("variant"), bos=BOS, eos=EOS)
+        tags = f"adaptive-parallel-reasoning, {re.sub('[^a-z0-9-]+', '-', meta['task'].lower())}, jax"
+    else:
+        about, tags = ABOUT_IMPORTED, "jax"
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from apr_jax.errors import UserError
+from apr_jax.export.hf import KEY
 from apr_jax.export.imported import read_config
 from apr_jax.io.paths import read_json
 from apr_jax.tasks.task import Task, load_task
 from apr_jax.text.hub import HubTokenizer, load_tokenizer
 from apr_jax.text.tokenizer import Tokenizer
 
-KEY = "apr_jax"  # in config.json
 FIELDS = {"task": str, "task_settings": dict, "variant": str, "condition": str, "window": int}  # of its object
 
 

@@ -42,6 +42,7 @@ from apr_jax.threads.tree import Thread, map_blocks
 from apr_jax.train.optimizer import path_name
 from apr_jax.train.step import data_mesh
 
+KEY = "apr_jax"  # of config.json: the task that the model was trained on
 SPARE_POSITIONS = 8  # SGLang refuses prompts within 6 tokens of the context and stops output 2 before it
 DTYPES = ("float32", "bfloat16")
 SHARD_BYTES = 5 * 10**9  # of one file of weights, as transformers writes them
@@ -156,6 +157,9 @@ def export_hf(
     the model card; a `max_position_embeddings` in it, an imported model's, goes into config.json. `dtype` is that of
     the stored weights, of which no file holds more than `shard_bytes` but for one array that is larger.
 
+    The task, its settings, the variant and the condition of `meta` go into config.json as the object "apr_jax", where
+    whoever serves the model finds them; other programs pass over it.
+
     Everything is written into a folder beside it and renamed, so that a failure leaves what was there.
     Raises ExportError, also where `folder` holds files that are not an export's.
     """
@@ -166,7 +170,7 @@ def export_hf(
     positions = (meta or {}).get("max_position_embeddings")
     arrays, config = hf_arrays(model, dtype), hf_config(model, tokenizer, dtype, positions)
     if "task" in (meta or {}):
-        config["apr_jax"] = {name: meta[name] for name in ("task", "task_settings", "variant", "condition", "window")}
+        config[KEY] = trained_on(meta, model.config.context)
     generation = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     try:
         folder = whole_path(folder)
@@ -179,6 +183,18 @@ def export_hf(
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
         raise ExportError(f"the export to {folder} could not be written: {why}") from None
+
+
+def trained_on(meta: dict, context: int) -> dict[str, Any]:
+    """What a checkpoint's meta says of the task that its model was trained on, and how it is asked: the window is that
+    of its run, else the model's `context`."""
+    return {
+        "task": meta["task"],
+        "task_settings": meta.get("task_settings", {}),
+        "variant": meta["variant"],
+        "condition": meta.get("condition", ""),
+        "window": (meta.get("config") or {}).get("window", context),
+    }
 
 
 def _foreign(folder: Path) -> str | None:

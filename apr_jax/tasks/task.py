@@ -102,9 +102,13 @@ class Task(abc.ABC):
         the variant has no budgets."""
         raise UserError(f"the {variant} models of {self.spec} cannot be asked for a budget")
 
+    def levels(self, variant: str) -> int:
+        """Levels of children that demonstrations of a variant have; 0: no thread spawns. Default: 1."""
+        return 1
+
     def spawns(self, variant: str) -> bool:
-        """Whether threads of a variant have children. Default: yes."""
-        return True
+        """Whether threads of a variant have children."""
+        return self.levels(variant) > 0
 
     # ------------------------------------------------------------------ what is told
 
@@ -127,8 +131,9 @@ class Task(abc.ABC):
         """(problem, variant, tree of text) of a file that another program wrote. Raises as `read_problems`."""
         raise UserError(f"the task {self.spec} reads no files of other programs")
 
-    def write_demonstrations(self, path: Path, trees: Iterable[tuple[Any, ThreadTree]], tokenizer: Tokenizer) -> None:
-        """Problems and trees of text as a file that other programs read. Raises as `read_problems`."""
+    def write_demonstrations(self, path: Path, trees: Iterable[ThreadTree], tokenizer: Tokenizer) -> None:
+        """Demonstrations, with the info that the task gave them, as a file that other programs read. Raises as
+        `read_problems`."""
         raise UserError(f"the task {self.spec} writes no files of other programs")
 
     # ------------------------------------------------------------------ checks

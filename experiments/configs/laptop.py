@@ -14,18 +14,19 @@ from experiments.settings import default_config
 
 
 def get_config():
-    c = default_config()
+    c = default_config("countdown")
     c.name = "laptop"
-    c.problems.max_target = c.sosp.max_value = c.apr.max_value = 20
-    c.sosp.shuffle = c.apr.shuffle = False
-    c.sosp.distinct = c.apr.distinct = True
-    c.sosp.heuristic = c.apr.heuristic = "multiply_paper"
-    c.apr.beam, c.apr.beam_weights, c.apr.sub_beam, c.apr.promising = (2, 5), (5, 1, 1, 2), (5, 5), 1.0
-    c.apr.rank_root = True
+    problems, apr, sos_plus = c.countdown.problems, c.countdown.apr, c.countdown.sos_plus
+    problems.max_target = sos_plus.max_value = apr.max_value = 20
+    sos_plus.shuffle = apr.shuffle = False
+    sos_plus.distinct = apr.distinct = True
+    sos_plus.heuristic = apr.heuristic = "multiply_paper"
+    apr.beam, apr.beam_weights, apr.sub_beam, apr.promising = (2, 5), (5, 1, 1, 2), (5, 5), 1.0
+    apr.rank_root = True
     # Roots hold the only lines that take four numbers to three: 9 % of the operations with all five children
     # to a root. And the one child, a solver where there is one, shows what an equal result looks like.
-    c.apr.children = 1
-    c.problems.train, c.problems.repeats = 5000, True  # so small a range has a few thousand problems in all
+    c.sft.children = 1
+    c.data.train, c.data.repeats = 5000, True  # so small a range has a few thousand problems in all
 
     # All heads share one key and value: on a CPU decoding is bound by reading the cache, which is a fourth then.
     c.model.kv_heads = 1

@@ -10,7 +10,7 @@ def get_config():
     c = laptop.get_config()
     c.name = "smoke"
     c.window = 256
-    c.problems.count, c.problems.train, c.problems.held_out = 3, 200, 12
+    c.countdown.problems.count, c.data.train, c.data.held_out = 3, 200, 12
     c.model.width, c.model.layers, c.model.heads = 32, 2, 2
     c.sft.steps, c.sft.tokens, c.sft.batch_rows, c.sft.row_length = 40, 0, 4, 256
     c.sft.save_every, c.sft.log_every = 20, 10

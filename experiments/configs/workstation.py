@@ -15,15 +15,16 @@ from experiments.configs import laptop
 def get_config():
     c = laptop.get_config()
     c.name = "workstation"
-    c.problems.train, c.problems.held_out = 20_000, 500
-    c.problems.max_target = c.sosp.max_value = c.apr.max_value = 30
-    c.apr.beam, c.apr.beam_weights, c.apr.sub_beam = (1, 5), (1, 1, 5, 1, 2), (6, 6)
-    c.sosp.beam, c.sosp.promising = (3, 3), 1.0
+    c.data.train, c.data.held_out = 20_000, 500
+    problems, apr, sos_plus = c.countdown.problems, c.countdown.apr, c.countdown.sos_plus
+    problems.max_target = sos_plus.max_value = apr.max_value = 30
+    apr.beam, apr.beam_weights, apr.sub_beam = (1, 5), (1, 1, 5, 1, 2), (6, 6)
+    sos_plus.beam, sos_plus.promising = (3, 3), 1.0
     # One key head, as on the laptop, copies less exactly: of what the model claimed 12 % was wrong instead of 4 %.
     c.model.kv_heads = 4
     # Equal steps, as its results were made; on equal tokens (16,147,000) SoS+ takes 14,464 and gains 2.2 points.
     c.sft.steps, c.sft.tokens, c.sft.save_every = 12_000, 0, 500
-    c.grpo.styles = ("apr", "sosp")
+    c.grpo.variants = ("apr", "sos_plus")
     c.grpo.steps, c.grpo.prompts, c.grpo.group, c.grpo.temperature = 24, 16, 8, 1.0
     # Without it a wrong answer is worth what none is. (It did not keep wrong answers down: WORKSPACE_NOTES.md.)
     c.grpo.prices.wrong = 0.5

@@ -4,7 +4,6 @@ A figure has 800 x 500 pixels and takes the place of an earlier one only when it
 marker depend on its place in the data alone, so give all figures of a run their names in the same order.
 """
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from apr_jax.io.files import whole
+from apr_jax.io.json_lines import read_lines
 
 # Okabe and Ito's colours, told apart with every common kind of colour blindness; lines and markers differ too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -25,14 +25,7 @@ INK, GRID = "#333333", "#DDDDDD"
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
     """The lines of a metrics.jsonl, without a last one that a kill cut short, and without values that were not finite
     (null, in older files NaN). No file: no lines."""
-    path = Path(path)
-    rows = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    rows = [row for row in rows if isinstance(row, dict) and _finite(row.get("step"))]
+    rows = (row for _, row in read_lines(path, cut_short=True) if _finite(row.get("step")))
     return [{name: value for name, value in row.items() if _finite(value)} for row in rows]
 
 

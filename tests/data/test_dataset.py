@@ -1,4 +1,4 @@
-"""Data sets: recipes do what they say, and shares, processes and kills change no byte."""
+"""Data sets: what is kept and counted, and that shares, processes and kills change no byte."""
 
 import dataclasses
 import json
@@ -16,21 +16,38 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from apr_jax.data import dataset as module
-from apr_jax.data.dataset import DatasetConfig, ProblemFile, make_dataset
+from apr_jax.data.dataset import DataConfig, make_dataset
+from apr_jax.data.demonstrations import encode_demonstration, unshared_tokens
+from apr_jax.data.problems import ProblemFile
 from apr_jax.data.store import TreeStore
 from apr_jax.io.files import LEFT_AFTER
 from apr_jax.tasks.countdown import Problem, ProblemRange, check_solution
-from apr_jax.tasks.countdown.recipe import Recipe, unshared_tokens
-from apr_jax.tasks.countdown.solver import SolverConfig
+from apr_jax.tasks.countdown.task import AprSettings, Countdown, CountdownSettings, SosPlusSettings
 from apr_jax.tasks.countdown.vocabulary import countdown_tokenizer
+from apr_jax.tasks.task import NoSettings
 from apr_jax.threads import Spawn
 from apr_jax.threads.metrics import total_tokens
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 WORDS = countdown_tokenizer(99)
-APR = Recipe("apr", SolverConfig.paper_apr(beam=(1, 4), sub_beam=(1, 4)), window=1500)
-SOSP = Recipe("sosp", SolverConfig.paper_sosp(beam=(1, 3)), window=1500)
-CONFIG = DatasetConfig(ProblemRange(max_number=20), train=50, held_out=9, recipes=(SOSP, APR), validation=5)
+SETTINGS = CountdownSettings(
+    problems=ProblemRange(max_number=20),
+    apr=AprSettings(beam=(1, 4), sub_beam=(1, 4)),
+    sos_plus=SosPlusSettings(beam=(1, 3)),
+)
+CONFIG = DataConfig("countdown", SETTINGS, train=50, held_out=9, window=1500, validation=5)
+VARIANTS = ("apr", "sos_plus")
+
+
+def changed(config=CONFIG, **settings):
+    """The data set of a config with other settings of the task."""
+    return dataclasses.replace(config, settings=dataclasses.replace(config.settings, **settings))
+
+
+def tree_of(problem, variant, index=0, settings=SETTINGS):
+    task = Countdown(settings)
+    text = task.demonstration(problem, variant, 0, "train", index)
+    return encode_demonstration(task, problem, variant, index, text, WORDS)
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +73,7 @@ def made(tmp_path_factory):
 
 
 def problems(folder, name="train"):
-    return list(ProblemFile(folder / f"{name}.npy"))
+    return list(ProblemFile(Countdown(), folder / f"{name}.jsonl"))
 
 
 # ---------------------------------------------------------------------- whoever makes it, however often killed
@@ -69,7 +86,7 @@ def test_shares_make_the_same_bytes(made, tmp_path):
     assert files(tmp_path) == files(made)
 
 
-@pytest.mark.parametrize("moment", ["config.json", "tokenizer.json", "held_out.npy", "train.npy", "manifest.json"])
+@pytest.mark.parametrize("moment", ["config.json", "tokenizer.json", "held_out.jsonl", "train.jsonl", "manifest.json"])
 def test_shares_with_equal_process_ids_do_not_touch_each_others_files(made, tmp_path, monkeypatch, moment):
     """As containers on several machines have them. When the first share is about to put a file in its place, the
     second one makes all that it can, and finishes where it can."""
@@ -91,8 +108,8 @@ def test_shares_with_equal_process_ids_do_not_touch_each_others_files(made, tmp_
 
 
 def test_finishing_removes_what_killed_processes_left_but_no_file_that_is_written(made, tmp_path):
-    fresh = [tmp_path / "train.npy.5e1f.part", tmp_path / "apr_train" / "00001.5e1f.part"]
-    left = [tmp_path / "train.npy.99.part", tmp_path / "apr_train" / "00002.99.part"]
+    fresh = [tmp_path / "train.jsonl.5e1f.part", tmp_path / "apr_train" / "00001.5e1f.part"]
+    left = [tmp_path / "train.jsonl.99.part", tmp_path / "apr_train" / "00002.99.part"]
     for file, folder in (fresh, left):
         folder.mkdir(parents=True)
         file.write_text("")
@@ -135,31 +152,30 @@ def test_killed_processes_and_a_resumed_run_make_the_same_bytes(made, tmp_path):
 
 def test_another_config_is_refused_where_one_was_begun(made):
     before = files(made)
-    for change in ({"train": 51}, {"seed": 1}, {"recipes": (APR,)}):
-        with pytest.raises(ValueError, match="holds a data set of another config .another (train|seed|recipes)"):
+    other = {"task": "sums", "settings": NoSettings()}
+    for change in ({"train": 51}, {"seed": 1}, {"settings": CountdownSettings()}, other):
+        with pytest.raises(ValueError, match="holds a data set of another config .another (train|seed|settings|task)"):
             make_dataset(dataclasses.replace(CONFIG, **change), made)
     assert files(made) == before
 
 
-def test_a_data_set_older_than_a_solver_setting_is_taken(made, tmp_path):
+def test_a_data_set_older_than_a_setting_of_its_task_is_taken(made, tmp_path):
     shutil.copytree(made, copy := tmp_path / "data")
     manifest = json.loads((copy / "manifest.json").read_text())
-    for recipe in manifest["config"]["recipes"]:
-        del recipe["solver"]["distinct"], recipe["solver"]["beam_weights"]
+    for variant in VARIANTS:
+        del manifest["config"]["settings"][variant]["distinct"], manifest["config"]["settings"][variant]["beam_weights"]
     (copy / "manifest.json").write_text(json.dumps(manifest))
     assert make_dataset(CONFIG, copy) == manifest
-    manifest["config"]["recipes"][0]["solver"]["distinct"] = True
+    manifest["config"]["settings"]["apr"]["distinct"] = True
     (copy / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match="another recipes"):
+    with pytest.raises(ValueError, match="another settings"):
         make_dataset(CONFIG, copy)
 
 
-def test_a_data_set_of_stream_of_search_in_its_earlier_form_is_not_gone_on_with(tmp_path):
-    sos = Recipe("sosp", SolverConfig.paper_sos(), window=9999, search="sos")
-    config = dataclasses.replace(CONFIG, train=8, recipes=(sos,))
-    tmp_path.joinpath("config.json").write_text(json.dumps(config.described() | {"format": module.FORMAT}))
-    with pytest.raises(ValueError, match="another format"):
-        make_dataset(config, tmp_path)
+def test_a_data_set_of_an_earlier_version_is_not_gone_on_with(tmp_path):
+    tmp_path.joinpath("config.json").write_text(json.dumps(CONFIG.described() | {"format": module.FORMAT - 1}))
+    with pytest.raises(ValueError, match="earlier version"):
+        make_dataset(CONFIG, tmp_path)
 
 
 # ---------------------------------------------------------------------- problems
@@ -172,32 +188,32 @@ def test_held_out_problems_stay_out_and_nothing_comes_twice(made):
 
 def test_repeats_only_where_asked_for(tmp_path):
     few = ProblemRange(count=2, max_number=4, min_target=2, max_target=8)
-    config = dataclasses.replace(CONFIG, problems=few, train=60, held_out=3)
-    with pytest.raises(ValueError, match="60 train problems were asked for, this range gives about [0-9]+: "):
+    config = dataclasses.replace(changed(problems=few), train=60, held_out=3)
+    with pytest.raises(ValueError, match="60 train problems were asked for, countdown gives about [0-9]+: "):
         make_dataset(config, tmp_path / "distinct")
-    assert not (tmp_path / "distinct" / "train.npy").exists()
+    assert not (tmp_path / "distinct" / "train.jsonl").exists()
     make_dataset(dataclasses.replace(config, repeats=True), tmp_path / "repeats")
     keys = [problem.key for problem in problems(tmp_path / "repeats")]
     assert len(keys) == 60 > len(set(keys))
 
 
 def test_unseen_targets_are_never_trained_on(tmp_path):
-    config = dataclasses.replace(CONFIG, unseen_targets=0.2)
-    make_dataset(config, tmp_path)
+    make_dataset(dataclasses.replace(changed(unseen_targets=0.2), train=200, held_out=60), tmp_path)
     seen, unseen = ({p.target for p in problems(tmp_path, name)} for name in ("train", "held_out"))
     assert not seen & unseen
-    assert (len(config.targets()[0]), len(config.targets()[1])) == (73, 18)
+    assert len(unseen) <= 18 and len(seen) <= 73  # of 91
 
 
-# ---------------------------------------------------------------------- recipes
+# ---------------------------------------------------------------------- demonstrations
 
 
 def test_counts_tell_what_was_kept_and_what_was_dropped_and_why(made):
     manifest = module.read_manifest(made)
     assert manifest["config"] == CONFIG.described()
-    for style in ("sosp", "apr"):
-        counts, store = manifest[f"{style}_train"], TreeStore(made / f"{style}_train")
-        assert counts["problems"] == 50 == counts["trees"] + counts["wrong"] + counts["too_long"]
+    for variant in VARIANTS:
+        counts, store = manifest[f"{variant}_train"], TreeStore(made / f"{variant}_train")
+        assert counts["problems"] == 50 == counts["trees"] + counts["no_demonstration"] + counts["too_long"]
+        assert counts["conditions"] == {"": counts["trees"]}
         trees = list(store)
         assert counts["trees"] == len(trees)
         assert counts["tokens"] == sum(map(total_tokens, trees))
@@ -207,8 +223,8 @@ def test_counts_tell_what_was_kept_and_what_was_dropped_and_why(made):
 
 def test_every_kept_trace_of_a_solver_checks(made):
     solved = 0
-    for style in ("sosp", "apr"):
-        for tree in TreeStore(made / f"{style}_train"):
+    for variant in VARIANTS:
+        for tree in TreeStore(made / f"{variant}_train"):
             problem = Problem(tuple(tree.info["numbers"]), tree.info["target"])
             assert problem == problems(made)[tree.info["index"]]
             text = WORDS.decode([token for block in tree.root.context for token in block.content])
@@ -218,23 +234,23 @@ def test_every_kept_trace_of_a_solver_checks(made):
 
 
 def test_correct_only_keeps_no_failure(tmp_path):
-    config = dataclasses.replace(CONFIG, recipes=(dataclasses.replace(APR, correct_only=True),))
-    manifest = make_dataset(config, tmp_path)
-    assert manifest["apr_train"]["wrong"] > 0
+    manifest = make_dataset(changed(apr=dataclasses.replace(SETTINGS.apr, correct_only=True)), tmp_path)
+    assert manifest["apr_train"]["no_demonstration"] > 0
     assert all(tree.info["solved"] for tree in TreeStore(tmp_path / "apr_train"))
 
 
-@pytest.mark.parametrize("recipe, word", [(APR, "Sub Call Budget: "), (SOSP, "Token Budget: ")])
-def test_a_condition_is_what_the_trace_keeps(recipe, word):
-    plain, conditioned = recipe, dataclasses.replace(recipe, conditioned=True)
+@pytest.mark.parametrize("variant, word", [("apr", "Sub Call Budget: "), ("sos_plus", "Token Budget: ")])
+def test_a_condition_is_what_the_trace_keeps(variant, word):
+    own = dataclasses.replace(getattr(SETTINGS, variant), conditioned=True)
+    conditioned = dataclasses.replace(SETTINGS, **{variant: own})
     for index, problem in enumerate([Problem((3, 5, 7, 9), 24), Problem((20, 2, 4, 11), 37)]):
-        (one, _), (two, _) = (each.make(problem, index, WORDS) for each in (plain, conditioned))
+        one, two = (tree_of(problem, variant, index, settings) for settings in (SETTINGS, conditioned))
         prompts = [WORDS.decode(tree.root.blocks[0].content) for tree in (one, two)]
-        budget = two.info["budget"]
-        assert prompts[1] == f"{word}{budget} {prompts[0]}"
+        budget = int(two.info["condition"].removeprefix(word))
+        assert "condition" not in one.info and prompts[1] == f"{word}{budget} {prompts[0]}"
         assert list(two.root.blocks[0].content[1:]) == WORDS.encode(prompts[1])
         assert two.root.blocks[1:] == one.root.blocks[1:]
-        if recipe is APR:
+        if variant == "apr":
             spawns = [len(item.children) for item in one.root.blocks if isinstance(item, Spawn)]
             assert budget == round(sum(spawns) / len(spawns)) if spawns else budget == 0
         else:
@@ -242,7 +258,7 @@ def test_a_condition_is_what_the_trace_keeps(recipe, word):
 
 
 def test_unshared_tokens_write_a_prefix_out_for_every_call():
-    trees = (APR.make(Problem((3, 5, 7, 9), 24), index, WORDS)[0] for index in range(9))
+    trees = (tree_of(Problem((3, 5, 7, 9), 24), "apr", index) for index in range(9))
     tree = next(tree for tree in trees if tree.root.children)
     root = tree.root
     expected, before = 0, 0
@@ -267,15 +283,14 @@ def test_a_hugging_face_tokenizer_by_folder(made, tmp_path):
     backend.train_from_iterator(texts, trainer)
     wrapped = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
     wrapped.save_pretrained(tmp_path / "words")
-    wide = dataclasses.replace(APR, window=9999)
-    config = dataclasses.replace(CONFIG, tokenizer=str(tmp_path / "words"), recipes=(wide,))
+    config = dataclasses.replace(CONFIG, tokenizer=str(tmp_path / "words"), window=9999)
     make_dataset(config, tmp_path / "data")
     words = config.make_tokenizer()
     store = TreeStore(tmp_path / "data" / "apr_train")
     assert len(store) == 50 and not (tmp_path / "data" / "tokenizer.json").exists()
     for tree in (store[0], store[17]):
         problem = problems(tmp_path / "data")[tree.info["index"]]
-        text, _ = dataclasses.replace(wide, seed="train/0").make(problem, tree.info["index"], WORDS)
+        text = tree_of(problem, "apr", tree.info["index"])
         ours = [block for thread in text.threads() for block in thread.context]
         theirs = [block for thread in tree.threads() for block in thread.context]
         assert [WORDS.decode(block.content) for block in ours] == [words.decode(block.content) for block in theirs]
@@ -287,20 +302,21 @@ def test_a_tokenizer_that_is_not_there_is_named(tmp_path, monkeypatch):
         make_dataset(dataclasses.replace(CONFIG, tokenizer=f"{tmp_path}/nowhere"), tmp_path / "data")
 
 
-def test_stream_of_search_is_a_search_of_the_one_thread_style():
-    recipe = Recipe("sosp", SolverConfig.paper_sos(strategies=("bfs",)), window=9999, search="sos")
-    tree, why = recipe.make(Problem((3, 5, 7, 9), 24), 0, WORDS)
-    assert why is None and tree.info["strategy"] == "bfs" and not tree.root.children
+def test_stream_of_search_is_a_search_of_the_one_thread_variant():
+    def searched(problem, *strategies):
+        own = SosPlusSettings(search="sos", strategies=strategies)
+        return tree_of(problem, "sos_plus", settings=CountdownSettings(sos_plus=own))
+
+    tree = searched(Problem((3, 5, 7, 9), 24), "bfs")
+    assert tree.info["strategy"] == "bfs" and not tree.root.children
     assert tree.info["found"] == ([0] if tree.info["solved"] else [])
     for strategy in ("dfs", "bfs"):  # no solution: both end without the line of the other solvers
-        solver = SolverConfig.paper_sos(strategies=(strategy,))
-        failed, why = dataclasses.replace(recipe, solver=solver).make(Problem((6, 2), 5), 0, WORDS)
-        assert why is None and failed.info["found"] == [] and not failed.info["solved"]
+        failed = searched(Problem((6, 2), 5), strategy)
+        assert failed.info["found"] == [] and not failed.info["solved"]
         text = "".join(WORDS.decode(block.content) for block in failed.root.blocks)
         assert text.endswith({"dfs": "unequal: No Solution\n", "bfs": "No solution found."}[strategy])
-    for wrong, says in (("sso", "search is one of apr, sos, sosp, was given 'sso'"), ("apr2", "search is one of")):
-        with pytest.raises(ValueError, match=says):
-            dataclasses.replace(recipe, search=wrong)
+    with pytest.raises(ValueError, match="search is sos_plus or sos, was given 'sso'"):
+        SosPlusSettings(search="sso")
 
 
 def test_a_worker_that_is_ended_is_told_in_one_line(tmp_path):

@@ -1,12 +1,10 @@
 """Evaluation: one record per problem in the problems' order, whatever fails and whenever it is killed."""
 
-import dataclasses
 import random
 
 import pytest
 
-from apr_jax.errors import UserError
-from apr_jax.evaluate.records import Record, read_records
+from apr_jax.evaluate.records import read_records
 from apr_jax.evaluate.run import NAME_TAG
 from apr_jax.evaluate.run import evaluate as run_evaluation
 from apr_jax.evaluate.statistics import summarise
@@ -106,22 +104,6 @@ def test_a_failure_of_the_system_ends_the_evaluation_and_is_no_record(tmp_path):
     assert evaluate(again, PROBLEMS, path, name="apr") == whole
     assert {name[1] for name in again.engine.names} == set(range(COUNT)) - {record.index for record in kept}
     assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-
-
-def test_a_failure_of_the_system_that_an_old_file_holds_is_no_result(tmp_path):
-    """It is not taken over when an evaluation goes on, and nobody reads it as a wrong answer."""
-    path = tmp_path / "apr.jsonl"
-    whole = evaluate(make_runner(), PROBLEMS, path, name="apr")
-    text = path.read_bytes()
-    failed = dataclasses.replace(Record(3, whole[3].problem, name="apr"), failures={"error:XlaRuntimeError": 1})
-    path.write_text("".join(record.line() for record in [*whole[:3], failed, *whole[4:]]))
-    with pytest.raises(UserError, match="line 4: problem 3 .*error:XlaRuntimeError"):
-        read_records(path)
-    with pytest.raises(ValueError, match="problem 3 is no result: error:XlaRuntimeError"):
-        summarise([*whole[:3], failed])
-    again = make_runner()
-    assert evaluate(again, PROBLEMS, path, name="apr") == whole
-    assert {name[1] for name in again.engine.names} == {3} and path.read_bytes() == text
 
 
 @pytest.mark.parametrize("share", [0, 0.3, 0.6, 0.9])

@@ -8,6 +8,7 @@ the old code first: `git worktree add ../old COMMIT`, and this command there.
 """
 
 import hashlib
+import io
 import json
 import platform
 import subprocess
@@ -15,17 +16,19 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
+
 from apr_jax.train.checkpoint import fingerprint, load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 # Models of so few steps are never right: a penalty on tokens gives GRPO something to learn.
 SMOKE = {"grpo.prices.token": 0.001}
-LAPTOP = {"sft.steps": 40, "grpo.steps": 2, "grpo.prompts": 2, "grpo.group": 3, "problems.held_out": 20, **SMOKE}
+LAPTOP = {"sft.steps": 40, "grpo.steps": 2, "grpo.prompts": 2, "grpo.group": 3, "data.held_out": 20, **SMOKE}
 # What decides the bytes of a data set beyond the presets: other solvers, orders and splits.
 OTHER_DATA = {
-    "sosp.search": "sos", "apr.shuffle": True,
-    "apr.distinct": False, "sosp.shuffle": True, "problems.count": 4, "problems.repeats": False,
-    "problems.unseen_targets": 0.2, "problems.max_number": 20, "seed": 3,
+    "countdown.sos_plus.search": "sos", "countdown.apr.shuffle": True, "countdown.apr.distinct": False,
+    "countdown.sos_plus.shuffle": True, "countdown.problems.count": 4, "data.repeats": False,
+    "countdown.unseen_targets": 0.2, "countdown.problems.max_number": 20, "seed": 3,
 }  # fmt: skip
 
 
@@ -39,9 +42,9 @@ def record() -> dict:
         _run("laptop", place / "laptop", {}, "data")
         _run("laptop", place / "few", LAPTOP, "data,sft,grpo,evaluate")
         for name in ("smoke", "other", "laptop", "few"):
-            found[f"{name} data"] = json.loads((place / name / "data" / "manifest.json").read_text())["sha256"]
+            found[f"{name} data"] = _data(place / name / "data")
         for name in ("smoke", "few"):
-            for stage in ("sft_sosp", "sft_apr", "grpo_apr"):
+            for stage in ("sft_sos_plus", "sft_apr", "grpo_apr"):
                 model, _ = load_model(place / name / stage / "checkpoints")
                 found[f"{name} {stage}"] = fingerprint(model)
             for path in sorted((place / name / "evaluate").glob("*.jsonl")):
@@ -57,6 +60,22 @@ def _run(preset: str, workdir: Path, changes: dict, stages: str) -> None:
         *(f"--config.{key}={value}" for key, value in changes.items()),
     ]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+def _data(folder: Path) -> str:
+    """The hash of a Countdown data set as its first form had it, with the problems of a split as one array of numbers:
+    so data sets of all forms can be compared."""
+    digest = hashlib.sha256()
+    for variant in ("sos_plus", "apr"):
+        for part in ("validation", "train"):
+            for shard in sorted((folder / f"{variant}_{part}").iterdir()):
+                digest.update(json.loads((shard / "shard.json").read_text())["sha256"].encode())
+    for split in ("train", "held_out"):
+        rows = [json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()]
+        file = io.BytesIO()
+        np.save(file, np.array([[*row["numbers"], row["target"]] for row in rows], np.int32))
+        digest.update(file.getvalue())
+    return digest.hexdigest()
 
 
 def _trees(path: Path) -> str:

@@ -60,14 +60,14 @@ def test_so_is_a_point_of_a_sweep(refused, tmp_path):
 def test_other_names_train_and_are_read_again(whole_run, main, tmp_path):
     folder = tmp_path / "a b{c}$d;ü~%41'q"
     shutil.copytree(whole_run.folder / "data", folder / "data")
-    command = (SMOKE, f"--workdir={folder}", "--styles=sosp", "--config.sft.steps=2")
+    command = (SMOKE, f"--workdir={folder}", "--variants=sos_plus", "--config.sft.steps=2")
     for stage in ("sft", "evaluate"):
         done = main(*command, f"--stage={stage}")
         assert done.code == 0, done.err
 
 
 def test_a_workdir_in_a_home_folder(home, main, refused):
-    small = (f"--config={ROOT}/experiments/configs/smoke.py", "--config.problems.train=20", "--config.grpo.prompts=2")
+    small = (f"--config={ROOT}/experiments/configs/smoke.py", "--config.data.train=20", "--config.grpo.prompts=2")
     assert main(*small, "--workdir=~/runs/x", "--stage=data").code == 0
     assert (home / "runs" / "x" / "data" / "manifest.json").is_file() and not list(Path.cwd().iterdir())
     assert "~no-such-user" in refused(*small, "--workdir=~no-such-user/x")
@@ -87,10 +87,12 @@ def test_further_temperatures_and_beam_weights_are_numbers(refused, tmp_path):
     assert "no records under" in refused(LAPTOP, *where, "--config.evaluate.also_at=0.5,1")
     ten = ",".join("1" * 10)
     assert json.loads((tmp_path / "config.json").read_text())["evaluate"]["also_at"] == [0.5, 1.0]
-    line = refused(PAPER, f"--workdir={tmp_path}/paper", "--config.apr.beam_weights=1,2")
+    line = refused(PAPER, f"--workdir={tmp_path}/paper", "--config.countdown.apr.beam_weights=1,2")
     assert "apr: beam_weights are none or 10" in line and "(1.0, 2.0)" in line
-    assert "was given '1,x'" in refused(PAPER, f"--workdir={tmp_path}/paper", "--config.apr.beam_weights=1,x")
-    assert "apr.depth" in refused(PAPER, *where, f"--config.apr.beam_weights={ten}", "--config.apr.depth=2")
+    assert "was given '1,x'" in refused(PAPER, f"--workdir={tmp_path}/paper", "--config.countdown.apr.beam_weights=1,x")
+    assert "budget.depth" in refused(
+        PAPER, *where, f"--config.countdown.apr.beam_weights={ten}", "--config.countdown.apr.depth=2"
+    )
 
 
 @pytest.mark.parametrize(
@@ -101,7 +103,7 @@ def test_further_temperatures_and_beam_weights_are_numbers(refused, tmp_path):
         ("c.sft.steps = None", "sft.steps is an integer, was given None"),
         ("c.model.scan = None", "model.scan is true or false, was given None"),
         ("c.evaluate.also_at = (1, 'x')", "evaluate.also_at is a tuple of numbers, was given (1, 'x')"),
-        ("c.grpo.styles = (3,)", "grpo.styles is a tuple of texts, was given (3,)"),
+        ("c.grpo.variants = (3,)", "grpo.variants is a tuple of texts, was given (3,)"),
         ("c.sft = None", "sft is a section of settings"),
         ("c.sft.steps = 10**30", "sft.steps is an integer of 64 bits, was given 1000"),
     ],
@@ -112,7 +114,9 @@ def test_a_config_file_with_wrong_values_is_refused(refused, tmp_path, line, say
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("sweep", ["grpo.kl=0.001,1e-3", "seed=1,2,01", "sosp.beam=(2,3),(2, 3)", "fsdp=1,+1"])
+@pytest.mark.parametrize(
+    "sweep", ["grpo.kl=0.001,1e-3", "seed=1,2,01", "countdown.sos_plus.beam=(2,3),(2, 3)", "fsdp=1,+1"]
+)
 def test_a_sweep_with_one_value_written_in_two_ways_is_refused(refused, tmp_path, sweep):
     assert "twice" in refused(SMOKE, f"--workdir={tmp_path}", f"--sweep={sweep}", "--stage=report")
 
@@ -152,7 +156,9 @@ def test_two_temperatures_never_share_a_file_of_records(refused, tmp_path):
 def test_diverged_training_is_told_in_one_line(whole_run, main, tmp_path):
     shutil.copytree(whole_run.folder / "data", tmp_path / "data")
     rates = ("--config.sft.optimizer.peak_rate=1e38", "--config.sft.optimizer.muon_rate=1e38")
-    done = main(SMOKE, f"--workdir={tmp_path}", "--stage=sft", "--styles=sosp", "--config.sft.most_skipped=0", *rates)
+    done = main(
+        SMOKE, f"--workdir={tmp_path}", "--stage=sft", "--variants=sos_plus", "--config.sft.most_skipped=0", *rates
+    )
     assert done.code == 1 and "Traceback" not in done.err
     assert re.fullmatch(r"error: .* not finite .*lower rates or another seed", done.err.splitlines()[-1])
 
@@ -200,7 +206,7 @@ def test_an_export_loads_the_model_that_it_exports(whole_run, main, monkeypatch,
     monkeypatch.setattr(stages, "load_model", lambda step: loaded.append(Path(step)) or load(step))
     folder = tmp_path / "run"
     shutil.copytree(whole_run.folder, folder, ignore=shutil.ignore_patterns("export", "tensorboard"))
-    for path in (folder / "sft_sosp" / "checkpoints" / "40" / "state").rglob("*"):
+    for path in (folder / "sft_sos_plus" / "checkpoints" / "40" / "state").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
     for _ in range(2):  # the second finds that the export is of these weights

@@ -6,22 +6,22 @@ from collections import Counter
 
 import pytest
 
+from apr_jax.data.folder import DataFolder
 from apr_jax.data.imported import import_dataset
 from apr_jax.data.store import TreeStore
 from apr_jax.evaluate.records import read_records
 from apr_jax.evaluate.run import NAME_TAG
-from apr_jax.tasks.countdown import CountdownProtocol
+from apr_jax.tasks.countdown.task import Countdown
 from apr_jax.text.tokenizer import Tokenizer
-from apr_jax.threads import map_blocks
+from apr_jax.threads import decode_tree
 from apr_jax.threads.run import TreeRunner
-from apr_jax.threads.tree import ThreadTree
 from apr_jax.train.checkpoint import load_meta
 from apr_jax.train.grpo import VALIDATION_TAG
-from experiments.dataset import load_conditions, load_problems
 from tests.experiments.conftest import SMOKE
 
 CHANGES = (
-    "--config.apr.conditioned=true", "--config.sosp.conditioned=true", "--config.problems.held_out=4",
+    "--config.countdown.apr.conditioned=true", "--config.countdown.sos_plus.conditioned=true",
+    "--config.data.held_out=4",
     "--config.sft.steps=3", "--config.grpo.steps=2", "--config.grpo.validate_every=2", "--config.grpo.validation=3",
     "--config.grpo.prompts=3", "--config.export.check_trees=2",
 )  # fmt: skip
@@ -35,7 +35,7 @@ def counted(folder, style):
     """How many demonstrations' prompts begin with which condition, as their text says."""
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     prompts = [prompt_of(tree, tokenizer) for tree in TreeStore(folder / f"{style}_train")]
-    word = {"apr": "Sub Call Budget: ", "sosp": "Token Budget: "}[style]
+    word = {"apr": "Sub Call Budget: ", "sos_plus": "Token Budget: "}[style]
     assert all(prompt.startswith(word) for prompt in prompts)
     return Counter(f"{word}{prompt.removeprefix(word).split(maxsplit=1)[0]} " for prompt in prompts)
 
@@ -62,38 +62,33 @@ def conditioned(tmp_path_factory):
 
 
 def test_conditions_are_counted_from_the_demonstrations(conditioned, whole_run):
-    for style in ("apr", "sosp"):
+    for variant in ("apr", "sos_plus"):
         folder = conditioned[0] / "data"
-        found = load_conditions(folder, style, Tokenizer.load(folder / "tokenizer.json"))
-        assert found == counted(folder, style)
+        found = DataFolder(folder, Countdown()).conditions(variant)
+        assert found == counted(folder, variant)
         budgets = [int(condition.split()[-1]) for condition in found]
-        assert budgets == sorted(budgets) and (style == "sosp" or len(budgets) > 1)
-        plain = whole_run.folder / "data"
-        trees = json.loads((plain / "manifest.json").read_text())[f"{style}_train"]["trees"]
-        assert load_conditions(plain, style, Tokenizer.load(plain / "tokenizer.json")) == {"": trees}
+        assert budgets == sorted(budgets) and (variant == "sos_plus" or len(budgets) > 1)
+        plain = DataFolder(whole_run.folder / "data", Countdown())
+        assert plain.conditions(variant) == {"": plain.manifest[f"{variant}_train"]["trees"]}
 
 
 def test_an_imported_data_set_tells_them_by_its_prompts(conditioned, tmp_path):
     data = conditioned[0] / "data"
     tokenizer = Tokenizer.load(data / "tokenizer.json")
-    problems, trees = load_problems(data / "train.npy"), TreeStore(data / "apr_train")
-
-    def text(tree):
-        root = map_blocks(tree.root, lambda block: type(block)(tokenizer.decode(block.content), block.sampled))
-        return ThreadTree(root, {key: tree.info[key] for key in ("numbers", "target", "solved", "style")})
-
-    held_out = load_problems(data / "held_out.npy")
-    made_elsewhere = [(problems[tree.info["index"]], text(tree)) for tree in trees]
-    import_dataset(made_elsewhere, held_out, tmp_path / "theirs", window=256)
-    found = load_conditions(tmp_path / "theirs", "apr", tokenizer)
+    task, path = Countdown(), tmp_path / "theirs.json"
+    texts = (decode_tree(tree, tokenizer.decode) for tree in TreeStore(data / "apr_train"))
+    task.write_demonstrations(path, texts, tokenizer)
+    held_out = DataFolder(data, task).problems("held_out")
+    import_dataset(task, task.read_demonstrations(path), held_out, tmp_path / "theirs", window=256)
+    found = DataFolder(tmp_path / "theirs", task).conditions("apr")
     kept = TreeStore(tmp_path / "theirs" / "apr_train")
     assert found == Counter(prompt_of(tree, tokenizer).split("Moving")[0] for tree in kept) and len(found) > 1
-    assert load_conditions(tmp_path / "theirs", "sosp", tokenizer) == {}
+    assert DataFolder(tmp_path / "theirs", task).conditions("sos_plus") == {}
 
 
 def test_every_stage_puts_them_on_its_prompts(conditioned):
     folder, ran = conditioned
-    known = {style: counted(folder / "data", style) for style in ("apr", "sosp")}
+    known = {style: counted(folder / "data", style) for style in ("apr", "sos_plus")}
     usual = {style: max(counts, key=counts.get) for style, counts in known.items()}
     groups = {}
     for name, condition in ran["grpo"]:
@@ -108,7 +103,7 @@ def test_every_stage_puts_them_on_its_prompts(conditioned):
     assert {condition for name, condition in ran["evaluate"] if name[0] == NAME_TAG} == set(usual.values())
     assert ran["export"] and {condition for _, condition in ran["export"]} == {usual["apr"]}
     tokenizer = Tokenizer.load(folder / "data" / "tokenizer.json")
-    for name in ("sft_sosp", "sft_apr", "grpo_apr"):
+    for name in ("sft_sos_plus", "sft_apr", "grpo_apr"):
         condition = usual[name.partition("_")[2]]
         for at in ("", "@1"):
             records = read_records(folder / "evaluate" / f"{name}{at}.jsonl")
@@ -118,20 +113,20 @@ def test_every_stage_puts_them_on_its_prompts(conditioned):
     check = json.loads((folder / "export" / "check.json").read_text())
     assert check["trees_equal"] == check["trees"] == 2
     told = json.loads((folder / "summary.json").read_text())
-    assert (told["SoS+ SFT"]["condition"], told["APR SFT"]["condition"]) == (usual["sosp"], usual["apr"])
+    assert (told["SoS+ SFT"]["condition"], told["APR SFT"]["condition"]) == (usual["sos_plus"], usual["apr"])
 
 
 def test_conditions_that_are_asked_for_have_records_and_a_table_each(conditioned, tmp_path, main):
     folder = tmp_path / "run"
     shutil.copytree(conditioned[0], folder)
     before = (folder / "evaluate" / "sft_apr.jsonl").read_bytes()
-    ask = ("--config.evaluate.apr_budgets=7,2", "--stage=evaluate,report")
+    ask = ("--config.evaluate.budgets.apr=7,2", "--stage=evaluate,report")
     done = main(SMOKE, f"--workdir={folder}", *CHANGES, *ask)
     assert done.code == 0, done.err
     assert (folder / "evaluate" / "sft_apr.jsonl").read_bytes() == before
     told = json.loads((folder / "summary.json").read_text())
     for budget, suffix in ((7, ""), (2, " with Sub Call Budget: 2")):
-        condition = CountdownProtocol("apr").condition(budget)
+        condition = Countdown().condition("apr", budget)
         for name, title in (("sft_apr", "APR SFT"), ("grpo_apr", "APR SFT+GRPO")):
             records = read_records(folder / "evaluate" / f"{name}+{budget}.jsonl")
             assert len(records) == 4 and {record.condition for record in records} == {condition}
@@ -147,7 +142,7 @@ def test_conditions_that_are_asked_for_have_records_and_a_table_each(conditioned
 def test_budgets_that_cannot_be_asked_for_are_refused(whole_run, tmp_path, refused):
     shutil.copytree(whole_run.folder, tmp_path / "run")
     command = (SMOKE, f"--workdir={tmp_path / 'run'}", "--stage=evaluate")
-    line = refused(*command, "--config.evaluate.sosp_budgets=512")
-    assert "evaluate.sosp_budgets" in line and "had none" in line and "sosp.conditioned=true" in line
+    line = refused(*command, "--config.evaluate.budgets.sos_plus=512")
+    assert "evaluate.budgets.sos_plus" in line and "had none" in line
     for given in ("-1", "1.5", "3,3", "many", "nan", "1e999"):
-        assert "evaluate.apr_budgets is" in refused(*command, f"--config.evaluate.apr_budgets={given}")
+        assert "evaluate.budgets.apr is" in refused(*command, f"--config.evaluate.budgets.apr={given}")

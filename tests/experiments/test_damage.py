@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from apr_jax.tasks.countdown.vocabulary import countdown_tokenizer
@@ -85,12 +84,12 @@ def test_records_of_other_problems_are_named(light, refused):
     assert "line 1: no record: failures" in refused(SMOKE, f"--workdir={light}", "--stage=report")
 
 
-def test_a_checkpoint_in_the_folder_of_another_style_is_no_result_of_it(whole_run, tmp_path, refused):
+def test_a_checkpoint_in_the_folder_of_another_variant_is_no_result_of_it(whole_run, tmp_path, refused):
     shutil.copytree(whole_run.folder / "data", tmp_path / "data")
-    for there, name in (("sft_sosp", "sft_apr"), ("sft_apr", "sft_sosp")):
+    for there, name in (("sft_sos_plus", "sft_apr"), ("sft_apr", "sft_sos_plus")):
         shutil.copytree(whole_run.folder / there, tmp_path / name, ignore=shutil.ignore_patterns("tensorboard"))
     for stage in ("grpo", "evaluate", "export"):
-        assert "holds no checkpoint of sft_" in refused(SMOKE, f"--workdir={tmp_path}", f"--stage={stage}")
+        assert "holds no checkpoint of countdown's " in refused(SMOKE, f"--workdir={tmp_path}", f"--stage={stage}")
         assert not (tmp_path / "evaluate").exists() and not (tmp_path / "export").exists()
 
 
@@ -100,7 +99,7 @@ def test_a_model_whose_last_step_is_broken_is_told_by_the_step_it_has(whole_run,
     shutil.copytree(whole_run.folder / "sft_apr", tmp_path / "sft_apr")
     meta = tmp_path / "sft_apr" / "checkpoints" / "40" / "meta" / "metadata"
     edit(meta, model=json.loads(meta.read_text())["model"] | {"layers": 5})
-    command = (SMOKE, f"--workdir={tmp_path}", "--styles=apr")
+    command = (SMOKE, f"--workdir={tmp_path}", "--variants=apr")
     done = main(*command, "--stage=evaluate,report")
     assert done.code == 0 and "| APR SFT (step 20 of 40) |" in done.out, done.err
     done = main(*command, "--stage=export")
@@ -114,7 +113,7 @@ def test_a_model_whose_last_step_is_broken_is_told_by_the_step_it_has(whole_run,
 def test_closed_and_full_streams_lose_no_result(whole_run, tmp_path):
     """Without stderr its number would be the next file's, and JAX writes to it."""
     folder = shutil.copytree(whole_run.folder, tmp_path / "copy", ignore=shutil.ignore_patterns("evaluate"))
-    command = [sys.executable, "-m", "experiments.run", SMOKE, f"--workdir={folder}", "--styles=apr"]
+    command = [sys.executable, "-m", "experiments.run", SMOKE, f"--workdir={folder}", "--variants=apr"]
     closed = f"exec {' '.join(command)} --stage=evaluate,report >&- 2>&-"
     assert subprocess.run(["sh", "-c", closed], cwd=ROOT).returncode == 0
     name = Path("evaluate", "grpo_apr.jsonl")
@@ -146,23 +145,25 @@ def trained(whole_run, tmp_path):
 
 def test_held_out_problems_of_another_data_set_are_not_evaluated_on(trained, refused):
     data = trained / "data"
-    held_out, train = (np.load(data / f"{name}.npy") for name in ("held_out", "train"))
+    held_out, train = ((data / f"{name}.jsonl").read_text().splitlines() for name in ("held_out", "train"))
+    turned = json.loads(train[0])
+    turned["numbers"].reverse()
     for other, says in (
         (train[:12], "12 problems of"),  # trained on
-        (np.concatenate([held_out[:-1], train[:1, [2, 0, 1, 3]]]), "1 problems of"),  # the same in another order
+        ([*held_out[:-1], json.dumps(turned)], "1 problems of"),  # the same in another order
         (held_out[:5], "holds 5 problems, its data set 12"),
     ):
-        np.save(data / "held_out.npy", other)
+        (data / "held_out.jsonl").write_text("".join(f"{line}\n" for line in other))
         for stage in ("evaluate", "export"):
-            line = refused(SMOKE, f"--workdir={trained}", "--styles=apr", f"--stage={stage}")
-            assert says in line and "held_out.npy" in line
+            line = refused(SMOKE, f"--workdir={trained}", "--variants=apr", f"--stage={stage}")
+            assert says in line and "held_out.jsonl" in line
     assert not list(trained.glob("evaluate/*.jsonl"))
 
 
 def test_a_tokenizer_of_another_data_set_is_not_decoded_with(trained, refused):
     countdown_tokenizer(50).save(trained / "data" / "tokenizer.json")
     for stage in ("grpo", "evaluate", "export"):
-        line = refused(SMOKE, f"--workdir={trained}", "--styles=apr", f"--stage={stage}")
+        line = refused(SMOKE, f"--workdir={trained}", "--variants=apr", f"--stage={stage}")
         assert "has a vocabulary of" in line and "tokenizer.json" in line
     assert {path.name for path in trained.iterdir()} == {"config.json", "data", "sft_apr", "versions.json"}
 

@@ -28,7 +28,7 @@ def save_given(folder, tokenizer: Tokenizer, **sizes) -> Llama:
     smoke = read_settings(load_config(SMOKE.removeprefix("--config="))).model
     config = LlamaConfig(**{"vocab_size": len(tokenizer), **smoke, "rope_theta": 700.0, "norm_epsilon": 1e-3} | sizes)
     model = Llama(config, rngs=nnx.Rngs(77))
-    save_model(folder, model, {"model": dataclasses.asdict(config), "style": "apr", "stage": "imported", "step": 0})
+    save_model(folder, model, {"model": dataclasses.asdict(config), "stage": "imported", "step": 0})
     tokenizer.save(folder / "tokenizer.json")
     return model
 
@@ -48,7 +48,7 @@ def test_no_step_of_sft_is_a_checkpoint_for_what_follows(begun, main):
                "--config.grpo.steps=1", "--config.evaluate.slots=4")  # fmt: skip
     done = main(*command, "--stage=sft,grpo,evaluate,report")
     assert done.code == 0, done.err
-    for name in ("sft_sosp", "sft_apr"):
+    for name in ("sft_sos_plus", "sft_apr"):
         found, meta = load_model(folder / name / "checkpoints")
         assert (meta["step"], meta["stage"]) == (0, "sft")
         assert (found.config.rope_theta, found.config.norm_epsilon) == (700.0, 1e-3)
@@ -110,7 +110,7 @@ def test_another_vocabulary_is_refused(begun, refused):
     tokenizer.save(given / "tokenizer.json")
     (given / "generation_config.json").write_text(json.dumps({"eos_token_id": [tokenizer.eos, 9]}))
     assert "also ends a text with the token 9, the run's tokenizer does not" in refused(*command)
-    assert not (folder / "sft_sosp").exists()
+    assert not (folder / "sft_sos_plus").exists()
 
 
 def test_a_run_begun_before_there_was_a_setting_goes_on(begun, main, whole_run):

@@ -10,7 +10,7 @@ import pytest
 from apr_jax import devices
 from tests.experiments.conftest import ROOT, SMOKE, finish, start
 
-SMALL = ("--config.problems.train=20", "--config.problems.held_out=4")
+SMALL = ("--config.data.train=20", "--config.data.held_out=4")
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def plugin(tmp_path):
 @pytest.mark.skipif(devices.has_driver(), reason="there is a GPU")
 def test_a_cuda_plugin_without_a_gpu_is_no_reason_to_stop(plugin, tmp_path):
     small = (*SMALL, f"--workdir={tmp_path / 'run'}", "--config.sft.steps=2")
-    done = finish(start(*small, "--stage=data,sft", "--styles=apr", env=plugin))
+    done = finish(start(*small, "--stage=data,sft", "--variants=apr", env=plugin))
     assert done.code == 0, done.err
     assert (tmp_path / "run" / "sft_apr" / "checkpoints" / "2").is_dir()
 
@@ -72,7 +72,7 @@ def test_where_one_of_two_processes_is_killed_the_other_ends_soon_in_one_line(tm
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    two = (f"--workdir={tmp_path}", "--stage=data,sft", "--styles=apr", "--config.sft.steps=4000", "--processes=2")
+    two = (f"--workdir={tmp_path}", "--stage=data,sft", "--variants=apr", "--config.sft.steps=4000", "--processes=2")
     first, second = (start(*two, f"--coordinator=localhost:{port}", f"--process={i}") for i in range(2))
     while not list(tmp_path.glob("sft_apr/checkpoints/20")) and first.poll() is None and second.poll() is None:
         time.sleep(0.05)

@@ -5,6 +5,7 @@ import socket
 
 import pytest
 
+from apr_jax.data.dataset import FORMAT
 from tests.experiments.conftest import finish, start
 
 
@@ -13,15 +14,15 @@ def test_the_others_end_with_the_cause_when_the_first_fails_in_the_data_stage(tm
     """They waited for a manifest that nobody would write, until JAX aborted them with a stack dump."""
     if broken == "config":
         (tmp_path / "data").mkdir()
-        (tmp_path / "data" / "config.json").write_text(json.dumps({"seed": 99}))
+        (tmp_path / "data" / "config.json").write_text(json.dumps({"format": FORMAT, "seed": 99}))
         changes, says = (), "holds a data set of another config"
     else:
         changes = (
-            "--config.problems.max_number=3",
-            "--config.problems.repeats=false",
-            "--config.problems.max_target=12",
+            "--config.countdown.problems.max_number=3",
+            "--config.data.repeats=false",
+            "--config.countdown.problems.max_target=12",
         )
-        says = "this range gives about"
+        says = "countdown gives about"
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"--coordinator=localhost:{free.getsockname()[1]}"

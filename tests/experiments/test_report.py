@@ -5,11 +5,14 @@ import shutil
 
 import pytest
 
+from apr_jax.data.folder import DataFolder
 from apr_jax.errors import UserError
 from apr_jax.evaluate.records import read_records
+from apr_jax.tasks.countdown.task import Countdown
 from experiments.report import _changes, write_report
 
-ROWS = {"sft_sosp": "SoS+ SFT", "sft_apr": "APR SFT", "grpo_apr": "APR SFT+GRPO"}
+APR, SOS_PLUS = (Countdown().published_changes(variant) for variant in ("apr", "sos_plus"))
+ROWS = {"sft_apr": "APR SFT", "sft_sos_plus": "SoS+ SFT", "grpo_apr": "APR SFT+GRPO"}
 
 
 def test_every_model_has_a_row_and_a_summary(whole_run):
@@ -34,26 +37,26 @@ def test_every_model_has_a_row_and_a_summary(whole_run):
     before, after = (read_records(folder / "evaluate" / f"{name}.jsonl") for name in ("sft_apr", "grpo_apr"))
     points = 100 * (sum(r.correct for r in after) - sum(r.correct for r in before)) / 12
     assert f"GRPO over APR SFT on the same problems: {points:+.1f} points (" in text
-    assert "tokens a sequence" in text and "; paper +22.1 %)" in text
+    assert "okens a sequence" in text and "; paper +22.1 %)" in text
     assert text in whole_run.out
 
 
 def test_what_grpo_changed_stands_beside_the_paper():
     before, after = {"children": 3.0, "total_tokens": 2000}, {"children": 4.5, "total_tokens": 3300}
-    assert _changes("APR", before, after) == (
+    assert _changes(APR, before, after) == (
         "Children 3.0 to 4.5 (+50.0 %; paper +34.4 %); tokens a sequence 500.0 to 600.0 (+20.0 %; paper +22.1 %)."
     )
-    assert _changes("APR", before | {"children": 0}, after).startswith("Children 0.0 to 4.5 (from none; paper")
-    assert "children" not in _changes("SoS+", before | {"children": 0}, after | {"children": 0}).lower()
+    assert _changes(APR, before | {"children": 0}, after).startswith("Children 0.0 to 4.5 (from none; paper")
+    assert "children" not in _changes(SOS_PLUS, before | {"children": 0}, after | {"children": 0}).lower()
 
 
 def test_the_solvers_line_agrees_with_the_manifest(whole_run):
     manifest = json.loads((whole_run.folder / "data" / "manifest.json").read_text())
     text = (whole_run.folder / "report.md").read_text()
-    for style in ("sosp", "apr"):
+    for style in ("sos_plus", "apr"):
         counts = manifest[f"{style}_train"]
         assert counts["trees"] + counts["too_long"] == 200 == manifest["train_problems"]
-        dropped = f"{counts['too_long']} too long, {counts['wrong']} wrong"
+        dropped = f"{counts['too_long']} too long, {counts['no_demonstration']} without one"
         assert f"kept {counts['trees']} trees ({dropped})" in text
 
 
@@ -61,7 +64,7 @@ def test_a_run_that_is_half_done(whole_run, tmp_path):
     shutil.copytree(whole_run.folder / "data", tmp_path / "data")
     (tmp_path / "evaluate").mkdir()
     shutil.copy(whole_run.folder / "evaluate" / "sft_apr.jsonl", tmp_path / "evaluate")
-    text = write_report(tmp_path)
+    text = write_report(DataFolder(tmp_path / "data", Countdown()), tmp_path)
     assert "| APR SFT |" in text and "GRPO" not in text and "Export" not in text
     assert not (tmp_path / "figures" / "grpo_reward.png").exists()
 
@@ -74,16 +77,16 @@ def test_an_evaluation_that_was_stopped_says_how_many_trees_ran(whole_run, tmp_p
     lines = path.read_text().splitlines(keepends=True)
     path.with_name("grpo_apr.jsonl.partial").write_text("".join(lines[:5]))
     path.unlink()
-    text = write_report(tmp_path)
+    text = write_report(DataFolder(tmp_path / "data", Countdown()), tmp_path)
     assert "evaluation of grpo_apr is not finished: 5 of 12 problems ran" in text
     assert "| APR SFT+GRPO |" not in text and text.count("n=12 of 12") == 2
-    failed = {**json.loads(lines[4]), "failures": {"error:XlaRuntimeError": 1}, "tree": None}
-    path.write_text("".join([*lines[:4], json.dumps(failed) + "\n", *lines[5:]]))
-    with pytest.raises(UserError, match="grpo_apr.jsonl, line 5: problem 4 .*error:XlaRuntimeError"):
-        write_report(tmp_path)
+    broken = {**json.loads(lines[4]), "failures": "none"}
+    path.write_text("".join([*lines[:4], json.dumps(broken) + "\n", *lines[5:]]))
+    with pytest.raises(UserError, match="grpo_apr.jsonl, line 5: no record: failures"):
+        write_report(DataFolder(tmp_path / "data", Countdown()), tmp_path)
 
 
 def test_no_records_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="run --stage=evaluate first"):
-        write_report(tmp_path)
+        write_report(DataFolder(tmp_path / "data", Countdown()), tmp_path)
     assert not list(tmp_path.iterdir())

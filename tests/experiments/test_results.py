@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from apr_jax.evaluate.records import Record, read_records
+from apr_jax.evaluate.records import read_records, whole_records
 from apr_jax.export.hf import hf_arrays
 from apr_jax.rollout.engine import JaxEngine
 from apr_jax.threads import Spawn
@@ -40,7 +40,7 @@ def test_an_engine_that_breaks_ends_the_stage_and_the_same_command_goes_on(
     """Never an answer that is wrong: what had ended before stays, and the end is that of a run that nothing stopped."""
     folder, results = tmp_path / "run", {"evaluate": "evaluate", "grpo": "grpo_apr", "export": "export"}
     shutil.copytree(whole_run.folder, folder, ignore=shutil.ignore_patterns(results[stage]))
-    command = (SMOKE, f"--workdir={folder}", "--styles=apr", f"--stage={stage}")
+    command = (SMOKE, f"--workdir={folder}", "--variants=apr", f"--stage={stage}")
     decode, done = JaxEngine.decode, []
 
     async def breaks(self, *asked):
@@ -55,7 +55,7 @@ def test_an_engine_that_breaks_ends_the_stage_and_the_same_command_goes_on(
     if stage == "evaluate":
         first, begun = (folder / "evaluate" / name for name in ("sft_apr.jsonl", "sft_apr@1.jsonl.partial"))
         assert snapshot(folder, "evaluate/sft_apr.jsonl") == snapshot(whole_run.folder, "evaluate/sft_apr.jsonl")
-        kept = [Record.read(line) for line in begun.read_text().splitlines()]
+        kept = whole_records(begun)
         whole = read_records(whole_run.folder / "evaluate" / "sft_apr@1.jsonl")
         assert first.exists() and 0 < len(kept) < 12 and all(record == whole[record.index] for record in kept)
     assert not (folder / "export" / "check.json").exists() or stage != "export"
@@ -90,7 +90,7 @@ def test_a_model_that_is_trained_anew_has_results_of_its_own(whole_run, tmp_path
 
     for part in ("data", "sft_apr", "grpo_apr"):
         shutil.copytree(folder / part, fresh / part)
-    assert main(SMOKE, f"--workdir={fresh}", *changes, "--styles=apr", "--stage=evaluate").code == 0
+    assert main(SMOKE, f"--workdir={fresh}", *changes, "--variants=apr", "--stage=evaluate").code == 0
     mine, theirs = (snapshot(run, "evaluate/grpo_apr*") for run in (folder, fresh))
     assert len(mine) == 3 and mine == theirs
     assert mine["evaluate/grpo_apr@1.jsonl"] != (whole_run.folder / "evaluate" / "grpo_apr@1.jsonl").read_bytes()
@@ -110,7 +110,7 @@ def test_weights_that_are_still_trained_are_told_by_their_step(whole_run, tmp_pa
     shutil.copytree(whole_run.folder / "data", tmp_path / "data")
     last = Path("sft_apr", "checkpoints", "40")
     shutil.copytree(whole_run.folder / "sft_apr", tmp_path / "sft_apr", ignore=shutil.ignore_patterns("40"))
-    command = (SMOKE, f"--workdir={tmp_path}", "--styles=apr")
+    command = (SMOKE, f"--workdir={tmp_path}", "--variants=apr")
     done = main(*command, "--stage=evaluate,report")
     assert done.code == 0 and "evaluate sft_apr (step 20 of 40): " in done.err
     assert "| APR SFT (step 20 of 40) |" in done.out and "| APR SFT |" not in done.out

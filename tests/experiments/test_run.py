@@ -17,16 +17,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from apr_jax.data.folder import DataFolder
 from apr_jax.evaluate.records import read_records
 from apr_jax.export.hf import load_transformers
+from apr_jax.tasks.countdown.task import Countdown
 from apr_jax.train.checkpoint import Checkpoints, load_model
 from experiments import stages, sweep
-from experiments.dataset import load_problems
 from experiments.settings import STAGES
 from tests.experiments.conftest import ROOT, SMOKE, finish, same_weights, snapshot, start
 
-MODELS = ("sft_sosp", "sft_apr", "grpo_apr")
-STEPS = {"sft_sosp": 40, "sft_apr": 40, "grpo_apr": 2}
+MODELS = ("sft_apr", "sft_sos_plus", "grpo_apr")
+STEPS = {"sft_sos_plus": 40, "sft_apr": 40, "grpo_apr": 2}
 
 
 # ---------------------------------------------------------------------- a whole run
@@ -36,8 +37,8 @@ def test_a_run_leaves_everything(whole_run):
     folder = whole_run.folder
     assert json.loads((folder / "config.json").read_text())["name"] == "smoke"
     assert {"python", "device", "jax", "orbax-checkpoint"} <= set(json.loads((folder / "versions.json").read_text()))
-    data = {"train.npy", "held_out.npy", "tokenizer.json", "config.json", "manifest.json"}
-    data |= {f"{style}_{part}" for style in ("sosp", "apr") for part in ("train", "validation")}
+    data = {"train.jsonl", "held_out.jsonl", "tokenizer.json", "config.json", "manifest.json"}
+    data |= {f"{style}_{part}" for style in ("sos_plus", "apr") for part in ("train", "validation")}
     assert {path.name for path in (folder / "data").iterdir()} == data
     for name, steps in STEPS.items():
         rows = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
@@ -57,7 +58,7 @@ def test_a_run_leaves_everything(whole_run):
 
 
 def test_every_held_out_problem_has_one_record_in_order(whole_run):
-    problems = load_problems(whole_run.folder / "data" / "held_out.npy")
+    problems = DataFolder(whole_run.folder / "data", Countdown()).held_out()
     assert len(problems) == 12
     for name in MODELS:
         records = read_records(whole_run.folder / "evaluate" / f"{name}.jsonl")
@@ -86,23 +87,23 @@ def test_killed_and_then_out_of_disk_it_ends_in_the_same_bits(whole_run, tmp_pat
     folder = tmp_path / "run"
     shutil.copytree(whole_run.folder / "data", folder / "data")
     sft = (f"--workdir={folder}", "--stage=sft,evaluate")
-    first = folder / "sft_sosp" / "checkpoints" / "20"
+    first = folder / "sft_apr" / "checkpoints" / "20"
 
     process = start(*sft, stderr=subprocess.DEVNULL)
     while not first.exists() and process.poll() is None:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    assert first.exists() and not (folder / "sft_apr" / "checkpoints" / "40").exists()
+    assert first.exists() and not (folder / "sft_sos_plus" / "checkpoints" / "40").exists()
 
     shutil.rmtree(first.with_name("40"), ignore_errors=True)  # where the kill came late
-    before = snapshot(folder, "config.json", "data/**/*", "sft_sosp/checkpoints/20/**/*")
+    before = snapshot(folder, "config.json", "data/**/*", "sft_apr/checkpoints/20/**/*")
     full = finish(start(*sft, most=20_000))  # less than a checkpoint's files, more than all others
     assert full.code == 1
     errors = [line for line in full.err.splitlines() if not re.match(r"(sft|evaluate) .* left", line)]
     assert len(errors) == 1, full.err
-    assert re.fullmatch(r"error: step 40 could not be saved under \S+sft_sosp/checkpoints: .+", errors[0])
-    assert snapshot(folder, "config.json", "data/**/*", "sft_sosp/checkpoints/20/**/*") == before
+    assert re.fullmatch(r"error: step 40 could not be saved under \S+sft_apr/checkpoints: .+", errors[0])
+    assert snapshot(folder, "config.json", "data/**/*", "sft_apr/checkpoints/20/**/*") == before
 
     done = finish(start(*sft))
     assert done.code == 0, done.err
@@ -169,12 +170,12 @@ def test_versions_tell_of_every_machine_that_a_run_was_on(copy, whole_run, main)
         assert json.loads(path.read_text()) == {**here, "earlier": [{**here, "device": "another"}]}
 
 
-def test_a_style_alone_is_what_it_is_beside_the_other(whole_run, main, tmp_path):
+def test_a_variant_alone_is_what_it_is_beside_the_other(whole_run, main, tmp_path):
     shutil.copytree(whole_run.folder / "data", tmp_path / "data")
-    done = main(SMOKE, f"--workdir={tmp_path}", "--styles=sosp", "--stage=sft,grpo,evaluate,export")
+    done = main(SMOKE, f"--workdir={tmp_path}", "--variants=sos_plus", "--stage=sft,grpo,evaluate,export")
     assert done.code == 0, done.err
-    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"data", "sft_sosp", "evaluate"}
-    assert same_weights(tmp_path / "sft_sosp" / "checkpoints", whole_run.folder / "sft_sosp" / "checkpoints")
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"data", "sft_sos_plus", "evaluate"}
+    assert same_weights(tmp_path / "sft_sos_plus" / "checkpoints", whole_run.folder / "sft_sos_plus" / "checkpoints")
     records = snapshot(tmp_path, "evaluate/*.jsonl")
     assert len(records) == 2 and records.items() <= snapshot(whole_run.folder, "evaluate/*.jsonl").items()
 
@@ -182,10 +183,10 @@ def test_a_style_alone_is_what_it_is_beside_the_other(whole_run, main, tmp_path)
 @pytest.mark.parametrize(
     "stage, says",
     [
-        ("sft", "no tokenizer at .*: run --stage=data first"),
+        ("sft", "no demonstrations at .*: run --stage=data first"),
         ("grpo", "no checkpoint at .*: run --stage=sft first"),
         ("evaluate", "no problems at .*: run --stage=data first"),
-        ("export", "no APR checkpoint under .*: run --stage=sft first"),
+        ("export", "no apr checkpoint under .*: run --stage=sft first"),
         ("report", "no records under .*: run --stage=evaluate first"),
     ],
 )
@@ -199,8 +200,8 @@ def test_a_stage_before_what_it_needs(refused, tmp_path, stage, says):
         ("config.json", "report", r"\S+config.json is broken: delete it"),
         ("data/manifest.json", "data", r"\S+manifest.json is broken: delete it, and it is made again"),
         ("data/manifest.json", "report", r"\S+manifest.json is broken: delete it, and it is made again"),
-        ("data/sosp_train/00000/threads/c/0/0", "sft", r"\S+sosp_train/00000 is broken: .+ --stage=data again"),
-        ("data/held_out.npy", "evaluate", r"\S+held_out.npy is broken: .+ --stage=data again"),
+        ("data/sos_plus_train/00000/threads/c/0/0", "sft", r"\S+sos_plus_train/00000 is broken: .+ --stage=data again"),
+        ("data/held_out.jsonl", "evaluate", r"\S+held_out.jsonl, line 12: .+"),
     ],
 )
 def test_a_file_cut_short_is_named(copy, refused, file, stage, says):
@@ -208,6 +209,15 @@ def test_a_file_cut_short_is_named(copy, refused, file, stage, says):
     before = snapshot(copy, "**/*")
     assert re.match(says, refused(SMOKE, f"--workdir={copy}", f"--stage={stage}"))
     assert snapshot(copy, "**/*") == before
+
+
+def test_a_run_of_another_task_or_of_an_earlier_version_is_left_alone(copy, refused):
+    line = refused(SMOKE, f"--workdir={copy}", "--config.task=factors", "--config.budget.depth=2")
+    assert "holds a run of the task countdown, the task is factors: give another --workdir" in line
+    config = json.loads((copy / "config.json").read_text())
+    del config["task"]
+    (copy / "config.json").write_text(json.dumps(config))
+    assert "holds a run of an earlier version of this code" in refused(SMOKE, f"--workdir={copy}", "--stage=report")
 
 
 def test_a_run_of_another_config_is_left_alone(copy, refused):
@@ -242,11 +252,11 @@ def test_a_broken_checkpoint_is_named(copy, whole_run, refused):
     for path in (copy / "sft_apr" / "checkpoints" / "40" / "state").rglob("*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[:40])
-    before = snapshot(copy, "sft_sosp/**/*", "evaluate/*")
+    before = snapshot(copy, "sft_sos_plus/**/*", "evaluate/*")
     for stage in ("evaluate", "export"):
         line = refused(SMOKE, f"--workdir={copy}", f"--stage={stage}")
         assert re.search(r"checkpoint at \S+sft_apr/checkpoints/40 cannot be read: .+", line)
-    assert snapshot(copy, "sft_sosp/**/*", "evaluate/*") == before
+    assert snapshot(copy, "sft_sos_plus/**/*", "evaluate/*") == before
 
 
 def test_the_newest_good_checkpoint_is_used_and_one_line_says_so(copy, whole_run):
@@ -254,14 +264,14 @@ def test_the_newest_good_checkpoint_is_used_and_one_line_says_so(copy, whole_run
     before it."""
     for name in MODELS:
         shutil.copytree(whole_run.folder / name / "checkpoints", copy / name / "checkpoints")
-    (copy / "sft_sosp" / "checkpoints" / "60").mkdir()
+    (copy / "sft_sos_plus" / "checkpoints" / "60").mkdir()
     for path in (copy / "sft_apr" / "checkpoints" / "40" / "state").rglob("d/*"):
         path.write_bytes(path.read_bytes()[:40])
     records = snapshot(copy, "evaluate/*.jsonl")
     done = finish(start(f"--workdir={copy}", "--stage=evaluate,export"))
     assert done.code == 0, done.err
     said = [line for line in done.err.splitlines() if not re.match(r"(evaluate|export|sft) .* left", line)]
-    expected = [("sft_sosp", 60, 40), ("sft_apr", 40, 20)]
+    expected = [("sft_sos_plus", 60, 40), ("sft_apr", 40, 20)]
     for line, (name, broken, used) in zip(said, expected, strict=True):
         folder = rf"\S+{name}/checkpoints"
         assert re.fullmatch(rf"the checkpoint at {folder}/{broken} is broken \(.+\): {folder}/{used} is used", line)
@@ -340,7 +350,7 @@ def test_an_interrupt_at_any_moment_ends_the_run_with_130(tmp_path, moments):
         done = finish(process)
         assert done.code == 130 and "Traceback" not in done.err, done.err
         assert done.err.endswith("\nstopped; the same command goes on from here\n")
-        kept = len(list(tmp_path.rglob("*.npy"))) + len(list(tmp_path.glob("*/checkpoints/*/meta")))
+        kept = len(list(tmp_path.glob("data/*.jsonl"))) + len(list(tmp_path.glob("*/checkpoints/*/meta")))
         assert kept >= min(made, 2)
         made = kept
 
@@ -351,7 +361,7 @@ def test_an_interrupt_at_any_moment_ends_the_run_with_130(tmp_path, moments):
 def test_help_names_every_flag_and_stage(main):
     done = main("--help")
     assert done.code == 0 and not done.err
-    for word in ("--config=", "--config.A.B=", "--stage=", "--styles=", "--workdir=", "--sweep=", "--help", *STAGES):
+    for word in ("--config=", "--config.A.B=", "--stage=", "--variants=", "--workdir=", "--sweep=", "--help", *STAGES):
         assert word in done.out
 
 
@@ -361,7 +371,7 @@ TWO = ("--coordinator=localhost:1", "--processes=2")
 @pytest.mark.parametrize(
     "arguments, says",
     [
-        ([], "--config=FILE is needed: one of experiments/configs/laptop.py, "),
+        ([], "--config=FILE is needed: one of experiments/configs/factors.py, "),
         (["--config=nowhere.py"], "no config file 'nowhere.py': give one of "),
         ([f"--config={ROOT}/pyproject.toml"], "--config is a Python file, FILE.py, was given "),
         ([SMOKE, "--stagee=sft"], "no such flag: --stagee (did you mean --stage?); flags are --config, --stage, "),
@@ -369,7 +379,7 @@ TWO = ("--coordinator=localhost:1", "--processes=2")
         ([SMOKE, "--stage=sftt"], "was given 'sftt' (did you mean sft?)"),
         ([SMOKE, "--stage="], "--stage is all or some of data, sft, grpo, evaluate, export, report, was given nothing"),
         ([SMOKE, "--stage"], "--stage"),
-        ([SMOKE, "--styles=abr"], "--styles is all or some of sosp, apr, was given 'abr' (did you mean apr?)"),
+        ([SMOKE, "--variants=abr"], "--variants is all or some of apr, sos_plus, was given 'abr' (did you mean apr?)"),
         ([SMOKE, "sft"], "no such argument: 'sft'"),
         ([SMOKE, f"--workdir={__file__}"], "is a file"),
         ([SMOKE, f"--workdir={__file__}/x/y"], "is a file"),
@@ -404,20 +414,22 @@ def test_a_sweep_is_the_product_with_a_folder_each(monkeypatch, refused, tmp_pat
         return SimpleNamespace(returncode=int("--config.seed=0" in line))
 
     monkeypatch.setattr(sweep.subprocess, "run", fake)
-    arguments = ("--config.sft.steps=7", "--stage=data,sft", "--styles=apr", f"--workdir={tmp_path}")
-    line = refused(SMOKE, *arguments, "--sweep=seed=0,1", "--sweep", "sosp.beam=(1,2),(3,4)")
-    assert line == "2 of 4 runs failed: seed=0,sosp.beam=(1,2); seed=0,sosp.beam=(3,4)"
+    arguments = ("--config.sft.steps=7", "--stage=data,sft", "--variants=apr", f"--workdir={tmp_path}")
+    line = refused(SMOKE, *arguments, "--sweep=seed=0,1", "--sweep", "countdown.sos_plus.beam=(1,2),(3,4)")
+    assert line == "2 of 4 runs failed: seed=0,countdown.sos_plus.beam=(1,2); seed=0,countdown.sos_plus.beam=(3,4)"
     assert [line[-1] for line in lines] == [
-        f"--workdir={tmp_path}/seed={seed},sosp.beam={beam}" for seed in (0, 1) for beam in ("(1,2)", "(3,4)")
+        f"--workdir={tmp_path}/seed={seed},countdown.sos_plus.beam={beam}"
+        for seed in (0, 1)
+        for beam in ("(1,2)", "(3,4)")
     ]
-    changes = ["--config.sft.steps=7", "--config.seed=1", "--config.sosp.beam=(3,4)"]
-    assert lines[-1][:-1] == [SMOKE, *changes, "--stage=data,sft", "--styles=apr"]
+    changes = ["--config.sft.steps=7", "--config.seed=1", "--config.countdown.sos_plus.beam=(3,4)"]
+    assert lines[-1][:-1] == [SMOKE, *changes, "--stage=data,sft", "--variants=apr"]
 
 
 def test_a_point_that_fails_does_not_stop_the_others(tmp_path):
-    small = ("--config.problems.train=20", "--config.problems.held_out=4", "--stage=data")
+    small = ("--config.data.train=20", "--config.data.held_out=4", "--stage=data")
     done = finish(start(*small, f"--workdir={tmp_path}", "--sweep=window=32,256"))
     assert done.code == 1
     assert done.err.splitlines()[-1] == "error: 1 of 2 runs failed: window=32"
-    assert "fits a window of 32 tokens" in done.err and sys.executable not in done.err
+    assert "fit a window of 32 tokens" in done.err and sys.executable not in done.err
     assert (tmp_path / "window=256" / "data" / "manifest.json").exists()

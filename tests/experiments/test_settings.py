@@ -8,8 +8,7 @@ from ml_collections import ConfigDict
 from apr_jax.errors import UserError
 from apr_jax.threads.engine import Sampling
 from apr_jax.threads.run import Budget
-from experiments.command import PRESETS, change_setting, load_config
-from experiments.dataset import dataset_config
+from experiments.command import PRESETS, change_settings, load_config
 from experiments.settings import default_config, read_settings, setting_types
 
 
@@ -18,7 +17,11 @@ def config():
     return load_config(str(PRESETS / "smoke.py"))
 
 
-@pytest.mark.parametrize("name", ["laptop", "paper", "smoke", "workstation"])
+def change_setting(config, change):
+    change_settings(config, [change])
+
+
+@pytest.mark.parametrize("name", ["laptop", "paper", "smoke", "workstation", "factors"])
 def test_presets_are_right(name):
     config = load_config(str(PRESETS / f"{name}.py"))
     assert read_settings(config).name == name
@@ -26,14 +29,14 @@ def test_presets_are_right(name):
 
 def test_changes_are_read_as_the_type_of_what_they_replace(config):
     for change in (
-        "sft.steps=7", "sft.optimizer.peak_rate=1", "model.scan=true", "grpo.styles=apr,sosp", "sosp.beam=(2, 3)",
-        "name=a=b",
+        "sft.steps=7", "sft.optimizer.peak_rate=1", "model.scan=true", "grpo.variants=apr,sos_plus", "name=a=b",
+        "countdown.sos_plus.beam=(2, 3)",
     ):  # fmt: skip
         change_setting(config, change)
     assert config.sft.steps == 7 and config.model.scan is True and config.name == "a=b"
     assert config.sft.optimizer.peak_rate == 1.0 and isinstance(config.sft.optimizer.peak_rate, float)
     settings = read_settings(config)
-    assert settings.grpo_styles == ("apr", "sosp") and settings.solvers["sosp"].beam == (2, 3)
+    assert settings.grpo_variants == ("apr", "sos_plus") and settings.task.settings.sos_plus.beam == (2, 3)
 
 
 def test_budgets_and_sampling_reach_those_who_run_trees(config):
@@ -44,14 +47,14 @@ def test_budgets_and_sampling_reach_those_who_run_trees(config):
     settings = read_settings(config)
     assert settings.evaluate_sampling == Sampling(0.7, 5, 0.9)
     assert settings.budget_of("apr") == Budget(settings.window, 64, 1, 900, 2, "fail")
-    assert settings.budget_of("sosp").least_children == 0
+    assert settings.budget_of("sos_plus").least_children == 0
 
 
 @pytest.mark.parametrize(
     "change, says",
     [
-        ("sft.stepz=3", "no setting sft.stepz (did you mean sft.steps?); sft has batch_rows, log_every, "),
-        ("steps=3", "no setting steps (did you mean sft.steps?); the top has apr, budget, "),
+        ("sft.stepz=3", "no setting sft.stepz (did you mean sft.steps?); sft has batch_rows, children, log_every, "),
+        ("steps=3", "no setting steps (did you mean sft.steps?); the top has budget, countdown, "),
         ("sftt.steps=3", "no setting sftt.steps (did you mean sft.steps?)"),
         ("sft.optimizer.nam=x", "did you mean sft.optimizer.name?); sft.optimizer has beta2, "),
         ("sft=3", "sft is a section of settings, set one of sft.batch_rows, "),
@@ -59,9 +62,9 @@ def test_budgets_and_sampling_reach_those_who_run_trees(config):
         ("sft.steps=abc", "sft.steps is an integer, was given 'abc'"),
         ("sft.steps=1.5", "sft.steps is an integer, was given '1.5'"),
         ("model.scan=maybe", "model.scan is true or false, was given 'maybe'"),
-        ("apr.promising=nan", "apr.promising is a number, was given 'nan'"),
-        ("apr.beam=4,x", "apr.beam is a list like 2,5, was given '4,x'"),
-        ("sosp.beam_weights=1,x", "sosp.beam_weights is a list of numbers, was given '1,x'"),
+        ("countdown.apr.promising=nan", "countdown.apr.promising is a number, was given 'nan'"),
+        ("countdown.apr.beam=4,x", "countdown.apr.beam is a list like 2,5, was given '4,x'"),
+        ("countdown.sos_plus.beam_weights=1,x", "sos_plus.beam_weights is a list of numbers, was given '1,x'"),
         ("evaluate.also_at=0.5,nan", "evaluate.also_at is a list like 1.0, was given '0.5,nan'"),
     ],
 )
@@ -87,23 +90,23 @@ def test_wrong_changes_are_refused(config, change, says):
         ("model.attention=flash", "model: attention is one of auto, blocked, dense, cudnn, was given 'flash'"),
         ("window=8", "window is at least 32, was given 8"),
         ("sft.row_length=100", "sft.row_length is at least 256, was given 100"),
-        ("problems.max_target=5", "problems: targets need 2 <= lowest <= highest, was given 10 to 5"),
-        ("problems.max_target=1001", "problems.max_target is at most 1000, no more can be made of 3 numbers up to 10"),
-        ("problems.count=7", "problems: numbers per problem are 2 to 6, was given 7"),
+        ("countdown.problems.max_target=5", "problems: targets need 2 <= lowest <= highest, was given 10 to 5"),
+        ("countdown.problems.max_target=1001", "countdown.problems.max_target is at most 1000, no more can be made of"),
+        ("countdown.problems.count=7", "countdown.problems: numbers per problem are 2 to 6, was given 7"),
         ("model.heads=3", "model: width 32 over 3 heads must give an even head size"),
         ("model.heads=-1", "model.heads is at least 0, was given -1"),
         ("grpo.group=1", "grpo: a group needs at least 2 rollouts to compare, was given 1"),
-        ("grpo.prompts=201", "grpo.prompts is at most problems.train (200), was given 201"),
-        ("grpo.validate_every=1", "at most problems.train (200) less the 200 of grpo.validation, was given 2"),
+        ("grpo.prompts=201", "grpo.prompts is at most data.train (200), was given 201"),
+        ("grpo.validate_every=1", "at most data.train (200) less the 200 of grpo.validation, was given 2"),
         ("grpo.validation=0", "grpo.validation is at least 1, was given 0"),
         ("grpo.kl_estimator=k2", "grpo: kl_estimator is one of k1, k3, was given 'k2'"),
         ("grpo.aggregate=mean", "grpo: aggregate is one of tree, sequence, paper, token, constant, was given 'mean'"),
         ("grpo.prices.child=-1", "grpo.prices: a price is a number from 0 on, was given -1.0 for child"),
         ("grpo.importance_cap=-1", "grpo.importance_cap is at least 0, was given -1.0"),
-        ("grpo.styles=apr,foo", "grpo.styles is a choice of sosp, apr, was given foo"),
-        ("apr.beam=4", "apr.beam is two numbers, lowest and highest, was given (4,)"),
-        ("apr.beam=5,4", "apr: beam needs 1 <= lowest <= highest, was given (5, 4)"),
-        ("apr.promising=2", "apr: promising is a probability from 0 to 1, was given 2.0"),
+        ("grpo.variants=apr,foo", "grpo.variants is a choice of apr, sos_plus, was given foo"),
+        ("countdown.apr.beam=4", "countdown.apr.beam is a tuple of 2 integers, was given (4,)"),
+        ("countdown.apr.beam=5,4", "countdown.apr: beam needs 1 <= lowest <= highest, was given (5, 4)"),
+        ("countdown.apr.promising=2", "countdown.apr: promising is a probability from 0 to 1, was given 2.0"),
         ("evaluate.also_at=(1.0,1.0)", "evaluate.also_at has other temperatures than evaluate.temperature (0), each"),
         ("evaluate.also_at=(0.0,)", "evaluate.also_at has other temperatures than evaluate.temperature (0), each once"),
         ("evaluate.also_at=(-1.0,)", "evaluate: temperature is 0 or more, was given -1.0"),
@@ -125,7 +128,11 @@ def test_wrong_values_are_refused(config, change, says):
     assert says in str(refused.value) and "\n" not in str(refused.value)
 
 
-START = "from experiments.settings import default_config\n\ndef get_config(word=''):\n    c = default_config()\n"
+START = """from experiments.settings import default_config
+
+def get_config(word=""):
+    c = default_config("countdown")
+"""
 
 
 @pytest.mark.parametrize(
@@ -135,7 +142,7 @@ START = "from experiments.settings import default_config\n\ndef get_config(word=
         (START + "    c.sft.steps = 'abc'\n    return c\n", "wrong.py, line 5: TypeError: "),
         (START + "    c.sft.stepz = 3\n    return c\n", "wrong.py: no setting sft.stepz (did you mean sft.steps?)"),
         (START + "    del c.sft.steps\n    return c\n", "wrong.py leaves out sft.steps"),
-        (START, "wrong.py needs a function get_config() that returns a changed default_config()"),
+        (START, "wrong.py needs a function get_config() that returns a changed default_config(TASK)"),
         ("x = 1\n", "wrong.py needs a function get_config()"),
         ("import nothing_of_this_name\n", "wrong.py, line 1: ModuleNotFoundError: "),
     ],
@@ -156,7 +163,7 @@ def test_a_config_file_gets_the_word_behind_its_colon(tmp_path):
 
 
 def test_the_defaults_are_right():
-    assert read_settings(default_config()).config["name"] == "experiment"
+    assert read_settings(default_config("countdown")).config["name"] == "experiment"
 
 
 # ---------------------------------------------------------------------- hostile values
@@ -177,15 +184,18 @@ def put(config, key, value):
     return ConfigDict(tree)
 
 
-@pytest.mark.parametrize("section", ["", *(name for name, value in default_config().items() if hasattr(value, "keys"))])
+DEFAULT = default_config("countdown")
+
+
+@pytest.mark.parametrize("section", ["", *(name for name, value in DEFAULT.items() if hasattr(value, "keys"))])
 def test_any_value_of_any_setting_is_accepted_or_refused_in_one_line(section):
-    """Whatever a config file holds: no other error, neither here nor in what the data stage makes of it."""
-    names = [name for name in setting_types() if name.rpartition(".")[0].partition(".")[0] == section]
+    """Whatever a config file holds: no other error."""
+    names = [name for name in setting_types("countdown") if name.rpartition(".")[0].partition(".")[0] == section]
     accepted = 0
     for name in [*names, *([section, f"{section}.optimizer"] if section in ("sft", "grpo") else [section])]:
         for value in HOSTILE if name else ():
             try:
-                dataset_config(read_settings(put(default_config(), name, value)))
+                read_settings(put(DEFAULT, name, value))
                 accepted += 1
             except UserError as error:
                 assert "\n" not in str(error) and len(str(error)) < 300
@@ -193,7 +203,7 @@ def test_any_value_of_any_setting_is_accepted_or_refused_in_one_line(section):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, None, "x", True, ()])
-@pytest.mark.parametrize("name", ["sft.optimizer.peak_rate", "grpo.temperature", "evaluate.top_p", "apr.promising"])
+@pytest.mark.parametrize("name", ["sft.optimizer.peak_rate", "grpo.temperature", "countdown.apr.promising"])
 def test_a_wrong_number_is_refused_by_setting_value_and_what_is_allowed(config, name, value):
     with pytest.raises(UserError) as refused:
         read_settings(put(config, name, value))
@@ -201,15 +211,17 @@ def test_a_wrong_number_is_refused_by_setting_value_and_what_is_allowed(config, 
 
 
 def test_an_integer_is_a_number(config):
-    for name, value in (("sft.optimizer.peak_rate", 1), ("evaluate.also_at", (1, 2)), ("apr.promising", 1)):
+    for name, value in (("sft.optimizer.peak_rate", 1), ("evaluate.also_at", (1, 2)), ("countdown.apr.promising", 1)):
         config = put(config, name, value)
     settings = read_settings(config)
     assert settings.sft.optimizer.peak_rate == 1 and sorted(settings.evaluate_also) == [1, 2]
 
 
 def test_every_empty_tuple_has_elements_of_a_type():
-    assert setting_types()["apr.beam_weights"] == setting_types()["evaluate.also_at"] == tuple[float, ...]
-    assert setting_types()["apr.beam"] == tuple[int, ...] and setting_types()["sosp.strategies"] == tuple[str, ...]
+    types = setting_types("countdown")
+    assert types["countdown.apr.beam_weights"] == types["evaluate.also_at"] == tuple[float, ...]
+    assert types["countdown.apr.beam"] == tuple[int, int] and types["evaluate.budgets.apr"] == tuple[int, ...]
+    assert types["countdown.sos_plus.strategies"] == types["grpo.variants"] == tuple[str, ...]
 
 
 def test_lists_that_are_empty_by_default_are_read_as_numbers():
@@ -217,9 +229,9 @@ def test_lists_that_are_empty_by_default_are_read_as_numbers():
     change_setting(config, "evaluate.also_at=0.5,1")
     assert list(read_settings(config).evaluate_also) == [0.5, 1.0]
     config = load_config(str(PRESETS / "paper.py"))
-    change_setting(config, "apr.beam_weights=" + ",".join("1" * 10))
-    assert read_settings(config).solvers["apr"].beam_weights == (1,) * 10
-    change_setting(config, "apr.beam_weights=1,2")
+    change_setting(config, "countdown.apr.beam_weights=" + ",".join("1" * 10))
+    assert read_settings(config).task.settings.apr.beam_weights == (1,) * 10
+    change_setting(config, "countdown.apr.beam_weights=1,2")
     with pytest.raises(UserError, match=r"apr: beam_weights are none or 10, .* was given \(1.0, 2.0\)"):
         read_settings(config)
 

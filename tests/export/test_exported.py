@@ -10,13 +10,17 @@ from apr_jax.export.hf import export_hf
 from tests.evaluate.nonsense import SPEC
 from tests.tiny import SIZES, TOKENIZER, make_model
 
+META = {
+    "task": SPEC, "task_settings": {"width": 3}, "variant": "serial", "condition": "Budget: 2 ", "step": 1,
+    "config": {"window": 128},
+}  # fmt: skip
 SAID = {"task": SPEC, "task_settings": {"width": 3}, "variant": "serial", "condition": "Budget: 2 ", "window": 128}
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("export") / "model"
-    export_hf(make_model(), TOKENIZER, folder, SAID)
+    export_hf(make_model(), TOKENIZER, folder, META)
     return folder
 
 
@@ -34,7 +38,7 @@ def test_an_export_says_its_task_and_how_it_is_asked(exported):
 
 
 def test_other_weights_have_another_digest_and_a_window_is_no_longer_than_the_context(exported, tmp_path):
-    export_hf(make_model(1), TOKENIZER, tmp_path / "other", SAID | {"window": 10_000})
+    export_hf(make_model(1), TOKENIZER, tmp_path / "other", META | {"config": {"window": 10_000}})
     other = read_export(tmp_path / "other")
     assert other.window == other.context and other.weights != read_export(exported).weights
 

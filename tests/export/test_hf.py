@@ -40,10 +40,13 @@ def model() -> Llama:
     return tiny()
 
 
+META = {"task": "countdown", "variant": "apr", "step": 12, "config": {"seed": 7}}
+
+
 @pytest.fixture(scope="module")
 def folder(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("export") / "hf"
-    export_hf(model, TOKENIZER, folder, {"style": "apr", "step": 12, "config": {"seed": 7}})
+    export_hf(model, TOKENIZER, folder, META)
     return folder
 
 
@@ -203,7 +206,7 @@ def call(capsys, *arguments) -> tuple[int, list[str]]:
 
 def test_command_exports_a_checkpoint_and_names_what_is_wrong(model, tmp_path, capsys):
     steps = Checkpoints(tmp_path / "run" / "sft_apr" / "checkpoints")
-    meta = {"model": dataclasses.asdict(model.config), "style": "apr", "step": 3}
+    meta = {"model": dataclasses.asdict(model.config), "task": "countdown", "variant": "apr", "step": 3}
     steps.save(3, {"weights": nnx.to_pure_dict(nnx.state(model, nnx.Param))}, meta)
     steps.close()
     step, out = tmp_path / "run" / "sft_apr" / "checkpoints" / "3", tmp_path / "out"

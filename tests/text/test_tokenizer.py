@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from apr_jax.errors import UserError
 from apr_jax.tasks.countdown import CountdownProtocol, Problem, ProblemRange, trace
-from apr_jax.tasks.countdown.solver import SolverConfig, solve_apr, solve_sosp
+from apr_jax.tasks.countdown.solver import SolverConfig, solve_apr, solve_sos_plus
 from apr_jax.tasks.countdown.vocabulary import countdown_tokenizer
 from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.threads import Spawn, encode_tree
+from tests.tasks.countdown.conditioned import conditioned
 from tests.tiny import TOKENIZER
 
 LARGE = countdown_tokenizer(99)
@@ -35,10 +36,13 @@ def trees(draw):
     rng = random.Random(draw(st.integers(0, 2**32)))
     source = ProblemRange(count=draw(st.integers(2, 4)), max_number=draw(st.sampled_from([30, 120])), max_target=60)
     problem, budget = source.draw(rng), draw(st.none() | st.integers(0, 3000))
-    if draw(st.booleans()):
+    apr = draw(st.booleans())
+    protocol = CountdownProtocol("apr" if apr else "sos_plus")
+    condition = "" if budget is None else protocol.condition(budget)
+    if apr:
         config = SolverConfig.paper_apr(beam=(1, 4), sub_beam=(1, 4))
-        return solve_apr(problem, config, rng, CountdownProtocol("apr").condition(budget))
-    return solve_sosp(problem, SolverConfig.paper_sosp(beam=(1, 3)), rng, CountdownProtocol("sosp").condition(budget))
+        return conditioned(solve_apr(problem, config, rng), condition)
+    return conditioned(solve_sos_plus(problem, SolverConfig.paper_sos_plus(beam=(1, 3)), rng), condition)
 
 
 def ids(tokenizer, blocks):
@@ -72,9 +76,10 @@ def test_whatever_follows_a_prompt_or_a_join_its_ids_stay(tree, tokenizer, conti
                 assert tokenizer.encode(text + continuation)[: len(fixed)] == fixed
 
 
-@given(PROBLEMS, st.sampled_from(["apr", "sosp"]), st.none() | st.integers(0, 5000), VOCABULARIES, CONTINUATIONS)
+@given(PROBLEMS, st.sampled_from(["apr", "sos_plus"]), st.none() | st.integers(0, 5000), VOCABULARIES, CONTINUATIONS)
 def test_a_root_prompt_is_a_prefix_of_itself_and_any_continuation(problem, style, budget, tokenizer, continuation):
-    prompt = CountdownProtocol(style).root_prompt(problem, budget)
+    protocol = CountdownProtocol(style)
+    prompt = ("" if budget is None else protocol.condition(budget)) + protocol.root_prompt(problem)
     fixed = tokenizer.encode(prompt)
     both = tokenizer.encode(prompt + continuation)
     assert both[: len(fixed)] == fixed

@@ -12,6 +12,7 @@ from apr_jax.threads import Spawn, encode_tree, map_blocks
 from apr_jax.threads.engine import Sampling
 from apr_jax.threads.metrics import sampled_tokens
 from apr_jax.threads.run import Budget, TreeRunner, run_all
+from tests.tasks.countdown.conditioned import conditioned
 from tests.threads.fake_engine import FakeEngine, drawing, scripted, scripts_of
 
 TOKENIZER = countdown_tokenizer(99)
@@ -63,15 +64,16 @@ def plain(thread):
     return map_blocks(thread, lambda block: type(block)(tuple(block.content), block.sampled))
 
 
-@pytest.mark.parametrize("style", ["apr", "sosp"])
+@pytest.mark.parametrize("style", ["apr", "sos_plus"])
 def test_replays_a_solver_exactly(style):
     """Contents, who wrote them, calls, joins and ends: the runner makes of a trace the tree it came from."""
     rng = random.Random(3)
     protocol, source = CountdownProtocol(style), ProblemRange(max_number=20, max_target=30)
-    config = {"apr": SolverConfig.paper_apr(beam=(2, 5), sub_beam=(2, 6)), "sosp": SolverConfig.paper_sosp()}[style]
+    apr = SolverConfig.paper_apr(beam=(2, 5), sub_beam=(2, 6))
+    config = {"apr": apr, "sos_plus": SolverConfig.paper_sos_plus()}[style]
     condition = protocol.condition(6)
     problems = [source.draw(rng) for _ in range(30)]
-    texts = [SOLVERS[style](problem, config, rng, condition) for problem in problems]
+    texts = [conditioned(SOLVERS[style](problem, config, rng), condition) for problem in problems]
     trees = [encode_tree(text, TOKENIZER.encode, TOKENIZER.bos, TOKENIZER.eos) for text in texts]
     scripts = {}
     for index, tree in enumerate(trees):

@@ -38,13 +38,22 @@ def same(a, b) -> bool:
     return a.config == b.config and all(jax.tree.leaves(equal))
 
 
+def test_an_export_of_ours_tells_what_it_was_trained_on(tmp_path, capsys):
+    trained = {"task": "factors", "task_settings": {"largest": 40}, "variant": "inherit", "condition": "few "}
+    export_hf(make_model(1), TOKENIZER, tmp_path / "hf", {**trained, "step": 3, "config": {"window": 96}})
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["apr_jax"] == {**trained, "window": 96}
+    assert "`factors`" in (tmp_path / "hf" / "README.md").read_text()
+    assert call(capsys, f"model={tmp_path}/hf", f"out={tmp_path}/imported") == (0, [])
+    assert load_model(tmp_path / "imported")[1].items() >= {**trained, "window": 96}.items()
+
+
 def test_import_and_export_go_round(folder, tmp_path, capsys):
     out, again = tmp_path / "imported", tmp_path / "again"
-    for style in ("sosp", "apr"):  # the second in place of the first
-        assert call(capsys, f"model={folder}", f"out={out}", f"style={style}") == (0, [])
+    for _ in range(2):  # the second in place of the first
+        assert call(capsys, f"model={folder}", f"out={out}") == (0, [])
     model, meta = load_model(out)
     assert same(model, make_model(1))
-    assert (meta["style"], meta["stage"], meta["step"], meta["source"]) == ("apr", "imported", 0, "hf")
+    assert (meta["stage"], meta["step"], meta["source"]) == ("imported", 0, "hf") and "task" not in meta
     assert Tokenizer.load(out / "tokenizer.json").encode("3+4") == TOKENIZER.encode("3+4")
     assert not [path for path in out.rglob("*") if path.is_file() and str(tmp_path).encode() in path.read_bytes()]
     assert export_command.main(["export_hf", f"--checkpoint={out}", f"--out={again}", "--check=0"]) == 0
@@ -93,7 +102,8 @@ def test_what_is_wrong_is_one_line(folder, tmp_path, capsys, monkeypatch):
     fails("--model is needed")
     fails("--out is needed", f"model={folder}")
     fails("no-such", f"model={folder}", f"out={out}", "no-such=1")
-    fails("style", f"model={folder}", f"out={out}", "style=sos")
+    fails("--variant goes with --task", f"model={folder}", f"out={out}", "variant=apr")
+    fails("variants of countdown are apr, sos_plus", f"model={folder}", f"out={out}", "task=countdown", "variant=sos")
     fails("no folder at nowhere, and a model of the hub is OWNER/NAME", "model=nowhere", f"out={out}")
     fails("no folder at", f"model={tmp_path / 'none'}", f"out={out}")
     fails("no tokenizer at", f"model={folder}", f"out={out}", f"tokenizer={tmp_path / 'none'}")
@@ -104,7 +114,7 @@ def test_what_is_wrong_is_one_line(folder, tmp_path, capsys, monkeypatch):
     fails("no import's, such as thesis.tex", f"model={folder}", f"out={tmp_path / 'mine'}")
     fails("is a file", f"model={folder}", f"out={tokenizer}")
     fails("Not a directory", f"model={folder}", f"out={tokenizer / 'below'}")
-    meta = {"model": dataclasses.asdict(model.config), "style": "apr", "stage": "sft", "step": 0}
+    meta = {"model": dataclasses.asdict(model.config), "variant": "apr", "stage": "sft", "step": 0}
     save_model(tmp_path / "trained", model, meta)
     fails("no import's, such as 0", f"model={folder}", f"out={tmp_path / 'trained'}")
     assert same(load_model(tmp_path / "trained")[0], model)
@@ -184,13 +194,22 @@ def test_a_foreign_model_comes_out_as_it_went_in(tmp_path, capsys):
         code, said, errors = export(capsys, f"checkpoint={out}", f"out={again}", "check=2")
         assert (code, errors) == (0, [])
         assert "largest difference of a logit" in said and "2 sequences" in said
-        assert "the check of trees does not apply: '<Calling Sub Searches>\\n' is not one token" in said
+        assert "the check of trees does not apply: the model was trained on no task" in said
         config = read(again / "config.json")
         assert config["max_position_embeddings"] == 128
         assert config["eos_token_id"] == read(again / "generation_config.json")["eos_token_id"] == [2, 3]
         assert read(again / "tokenizer_config.json").get("model_max_length") == length
     card = (again / "README.md").read_text()
     assert "Countdown" not in card and "countdown" not in card
+
+
+def test_the_check_of_trees_needs_the_tasks_tokens(tmp_path, capsys):
+    theirs, out, again = (tmp_path / name for name in ("theirs", "imported", "again"))
+    save_foreign_model(theirs)
+    assert call(capsys, f"model={theirs}", f"out={out}", "task=countdown") == (0, [])
+    code, said, errors = export(capsys, f"checkpoint={out}", f"out={again}", "check=1")
+    assert (code, errors) == (0, [])
+    assert "the check of trees does not apply: '<Calling Sub Searches>\\n' is not one token" in said
 
 
 def test_a_foreign_model_without_a_number_of_positions_has_transformers_number(tmp_path, capsys):
@@ -213,7 +232,7 @@ def test_trees_are_checked_where_a_foreign_tokenizer_has_the_tasks_tokens(tmp_pa
     texts = [trace.SPAWN_OPEN, trace.SPAWN_CLOSE, trace.JOIN_OPEN]
     tokenizer.add_special_tokens({"additional_special_tokens": texts})
     tokenizer.save_pretrained(theirs)
-    assert call(capsys, f"model={theirs}", f"out={out}") == (0, [])
+    assert call(capsys, f"model={theirs}", f"out={out}", "task=countdown", "variant=sos_plus") == (0, [])
     code, said, errors = export(capsys, f"checkpoint={out}", f"out={again}", "check=2", "window=64")
     assert (code, errors) == (0, []) and "greedy trees equal token for token: 2 of 2" in said
 
@@ -224,7 +243,7 @@ def test_a_second_end_is_kept_wherever_the_model_says_it(folder, tmp_path, capsy
     ends = [TOKENIZER.eos, TOKENIZER.token("7")]
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
     for _ in range(2):
-        assert call(capsys, f"model={folder}", f"out={out}") == (0, [])
+        assert call(capsys, f"model={folder}", f"out={out}", "task=countdown") == (0, [])
     assert load_tokenizer(str(out / "tokenizer.json")).ends == set(ends)
     code, said, errors = export(capsys, f"checkpoint={out}", f"out={again}", "check=1", "window=64")
     assert (code, errors) == (0, []) and "1 of 1" in said

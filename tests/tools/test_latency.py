@@ -37,7 +37,8 @@ def exports(tmp_path_factory):
 
 def said_of(variant, condition=""):
     """What a checkpoint says of its task."""
-    return {"task": SPEC, "task_settings": {"first": 100}, "variant": variant, "condition": condition, "window": 128}
+    told = {"task": SPEC, "task_settings": {"first": 100}, "variant": variant, "condition": condition}
+    return told | {"config": {"window": 128}}
 
 
 def run(*arguments):

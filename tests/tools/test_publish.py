@@ -26,6 +26,7 @@ def run_folder(tmp_path):
     for name in publish.FILES:
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_text(name)
+    (run / "config.json").write_text('{"task": "countdown"}')
     (run / "figures").mkdir()
     (run / "figures" / "accuracy.png").write_bytes(b"PNG")
     countdown_tokenizer(99).save(run / "data" / "tokenizer.json")
@@ -33,7 +34,7 @@ def run_folder(tmp_path):
         model = make_model(seed=seed)
         checkpoints = Checkpoints(run / name / "checkpoints")
         weights = weights_of(model)
-        meta = {"model": dataclasses.asdict(model.config), "style": "apr", "step": step}
+        meta = {"model": dataclasses.asdict(model.config), "task": "countdown", "variant": "apr", "step": step}
         checkpoints.save(step, {"weights": weights, "optimizer": {"mean": weights, "square": weights}}, meta)
         checkpoints.close()
     return run
@@ -47,7 +48,7 @@ def test_the_last_model_and_the_report(run_folder, tmp_path):
     out = tmp_path / "out"
     assert call(run_folder, out, "--model") == 0 == call(run_folder, out, "--model")  # a second time in its place
     model, meta = load_model(out / "checkpoints")
-    assert (meta["step"], meta["style"]) == (2, "apr")
+    assert (meta["step"], meta["variant"]) == (2, "apr")
     jax.tree.map(np.testing.assert_array_equal, weights_of(model), weights_of(make_model(seed=1)))
     assert find_tokenizer(out / "checkpoints") == out / "tokenizer.json"
     assert (out / "figures" / "accuracy.png").read_bytes() == b"PNG"

@@ -27,9 +27,7 @@ from apr_jax.data.packing import flatten_thread, flatten_tree, pack_rows  # noqa
 from apr_jax.data.store import SAMPLED_ROLES  # noqa: E402
 from apr_jax.model.llama import Llama, LlamaConfig  # noqa: E402
 from apr_jax.rollout.engine import JaxEngine  # noqa: E402
-from apr_jax.tasks.countdown import CountdownProtocol  # noqa: E402
-from apr_jax.tasks.countdown.solver import SOLVERS  # noqa: E402
-from apr_jax.tasks.countdown.vocabulary import countdown_tokenizer  # noqa: E402
+from apr_jax.tasks.task import TRAIN  # noqa: E402
 from apr_jax.threads import ThreadTree, TreeOutcome, encode_tree  # noqa: E402
 from apr_jax.threads.engine import Sampling  # noqa: E402
 from apr_jax.threads.run import Budget, TreeRunner, run_all  # noqa: E402
@@ -173,24 +171,25 @@ def preset():
     c = paper.get_config()
     c.model.width, c.model.layers, c.model.heads, c.model.feed_forward = 32, 2, 4, 64
     c.window = 256
-    c.apr.beam = c.apr.sub_beam = (1, 2)
+    c.countdown.apr.beam = c.countdown.apr.sub_beam = (1, 2)
     c.sft.steps, c.sft.batch_rows, c.sft.row_length = 1, 8, 512
     c.grpo.steps, c.grpo.prompts, c.grpo.group, c.grpo.batch_rows, c.grpo.row_length, c.grpo.slots = 1, 2, 3, 8, 320, 16
     c.fsdp = 2
     settings = read_settings(c)
-    mesh, tokenizer = data_mesh(settings.devices, settings.fsdp), countdown_tokenizer(settings.max_number)
+    task, mesh = settings.task, data_mesh(settings.devices, settings.fsdp)
+    tokenizer = task.tokenizer()
     config = LlamaConfig(vocab_size=len(tokenizer), **settings.model)
-    model, rng = Llama(config, rngs=nnx.Rngs(settings.seed)), random.Random(0)
-    problems = [settings.problems.draw(rng) for _ in range(30)]
+    model = Llama(config, rngs=nnx.Rngs(settings.seed))
+    problems = task.problems(settings.seed, TRAIN, range(30))
     segments = []
-    for problem in problems:
-        tree = SOLVERS["apr"](problem, settings.solvers["apr"], rng)
+    for index, problem in enumerate(problems):
+        tree = task.demonstration(problem, "apr", settings.seed, TRAIN, index)
         segments += flatten_tree(encode_tree(tree, tokenizer.encode, tokenizer.bos, tokenizer.eos))
     with tempfile.TemporaryDirectory() as folder:
         trained = run_sft(SftJob(model, settings.sft, segments, mesh, Path(folder)))
         (line,) = (Path(folder) / "metrics.jsonl").read_text().splitlines()
     weights = [leaf for leaf in jax.tree.leaves(nnx.state(trained)) if leaf.ndim]
-    rollouts = RolloutSpec(CountdownProtocol("apr"), tokenizer, settings.budget, settings.grpo_slots)
+    rollouts = RolloutSpec(task.protocol("apr"), tokenizer, settings.budget, settings.grpo_slots)
     trainer = GrpoTrainer(trained, settings.grpo, rollouts, mesh)
     state = trainer.trainer.init(trained)
     groups, _ = trainer.sample(state, 1, problems[:2])

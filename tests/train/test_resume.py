@@ -255,7 +255,7 @@ def state_of(seed=0, width=32):
     return {"weights": nnx.to_pure_dict(nnx.state(make_model(seed, width=width))), "step": jnp.asarray(7, jnp.int32)}
 
 
-META = {"model": dataclasses.asdict(make_model(0).config), "style": "apr"}
+META = {"model": dataclasses.asdict(make_model(0).config), "variant": "apr"}
 
 
 @pytest.fixture

@@ -57,15 +57,15 @@ def _define(values: flags.FlagValues) -> None:
 
 
 def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
-    from apr_jax.data.dataset import DatasetConfig, make_dataset
+
+    from apr_jax.data.dataset import DataConfig, make_dataset
     from apr_jax.io.progress import Progress
-    from apr_jax.tasks.countdown import ProblemRange
-    from apr_jax.tasks.countdown.recipe import Recipe
-    from apr_jax.tasks.countdown.solver import SolverConfig
+    from experiments.command import load_config
+    from experiments.settings import read_settings
 
     count, processes = values["problems"].value, values["processes"].value
-    recipes = (Recipe("sosp", SolverConfig.paper_sosp(), 4096), Recipe("apr", SolverConfig.paper_apr(), 4096))
-    config = DatasetConfig(ProblemRange(), count, 1000, recipes)
+    settings = read_settings(load_config("experiments/configs/paper.py")).task.settings
+    config = DataConfig("countdown", settings, count, 1000, window=4096)
     folder = Path(values["folder"].value or tempfile.mkdtemp(prefix="apr_data_"))
     marks = {}
 
@@ -80,7 +80,7 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     seconds = time.monotonic() - began
     memory = watch.stop()
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    tokens = sum(manifest[f"{style}_train"]["tokens"] for style in ("sosp", "apr"))
+    tokens = sum(manifest[f"{variant}_train"]["tokens"] for variant in ("apr", "sos_plus"))
     found = {
         "problems": count,
         "processes": processes,

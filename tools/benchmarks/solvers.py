@@ -20,7 +20,7 @@ from absl import flags
 
 from apr_jax.errors import UserError
 from apr_jax.tasks.countdown import Problem, ProblemRange
-from apr_jax.tasks.countdown.search import APR_PROMISING, SOSP_PROMISING, SolverConfig
+from apr_jax.tasks.countdown.search import APR_PROMISING, SOS_PLUS_PROMISING, SolverConfig
 from apr_jax.tasks.countdown.solver import SOLVERS
 from apr_jax.tasks.countdown.trace import NO_SOLUTION
 from apr_jax.threads import Spawn, ThreadTree
@@ -74,11 +74,11 @@ class Authors:
     def problem(self) -> None:
         self._generator.generate(random.randint(10, 100))
 
-    def sosp(self, problem: Problem) -> dict:
+    def sos_plus(self, problem: Problem) -> dict:
         beam = random.randint(1, 5)
         text = self._sosp(
             problem.target, list(problem.numbers), beam,
-            promising_threshold=SOSP_PROMISING, heuristic=self._heuristic,
+            promising_threshold=SOS_PLUS_PROMISING, heuristic=self._heuristic,
         )  # fmt: skip
         return {"main_calls": [text], "sub_calls": []}
 
@@ -133,7 +133,7 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     source, rng = ProblemRange(), random.Random(0)
     problems = source.draw_each([random.Random(f"bench/{i}") for i in range(count)])
     share = count // ROUNDS
-    configs = {"sosp": SolverConfig.paper_sosp(), "apr": SolverConfig.paper_apr()}
+    configs = {"sos_plus": SolverConfig.paper_sos_plus(), "apr": SolverConfig.paper_apr()}
 
     def draw(number: int) -> int:
         return len(source.draw_each([random.Random(f"{number}/{i}") for i in range(2000)]))

@@ -16,6 +16,7 @@ between ours and torch: the same model on the same rows.
 """
 
 import dataclasses
+import itertools
 import math
 import os
 import platform
@@ -31,13 +32,13 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
+from apr_jax.data.demonstrations import encode_demonstration, fits
 from apr_jax.data.packing import PackedBatch, Segment, first_fit, flatten_thread, flatten_tree, pack_rows
 from apr_jax.export.hf import export_hf, load_transformers
 from apr_jax.export.oracle import import_torch
 from apr_jax.model.flops import peak_flops, training_flops
 from apr_jax.model.llama import PRESETS, Llama, LlamaConfig
-from apr_jax.tasks.countdown.recipe import Recipe
-from apr_jax.tasks.countdown.vocabulary import countdown_tokenizer
+from apr_jax.tasks.task import TRAIN
 from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.threads import Block, Spawn, Thread, ThreadTree
 from apr_jax.train.loss import supervised_loss
@@ -64,13 +65,17 @@ def _define(values: flags.FlagValues) -> None:
 
 
 def draw_trees(settings: Settings, count: int, tokenizer: Tokenizer) -> list[ThreadTree]:
-    """APR trees that fit the window."""
-    recipe, trees, rng = Recipe("apr", settings.solvers["apr"], settings.window), [], random.Random("training")
-    while len(trees) < count:
-        tree, dropped = recipe.make(settings.problems.draw(rng), len(trees), tokenizer)
-        if dropped is None:
-            trees.append(tree)
-    return trees
+    """Demonstrations of the task's first variant that fit the window."""
+    task, seed, trees = settings.task, settings.seed, []
+    variant = task.variants[0]
+    for index in itertools.count():
+        (problem,) = task.problems(seed, TRAIN, [index])
+        text = problem and task.demonstration(problem, variant, seed, TRAIN, index)
+        if text:
+            tree = encode_demonstration(task, problem, variant, index, text, tokenizer)
+            trees += [tree] * fits(tree, settings.window)
+        if len(trees) == count:
+            return trees
 
 
 def repeated_segments(tree: ThreadTree) -> list[Segment]:
@@ -167,7 +172,7 @@ class OurLoop:
 
 def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     settings = read_settings(load_config(values["config"].value))
-    tokenizer, window, count = countdown_tokenizer(settings.max_number), settings.window, values["rows"].value
+    tokenizer, window, count = settings.task.tokenizer(), settings.window, values["rows"].value
     trees = draw_trees(settings, values["trees"].value, tokenizer)
     packed = [segment for tree in trees for segment in flatten_tree(tree)]
     length = max(settings.sft.row_length, max(map(len, packed)))

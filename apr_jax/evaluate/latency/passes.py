@@ -12,7 +12,6 @@ other failure of the system (out of memory, a bug) ends the pass: it is never a 
 import asyncio
 import dataclasses
 import hashlib
-import json
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -25,6 +24,7 @@ from apr_jax.evaluate.latency.sample import Sample, Setting, measured_samples, r
 from apr_jax.evaluate.records import problem_rows, tree_counts
 from apr_jax.evaluate.run import NAME_TAG
 from apr_jax.io.files import write_text
+from apr_jax.io.json_lines import append, read_lines
 from apr_jax.io.progress import Progress
 from apr_jax.rollout.measure import Measurement, Measurements
 from apr_jax.rollout.sglang import ServerError
@@ -163,15 +163,14 @@ def _write_throughput(path: Path, setting: Setting, samples: Sequence[Sample], s
         "output_tokens": sum(sample.output_tokens for sample in samples),
     }  # fmt: skip
     with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+        append(file, row)
 
 
 def read_throughput(path: str | Path) -> dict[Setting, Throughput]:
     """The last whole pass of each setting, from ``passes.jsonl``."""
     found = {}
-    for line in Path(path).read_text().splitlines() if Path(path).exists() else ():
+    for _, row in read_lines(path, cut_short=True):
         try:
-            row = json.loads(line)
             n, seconds = row["samples"], row["seconds"]
             found[Setting(**row["setting"])] = Throughput(n, n / seconds, row["output_tokens"] / seconds)
         except (ValueError, TypeError, KeyError, ZeroDivisionError):

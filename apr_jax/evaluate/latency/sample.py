@@ -1,12 +1,13 @@
 """Samples of latency: one tree under the clock each, and the file of them, one JSON object a line."""
 
+import contextlib
 import dataclasses
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from apr_jax.evaluate.records import TreeRecord
+from apr_jax.io.json_lines import read_lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,13 +96,11 @@ def read_samples(path: str | Path) -> list[Sample]:
     """All whole samples of a file, which a killed run may have left; no file, no samples. A line that was cut short or
     has other fields is left out, and its sample is measured again."""
     samples = []
-    for line in Path(path).read_text(errors="replace").splitlines() if Path(path).exists() else ():
-        try:
-            sample = Sample(**json.loads(line))
+    for _, row in read_lines(path, cut_short=True):
+        with contextlib.suppress(TypeError):
+            sample = Sample(**row)
             Setting(**sample.setting)
-        except (ValueError, TypeError):
-            continue
-        samples.append(sample)
+            samples.append(sample)
     return samples
 
 

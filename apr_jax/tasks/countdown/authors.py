@@ -1,7 +1,7 @@
 """The authors' JSON files, read into our trees and problems and written from them, character for character.
 
-Three kinds, each one JSON array: problems; traces for supervision (APR with a `trace_dict`, SoS+ and Stream of Search
-with their `search_path`); prompts for GRPO. They are read in a stream, an entry at a time, however large the file is.
+Two kinds, each one JSON array: problems; traces for supervision (APR with a `trace_dict`, SoS+ and Stream of Search
+with their `search_path`). They are read in a stream, an entry at a time, however large the file is.
 
 A `trace_dict` has `main_calls`, a thread's text at each of its spawns and at its end, and `sub_calls`, for each spawn
 the children's own dictionaries.
@@ -19,6 +19,7 @@ from apr_jax.errors import UserError
 from apr_jax.io.files import whole
 from apr_jax.tasks.countdown import trace
 from apr_jax.tasks.countdown.problem import Problem, successors
+from apr_jax.tasks.countdown.search import SPELLED
 from apr_jax.tasks.countdown.verify import check_path
 from apr_jax.threads import Block, Spawn, Thread, ThreadTree
 
@@ -142,32 +143,19 @@ def read_traces(path: Path) -> Iterator[tuple[Problem, ThreadTree]]:
         if (tree.info["numbers"], tree.info["target"]) != (list(problem.numbers), problem.target):
             raise UserError(f"its trace is of another problem: {tree.info['numbers']} to {tree.info['target']}")
         kind, _, size = str(row.get("search_type", "")).partition("_")
-        style = "apr" if apr else "sos" if kind in ("sos", *_STRATEGIES) else "sosp"
+        style = "apr" if apr else "sos" if kind in ("sos", *_STRATEGIES) else SPELLED["sos_plus"]
         known = {"style": style} | ({"strategy": kind} if style == "sos" and kind in _STRATEGIES else {})
         beams = {ours: row[theirs] for ours, theirs in _BEAMS.items() if theirs in row}
         if not apr and re.fullmatch("[0-9]{1,9}", size):  # only its name tells
             beams = dict.fromkeys(_BEAMS, int(size))
-        return problem, ThreadTree(tree.root, {**tree.info, **known, **beams})
+        condition = _CONDITION.match(tree.root.blocks[0].content)
+        told = {"condition": condition[0]} if condition else {}
+        return problem, ThreadTree(tree.root, {**tree.info, **known, **beams, **told})
 
     yield from _read(path, entry)
 
 
-def read_prompts(path: Path) -> Iterator[tuple[Problem, str]]:
-    """The root prompts of a GRPO data set and their problems. Raises as `read_problems`."""
-
-    def entry(row: Any) -> tuple[Problem, str]:
-        prompt = row.get("prefix") if isinstance(row, dict) else row
-        if not isinstance(prompt, str):
-            raise UserError("a prompt is a text, or an object with a prefix")
-        start = prompt.find("Current State: ")
-        state = trace.read_state(prompt[start:]) if start >= 0 else None
-        if state is None or state.operations:
-            raise UserError(f"no root state in {prompt[:80]!r}")
-        return Problem(state.numbers, state.target), prompt
-
-    yield from _read(path, entry)
-
-
+_CONDITION = re.compile(r"(?:Token|Sub Call) Budget: \d+ ")
 _STRATEGIES = ("dfs", "bfs")  # search_type in the files of Stream of Search: "dfs", "bfs_3"
 _BEAMS = {"beam": "beam_size", "sub_beam": "sub_call_beam_size"}
 
@@ -252,11 +240,6 @@ class _Chunks:
             self.more()
 
 
-def write_problems(path: Path, problems: Iterable[Problem]) -> None:
-    """As the authors' generator does, with a solution and its path."""
-    _write(path, map(_problem_row, problems))
-
-
 def write_traces(
     path: Path, traces: Iterable[tuple[Problem, ThreadTree]], encode: Callable[[str], list[int]] | None = None
 ) -> None:
@@ -276,17 +259,6 @@ def write_traces(
         return {**values, "trace_dict": texts, **counts}
 
     _write(path, (row(problem, tree) for problem, tree in traces))
-
-
-def write_sequences(path: Path, trees: Iterable[ThreadTree]) -> None:
-    """What the authors' supervised trainer takes: every text of every tree, a thread's at its spawns and its end, then
-    its children's."""
-    _write(path, (text for tree in trees for text in _all_texts(trace_from_tree(tree))))
-
-
-def write_prompts(path: Path, prompts: Iterable[str]) -> None:
-    """Root prompts for the authors' GRPO."""
-    _write(path, prompts)
 
 
 def _all_texts(texts: dict[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from apr_jax.checks import at_least, check_fields
+from apr_jax.checks import FieldError, at_least, check_fields
 from apr_jax.errors import UserError
 
 
@@ -132,6 +132,7 @@ def _combine_all(a_PxI: np.ndarray, b_PxJ: np.ndarray) -> np.ndarray:
 
 DRAWS_AHEAD = 8  # of one problem that `draw_each` tests together: at the paper's ranges one in 7.5 is solvable
 TESTED_TOGETHER = 512  # draws whose values fit the processor's cache
+MOST_SEARCHED = 6  # numbers of the largest problem whose solutions are looked for: of seven one takes 6 s
 MOST_DRAWS = 20_000  # tries for one problem before its target counts as out of reach
 
 
@@ -152,6 +153,12 @@ class ProblemRange:
             raise UserError(f"numbers per problem are 2 to 6, was given {self.count}")
         if not 2 <= self.min_target <= self.max_target:
             raise UserError(f"targets need 2 <= lowest <= highest, was given {self.min_target} to {self.max_target}")
+        if self.max_target > (largest := max(2, self.max_number) ** self.count):
+            raise FieldError(
+                "max_target",
+                f"is at most {largest}, no more can be made of {self.count} numbers up to {self.max_number}, was given "
+                f"{self.max_target}",
+            )
 
     def draw(self, rng: random.Random) -> Problem:
         """A target at random, then numbers at random until they reach it. Raises UserError where none do."""

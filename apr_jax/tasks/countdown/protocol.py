@@ -18,7 +18,7 @@ SPAWN_ERRORS = (
 )
 
 _CLOSE = trace.SPAWN_CLOSE.removesuffix("\n")
-_CONDITIONS = {"apr": "Sub Call Budget: ", "sosp": "Token Budget: "}
+_CONDITIONS = {"apr": "Sub Call Budget: ", "sos_plus": "Token Budget: "}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,38 +31,36 @@ class CountdownSpawn(SpawnRequest):
 
 @dataclasses.dataclass(frozen=True)
 class CountdownProtocol:
-    """A `TaskProtocol`. `style` decides how a root thread begins, nothing else:
+    """A `TaskProtocol`. `variant` decides how a root thread begins, nothing else:
 
     * ``"apr"``: the root's node and state; its budget is a number of child threads (the paper: 0 to 10);
-    * ``"sosp"``: the state alone; its budget is a number of tokens (the paper: bins of 512).
+    * ``"sos_plus"``: the state alone; its budget is a number of tokens (the paper: bins of 512).
 
     Only the roots of conditioned models have a budget; children never do. Raises UserError for any other
-    style. No method raises anything but MalformedSpawn for any thread's text.
+    variant. No method raises anything but MalformedSpawn for any thread's text.
     """
 
-    style: str = "apr"
+    variant: str = "apr"
 
     spawn_open = trace.SPAWN_OPEN
     spawn_close = trace.SPAWN_CLOSE
     join_open = trace.JOIN_OPEN
 
     def __post_init__(self):
-        if self.style not in _CONDITIONS:
-            raise UserError(f"style is one of {sorted(_CONDITIONS)}, was given {self.style!r}")
+        if self.variant not in _CONDITIONS:
+            raise UserError(f"variant is one of {sorted(_CONDITIONS)}, was given {self.variant!r}")
 
-    def condition(self, budget: int | None) -> str:
-        """What goes first on a root prompt to ask for a budget, as ``"Sub Call Budget: 6 "``; "" for None.
-        Raises UserError for a negative budget."""
-        if budget is None:
-            return ""
+    def condition(self, budget: int) -> str:
+        """The text that goes first on a root prompt to ask for a budget, as ``"Sub Call Budget: 6 "``. Raises UserError
+        for a negative budget."""
         if budget < 0:
             raise UserError(f"a budget is 0 or more, was given {budget}")
-        return f"{_CONDITIONS[self.style]}{budget} "
+        return f"{_CONDITIONS[self.variant]}{budget} "
 
-    def root_prompt(self, problem: Problem, budget: int | None = None) -> str:
+    def root_prompt(self, problem: Problem) -> str:
         """The first text of the root thread, without a line end behind it."""
-        start = trace.moving("0") if self.style == "apr" else ""
-        return self.condition(budget) + start + trace.state(problem.target, problem.numbers, ())
+        start = trace.moving("0") if self.variant == "apr" else ""
+        return start + trace.state(problem.target, problem.numbers, ())
 
     def parse_spawn(self, text: str) -> CountdownSpawn | None:
         """The spawn that `text` ends in (a line end behind it or not), None where it ends in none.

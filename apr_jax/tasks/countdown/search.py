@@ -18,8 +18,12 @@ from apr_jax.tasks.countdown import trace
 from apr_jax.tasks.countdown.problem import combine
 
 # The authors' generator draws "promising" as true with these probabilities; the paper's text says APR_PAPER_PROMISING.
-APR_PROMISING, SOSP_PROMISING = 0.9, 0.5
+APR_PROMISING, SOS_PLUS_PROMISING = 0.9, 0.5
 APR_PAPER_PROMISING = 0.1
+
+# How a solver is spelled where another spelling would be another thing: in the seeds of its draws and the info of its
+# trees, which decide the bytes of a data set, and in the authors' files.
+SPELLED = {"apr": "apr", "sos_plus": "sosp", "sos": "sos"}
 
 # name -> (distance of one number to the target, how the distances of a state's numbers make its rank)
 HEURISTICS = {
@@ -34,7 +38,7 @@ class SolverConfig:
     """Settings of one solver; beams are drawn per problem from closed ranges.
 
     `beam_weights` is how often each beam of the range is drawn, lowest first (empty: all alike). `max_value` keeps
-    results above it out of the search (None: the paper's unbounded search): shorter traces and fewer facts of
+    results above it out of the search (0: the paper's unbounded search): shorter traces and fewer facts of
     arithmetic to learn, at a few solutions lost. `distinct` keeps one of the operations that leave the same numbers
     (4-2 and 4/2; of 3, 3, 9 either 3 with the 9), where the authors' beam may hold one state several times.
     `shuffle` off writes what the beam kept in the order it was generated in: a small model that decodes greedily then
@@ -49,14 +53,14 @@ class SolverConfig:
     sub_beam: tuple[int, int] | None = None  # of children; drawn at or above the problem's beam
     promising: float = APR_PROMISING
     heuristic: str = "multiply"
-    max_value: int | None = None
+    max_value: int = 0
     distinct: bool = False
     shuffle: bool = True
     rank_root: bool = False
     depth: int = 1
     strategies: tuple[str, ...] = ("dfs", "bfs")
 
-    BOUNDS = (at_least(1, "max_value"),)
+    BOUNDS = (at_least(0, "max_value"),)
 
     def __post_init__(self):
         for name in ("beam", "sub_beam"):
@@ -89,8 +93,8 @@ class SolverConfig:
         return cls(**{"beam": (1, 5), **changes})
 
     @classmethod
-    def paper_sosp(cls, **changes) -> "SolverConfig":
-        return cls(**{"beam": (1, 5), "promising": SOSP_PROMISING, **changes})
+    def paper_sos_plus(cls, **changes) -> "SolverConfig":
+        return cls(**{"beam": (1, 5), "promising": SOS_PLUS_PROMISING, **changes})
 
     @classmethod
     def paper_apr(cls, **changes) -> "SolverConfig":
@@ -168,7 +172,7 @@ class Search:
         self.target, self.config, self.rng = target, config, rng
         distance, self._fold = HEURISTICS[config.heuristic]
         self._near = _near(distance, target)
-        self._cap = _FAR if config.max_value is None else config.max_value
+        self._cap = config.max_value or _FAR
         self._distinct = config.distinct
         self._shuffles, self._bits = config.shuffle, rng.getrandbits
         if config.beam_weights:

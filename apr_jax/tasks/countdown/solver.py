@@ -4,7 +4,7 @@ All expand a state into its pair-and-operation results, keep the `beam` best und
 them, and search on. They differ in what follows an expansion:
 
 * `solve_sos` (Stream of Search): one strategy for the whole trace, depth first (without a beam) or breadth first.
-* `solve_sosp` (SoS+, one thread): a *promising* expansion's nodes are searched at once, one after the other, in line.
+* `solve_sos_plus` (SoS+, one thread): a *promising* expansion's nodes are searched at once, one after the other.
 * `solve_apr` (APR): they become the children of one spawn; the thread goes on after the join.
 
 *Promising* is a coin, see `search.APR_PROMISING`.
@@ -17,7 +17,7 @@ import random
 
 from apr_jax.tasks.countdown import trace
 from apr_jax.tasks.countdown.problem import Problem
-from apr_jax.tasks.countdown.search import Goal, Node, Search, SolverConfig
+from apr_jax.tasks.countdown.search import SPELLED, Goal, Node, Search, SolverConfig
 from apr_jax.threads import Block, Spawn, Thread, ThreadTree
 
 
@@ -72,7 +72,7 @@ def _beam_search(search: Search, top: Node, beam: int, lines: list[str], branch)
     return None
 
 
-def solve_sos(problem: Problem, config: SolverConfig, rng: random.Random, condition: str = "") -> ThreadTree:
+def solve_sos(problem: Problem, config: SolverConfig, rng: random.Random) -> ThreadTree:
     """One trace of Stream of Search, of a strategy drawn from `config.strategies`, written as the original generator
     writes it: it ends at the goal, without the path, which is the operations of the state that it stands at
     (`trace.read_search`). `shuffle` and `rank_root` are of "bfs" alone: "dfs" always goes from best to worst."""
@@ -81,9 +81,7 @@ def solve_sos(problem: Problem, config: SolverConfig, rng: random.Random, condit
     strategy = rng.choice(config.strategies)
     lines: list[str] = []
     found = (_breadth_first if strategy == "bfs" else _depth_first)(search, root, lines)
-    return ThreadTree(
-        _one_thread(problem, lines, condition), _info(problem, search, found, "sos") | {"strategy": strategy}
-    )
+    return ThreadTree(_one_thread(problem, lines), _info(problem, search, found, "sos") | {"strategy": strategy})
 
 
 def _depth_first(search: Search, node: Node, lines: list[str]) -> bool:
@@ -155,14 +153,14 @@ def _leaf(value: int, operation: str, target: int, lines: list[str]) -> bool:
     return value == target
 
 
-def _one_thread(problem: Problem, lines: list[str], condition: str) -> Thread:
+def _one_thread(problem: Problem, lines: list[str]) -> Thread:
     prompt = trace.state(problem.target, problem.numbers, ())
     written = "".join(lines).removeprefix(prompt)
-    return Thread((Block(condition + prompt, sampled=False), Block(written, sampled=True)))
+    return Thread((Block(prompt, sampled=False), Block(written, sampled=True)))
 
 
-def solve_sosp(problem: Problem, config: SolverConfig, rng: random.Random, condition: str = "") -> ThreadTree:
-    """One SoS+ trace: a tree of one thread. `condition` goes first on the prompt's line."""
+def solve_sos_plus(problem: Problem, config: SolverConfig, rng: random.Random) -> ThreadTree:
+    """One SoS+ trace: a tree of one thread."""
     search = Search(problem.target, config, rng)
     root = Node.root(problem.numbers, problem.target)
     lines: list[str] = []
@@ -185,23 +183,24 @@ def solve_sosp(problem: Problem, config: SolverConfig, rng: random.Random, condi
         return FOUND_BELOW if answer is not None else None
 
     answer = descend(root, 0)
-    return ThreadTree(_one_thread(problem, lines, condition), _info(problem, search, answer is not None, "sosp"))
+    info = _info(problem, search, answer is not None, SPELLED["sos_plus"])
+    return ThreadTree(_one_thread(problem, lines), info)
 
 
-def solve_apr(problem: Problem, config: SolverConfig, rng: random.Random, condition: str = "") -> ThreadTree:
+def solve_apr(problem: Problem, config: SolverConfig, rng: random.Random) -> ThreadTree:
     """One APR tree: promising expansions are spawned, the root's and those of children above `config.depth`."""
     search = Search(problem.target, config, rng)
     root = Node.root(problem.numbers, problem.target)
-    thread, answer = _apr_thread(search, root, search.beam, 0, condition)
+    thread, answer = _apr_thread(search, root, search.beam, 0)
     return ThreadTree(thread, _info(problem, search, answer is not None, "apr"))
 
 
-def _apr_thread(search: Search, top: Node, beam: int, level: int, condition: str = ""):
+def _apr_thread(search: Search, top: Node, beam: int, level: int):
     """The thread that searches below `top`, and its solution as (node, numbers, operation) or None."""
     target = search.target
     prompt = trace.moving(top.name) + top.state.removesuffix("\n")
     lines = [trace.moving(top.name)]
-    blocks: list[Block | Spawn] = [Block(condition + prompt, sampled=False)]
+    blocks: list[Block | Spawn] = [Block(prompt, sampled=False)]
 
     def cut() -> None:
         text = "".join(lines)
@@ -252,4 +251,4 @@ def _info(problem: Problem, search: Search, solved: bool, style: str) -> dict:
     }
 
 
-SOLVERS = {"apr": solve_apr, "sosp": solve_sosp, "sos": solve_sos}
+SOLVERS = {"apr": solve_apr, "sos_plus": solve_sos_plus, "sos": solve_sos}

@@ -1,14 +1,20 @@
 """Factor search, a small task of tags: does a number have a divisor in a range, and which is the smallest?
 
-A thread halves its range for two children until three candidates are left, and tries those. So trees are nested, and
-whether children inherit the number or are told it again is the protocol's choice.
+A thread halves its range for two children until three candidates are left, and tries those. So trees are nested. The
+variants differ in the context of children: "fresh" ones are told the number again, "inherit" ones have their parent's.
 """
 
 import dataclasses
+import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from apr_jax.tasks.tagged.protocol import tag_spawn
+from apr_jax.checks import at_least, check_fields
+from apr_jax.errors import UserError
+from apr_jax.tasks.tagged.protocol import TagProtocol, tag_spawn, tag_tokenizer
+from apr_jax.tasks.task import Task
+from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.threads.tree import Block, Thread, ThreadTree
 
 MOST_TRIED = 3  # candidates of one thread
@@ -26,7 +32,7 @@ class Span:
 
     def __post_init__(self):
         if not 2 <= self.first <= self.last:
-            raise ValueError(f"candidates need 2 <= first <= last, was given {self.first} to {self.last}")
+            raise UserError(f"candidates need 2 <= first <= last, was given {self.first} to {self.last}")
 
     @property
     def divisor(self) -> int | None:
@@ -44,8 +50,53 @@ def spans(largest: int) -> list[Span]:
     return [Span(number, first, last) for number in range(2, largest + 1) for first, last in ranges]
 
 
-class FactorTask:
-    """A `Task`: right is the smallest divisor, and nothing where there is none."""
+@dataclasses.dataclass(frozen=True)
+class FactorSettings:
+    """`largest` is the largest number that is searched for a divisor."""
+
+    largest: int = 60
+
+    BOUNDS = (at_least(2, "largest"),)
+
+    def __post_init__(self):
+        check_fields(self)
+
+
+class Factors(Task):
+    """Right is the smallest divisor, and nothing where there is none."""
+
+    name = "factors"
+    variants = ("fresh", "inherit")
+    Settings = FactorSettings
+
+    def problems(self, seed: int, split: str, indices: Sequence[int]) -> list[Span]:
+        """All problems in one order, whatever the split: training takes those that are not held out."""
+        every = spans(self.settings.largest)
+        random.Random(seed).shuffle(every)
+        return [every[index] for index in indices if index < len(every)]
+
+    def read_problem(self, row: Mapping[str, Any]) -> Span:
+        try:
+            return Span(**row)
+        except TypeError:
+            raise UserError(f"a problem has number, first and last, was given {str(dict(row))[:80]}") from None
+
+    def describe(self, problem: Span) -> str:
+        return f"a divisor of {problem.number} from {problem.first} to {problem.last}"
+
+    def tokenizer(self) -> Tokenizer:
+        return tag_tokenizer(WORDS, self.settings.largest)
+
+    def demonstration(self, problem: Span, variant: str, seed: int, split: str, index: int) -> ThreadTree:
+        return solve(problem, self.check_variant(variant) == "inherit")
+
+    def protocol(self, variant: str) -> TagProtocol:
+        return TagProtocol(self, inherit=self.check_variant(variant) == "inherit")
+
+    def levels(self, variant: str) -> int:
+        return 2  # 11 candidates at most, 6 and 5, then 3 or 2
+
+    # ------------------------------------------------------------------ the rules of `TagProtocol`
 
     def root_prompt(self, problem: Span) -> str:
         return f"{problem.number} in {problem.first} to {problem.last}\n"

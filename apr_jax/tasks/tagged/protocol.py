@@ -25,8 +25,8 @@ _THREAD = re.compile(r"<thread>([^<>]+)</thread>")
 _RETURN = re.compile(r"<return>([^<>]+)</return>")
 
 
-class Task(Protocol):
-    """What `TagProtocol` asks of a task. A problem is a dataclass."""
+class TagRules(Protocol):
+    """The task, as `TagProtocol` asks it."""
 
     def root_prompt(self, problem: Any) -> str:
         """The first text of the root thread; ends with a line end."""
@@ -44,11 +44,11 @@ class TagProtocol:
 
     spawn_open, spawn_close, join_open = "<spawn>", "</spawn>", "<join>"
 
-    def __init__(self, task: Task, inherit: bool = False):
-        self.task, self.inherit = task, inherit
+    def __init__(self, rules: TagRules, inherit: bool = False):
+        self.rules, self.inherit = rules, inherit
 
     def root_prompt(self, problem: Any) -> str:
-        return self.task.root_prompt(problem)
+        return self.rules.root_prompt(problem)
 
     def parse_spawn(self, text: str) -> SpawnRequest | None:
         if not text.endswith(self.spawn_close):
@@ -78,10 +78,10 @@ class TagProtocol:
         return found[-1] if found else None
 
     def correct(self, problem: Any, text: str) -> bool:
-        return self.task.correct(problem, self.result(text))
+        return self.rules.correct(problem, self.result(text))
 
     def steps(self, text: str) -> tuple[int, int]:
-        return self.task.steps(text)
+        return self.rules.steps(text)
 
 
 def tag_spawn(children: Sequence[Thread], results: Sequence[str | None]) -> Spawn:

@@ -11,10 +11,15 @@ are, the shorter is the longest chain of tokens, and the more tokens are written
 
 import dataclasses
 import itertools
+import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from apr_jax.tasks.tagged.protocol import tag_spawn
+from apr_jax.errors import UserError
+from apr_jax.tasks.tagged.protocol import TagProtocol, tag_spawn, tag_tokenizer
+from apr_jax.tasks.task import Task
+from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.threads.tree import Block, Thread, ThreadTree
 
 SUM_WORDS = (" to ", " from ", "+", "=", ":")
@@ -32,7 +37,7 @@ class RangeSum:
 
     def __post_init__(self):
         if not (10 <= self.first < 25 and 55 <= self.last < 100 and 0 <= self.start < 10):
-            raise ValueError(
+            raise UserError(
                 f"a sum begins with 10 to 24, ends with 55 to 99 and has a start of 0 to 9, was given {vars(self)}"
             )
 
@@ -47,11 +52,45 @@ def range_sums() -> list[RangeSum]:
     return [RangeSum(first, last, start) for first, last, start in ranges]
 
 
-class SumTask:
-    """A `Task`: right is the range's last number and the sum."""
+class Sums(Task):
+    """Right is the range's last number and the sum. A demonstration has 1, 2 or 4 parts, drawn by its index: a model of
+    them knows all three ways, and a problem that comes again is shown in others."""
+
+    name = "sums"
+    variants = ("shared",)
+
+    def problems(self, seed: int, split: str, indices: Sequence[int]) -> list[RangeSum]:
+        """All problems in one order, whatever the split; in training they come again and again, for `data.repeats`."""
+        every = range_sums()
+        random.Random(seed).shuffle(every)
+        if split == "train":
+            return [every[index % len(every)] for index in indices]
+        return [every[index] for index in indices if index < len(every)]
+
+    def read_problem(self, row: Mapping[str, Any]) -> RangeSum:
+        try:
+            return RangeSum(**row)
+        except TypeError:
+            raise UserError(f"a problem has first, last and start, was given {str(dict(row))[:80]}") from None
+
+    def describe(self, problem: RangeSum) -> str:
+        return f"the sum of {problem.first} to {problem.last}, added to {problem.start}, modulo 10"
+
+    def tokenizer(self) -> Tokenizer:
+        return tag_tokenizer(SUM_WORDS, 99)
+
+    def demonstration(self, problem: RangeSum, variant: str, seed: int, split: str, index: int) -> ThreadTree:
+        self.check_variant(variant)
+        return solve_sum(problem, random.Random(f"{split}/{seed}/{index}").choice(list(CUTS)))
+
+    def protocol(self, variant: str) -> TagProtocol:
+        self.check_variant(variant)
+        return TagProtocol(self)
+
+    # ------------------------------------------------------------------ the rules of `TagProtocol`
 
     def root_prompt(self, problem: RangeSum) -> str:
-        return f"{problem.first} to {problem.last} from {problem.start}\n"
+        return _prompt(problem)
 
     def correct(self, problem: RangeSum, result: str | None) -> bool:
         return result == f"{problem.last}:{problem.total}"
@@ -61,12 +100,16 @@ class SumTask:
         return sum((number + before) % 10 == after for number, before, after in found), len(found)
 
 
+def _prompt(problem: RangeSum) -> str:
+    return f"{problem.first} to {problem.last} from {problem.start}\n"
+
+
 def solve_sum(problem: RangeSum, parts: int) -> ThreadTree:
     """The tree of text of a solver that gives `parts` parts of the range to children, or with 1 adds up itself. Raises
     ValueError for a number of parts without cuts."""
     if parts not in CUTS:
         raise ValueError(f"parts are {', '.join(map(str, CUTS))}, was given {parts}")
-    prompt = Block(SumTask().root_prompt(problem), sampled=False)
+    prompt = Block(_prompt(problem), sampled=False)
     if parts == 1:
         return ThreadTree(Thread((prompt, _added(problem.first, problem.last, problem.start))), {"parts": 1})
     edges = (problem.first, *CUTS[parts], problem.last + 1)

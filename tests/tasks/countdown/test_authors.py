@@ -16,6 +16,7 @@ from apr_jax.tasks.countdown.search import SolverConfig
 from apr_jax.tasks.countdown.solver import SOLVERS
 from apr_jax.threads import Block, Spawn, Thread, ThreadTree, encode_tree
 from tests.conftest import LONG
+from tests.tasks.countdown.conditioned import conditioned
 
 GOLDEN = json.loads(pathlib.Path(__file__).with_name("golden_traces.json").read_text())
 
@@ -24,7 +25,7 @@ def solver_tree(seed, style="apr", depth=1, condition=""):
     rng = random.Random(seed)
     problem = ProblemRange(count=rng.randint(3, 5), max_number=20, max_target=60).draw(rng)
     config = SolverConfig(beam=(1, 3), sub_beam=(1, 3), promising=0.8, depth=depth)
-    return problem, SOLVERS[style](problem, config, rng, condition)
+    return problem, conditioned(SOLVERS[style](problem, config, rng), condition)
 
 
 # ---------------------------------------------------------------------- parse(render(tree)) = tree
@@ -64,7 +65,7 @@ def test_any_tree_comes_back_from_its_texts(thread):
 @settings(max_examples=10_000 if LONG else 100)
 @given(st.integers(0, 2**32), st.sampled_from(sorted(SOLVERS)), st.integers(0, 3), st.none() | st.integers(0, 4096))
 def test_so_do_the_solvers_trees(seed, style, depth, budget):
-    condition = CountdownProtocol("apr" if style == "apr" else "sosp").condition(budget)
+    condition = "" if budget is None else CountdownProtocol("apr" if style == "apr" else "sos_plus").condition(budget)
     _, tree = solver_tree(seed, style, depth, condition)
     back = tree_from_trace(trace_from_tree(tree))
     assert back.root == tree.root and back.info["solved"] == tree.info["solved"]
@@ -125,7 +126,7 @@ def a_trace():
 @pytest.mark.parametrize("chunk", [7, 1 << 20])
 def test_traces_survive_a_file(tmp_path, monkeypatch, chunk):
     monkeypatch.setattr(authors, "_CHUNK", chunk)  # entries begin and end anywhere in what is read at once
-    made = [solver_tree(seed, style) for seed in range(3) for style in ("apr", "sosp", "sos")]
+    made = [solver_tree(seed, style) for seed in range(3) for style in ("apr", "sos_plus", "sos")]
     authors.write_traces(tmp_path / "train.json", made)
     back = list(authors.read_traces(tmp_path / "train.json"))
     assert [problem for problem, _ in back] == [problem for problem, _ in made]
@@ -181,7 +182,7 @@ def test_the_files_of_stream_of_search_are_read(tmp_path):
 
 def test_what_is_written_has_the_authors_keys_and_counts(tmp_path):
     spawning = (made for seed in range(20) if (made := solver_tree(seed))[1].root.spawns)
-    made = [next(spawning), solver_tree(1, "sosp")]
+    made = [next(spawning), solver_tree(1, "sos_plus")]
     authors.write_traces(tmp_path / "train.json", made, encode=list)
     apr, sosp = json.loads((tmp_path / "train.json").read_text())
     assert set(sosp) == {
@@ -208,33 +209,9 @@ def test_what_is_written_has_the_authors_keys_and_counts(tmp_path):
     assert sosp["rating"] == pytest.approx(max(0, 1 - (operations + 1) / most) if solved else 0)
 
 
-def test_the_trainers_texts_are_all_texts_of_a_tree(tmp_path):
-    trees = [tree_from_trace(entry["apr"]) for entry in GOLDEN[:5]]
-    authors.write_sequences(tmp_path / "texts.json", trees)
-    assert json.loads((tmp_path / "texts.json").read_text()) == [t for e in GOLDEN[:5] for t in _texts(e["apr"])]
-
-
 def _texts(texts):
     below = [text for calls in texts["sub_calls"] for child in calls for text in _texts(child)]
     return texts["main_calls"] + below
-
-
-def test_problems_survive_a_file_with_a_right_solution(tmp_path):
-    source = ProblemRange()
-    problems = source.draw_each([random.Random(i) for i in range(30)])
-    authors.write_problems(tmp_path / "problems.json", problems)
-    assert list(authors.read_problems(tmp_path / "problems.json")) == problems
-    for row, problem in zip(json.loads((tmp_path / "problems.json").read_text()), problems):
-        assert check_solution(problem, row["optimal_path"])
-        assert len(row["solution"]) == 3 and row["start_size"] == 4
-
-
-def test_prompts_survive_a_file(tmp_path):
-    problems = [Problem((3, 5, 7, 8), 24), Problem((1, 2), 3)]
-    for style, budget in (("apr", None), ("apr", 10), ("sosp", 1024)):
-        prompts = [CountdownProtocol(style).root_prompt(problem, budget) for problem in problems]
-        authors.write_prompts(tmp_path / "prefix.json", prompts)
-        assert list(authors.read_prompts(tmp_path / "prefix.json")) == list(zip(problems, prompts))
 
 
 @pytest.mark.parametrize(
@@ -278,11 +255,12 @@ def test_a_trace_of_another_problem_is_named(tmp_path):
 
 
 def test_a_file_stays_when_its_replacement_fails(tmp_path):
-    authors.write_prompts(tmp_path / "prefix.json", ["one"])
-    with pytest.raises(TypeError):
-        authors.write_prompts(tmp_path / "prefix.json", ["two", object()])
-    assert [path.name for path in tmp_path.iterdir()] == ["prefix.json"]
-    assert json.loads((tmp_path / "prefix.json").read_text()) == ["one"]
+    one, path = solver_tree(1), tmp_path / "train.json"
+    authors.write_traces(path, [one])
+    before = path.read_bytes()
+    with pytest.raises(AttributeError):
+        authors.write_traces(path, [one, (object(), one[1])])
+    assert [path.name for path in tmp_path.iterdir()] == ["train.json"] and path.read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from apr_jax.tasks.countdown.protocol import SPAWN_ERRORS
 from apr_jax.tasks.countdown.search import SolverConfig
 from apr_jax.tasks.countdown.solver import solve_apr
 from tests.conftest import LONG
+from tests.tasks.countdown.conditioned import conditioned
 
 COUNT = 200_000 if LONG else 3_000
 GOLDEN = json.loads(pathlib.Path(__file__).with_name("golden_traces.json").read_text())
@@ -34,7 +35,9 @@ def _nested(seed):
     rng = random.Random(seed)
     entry = GOLDEN[seed]
     config = SolverConfig(beam=(2, 3), sub_beam=(2, 3), promising=0.9, depth=3)
-    tree = solve_apr(Problem(entry["nums"], entry["target"]), config, rng, CountdownProtocol().condition(seed))
+    tree = conditioned(
+        solve_apr(Problem(entry["nums"], entry["target"]), config, rng), CountdownProtocol().condition(seed)
+    )
     return trace_from_tree(tree)
 
 
@@ -120,7 +123,7 @@ def mutated_trace(rng):
 
 def test_no_text_raises_anything_else():
     rng = random.Random(0)
-    protocols = [CountdownProtocol(style) for style in ("apr", "sosp")]
+    protocols = [CountdownProtocol(style) for style in ("apr", "sos_plus")]
     kinds, spawns, solved, slowest = {}, 0, 0, 0.0
     for _ in range(COUNT):
         text, entry = mutated(rng, rng.choice(TEXTS)), rng.choice(GOLDEN)
@@ -180,13 +183,12 @@ def test_no_file_raises_anything_else(tmp_path, monkeypatch):
     rng = random.Random(2)
     rows = [{"nums": e["nums"], "target": e["target"], "trace_dict": e["apr"]} for e in GOLDEN[:3]]
     rows += [{"nums": e["nums"], "target": e["target"], "search_path": e["sosp"]} for e in GOLDEN[:3]]
-    prompts = [CountdownProtocol().root_prompt(Problem(e["nums"], e["target"]), 6) for e in GOLDEN[:3]]
     path, read = tmp_path / "file.json", 0
     for _ in range(COUNT // 10):
         monkeypatch.setattr(authors, "_CHUNK", rng.choice((61, 1 << 20)))
-        text = mutated(rng, json.dumps(rng.choice((rows, prompts)), indent=rng.choice((None, 1))))
+        text = mutated(rng, json.dumps(rows, indent=rng.choice((None, 1))))
         path.write_bytes(text.encode("utf-8", rng.choice(("surrogatepass", "replace"))))
-        for reader in (authors.read_problems, authors.read_traces, authors.read_prompts):
+        for reader in (authors.read_problems, authors.read_traces):
             try:
                 read += len(list(reader(path)))
             except ValueError as error:

@@ -41,7 +41,7 @@ def test_agrees_with_the_authors_to_the_letter(problem):
     task = Problem(problem["nums"], problem["target"])
     mains, spawns = problem["apr"]["main_calls"], problem["apr"]["sub_calls"]
     assert mains[0].startswith(PROTOCOL.root_prompt(task) + "\n")
-    assert problem["sosp"].startswith(CountdownProtocol("sosp").root_prompt(task) + "\n")
+    assert problem["sosp"].startswith(CountdownProtocol("sos_plus").root_prompt(task) + "\n")
     assert len(spawns) == len(mains) - 1
     for before, after, children in zip(mains, mains[1:], spawns):
         request = PROTOCOL.parse_spawn(before)
@@ -64,14 +64,14 @@ def test_root_prompts():
     problem = Problem((2, 3, 4), 9)
     state = "Current State: 9:[2, 3, 4], Operations: []"
     assert PROTOCOL.root_prompt(problem) == "Moving to Node #0\n" + state
-    assert PROTOCOL.root_prompt(problem, budget=0) == "Sub Call Budget: 0 Moving to Node #0\n" + state
-    sosp = CountdownProtocol(style="sosp")
-    assert sosp.root_prompt(problem) == state
-    assert sosp.root_prompt(problem, 1024) == "Token Budget: 1024 " + state
+    assert PROTOCOL.condition(0) == "Sub Call Budget: 0 "
+    sos_plus = CountdownProtocol(variant="sos_plus")
+    assert sos_plus.root_prompt(problem) == state
+    assert sos_plus.condition(1024) == "Token Budget: 1024 "
     with pytest.raises(ValueError, match="-1"):
-        sosp.root_prompt(problem, -1)
-    with pytest.raises(ValueError, match="apr.*sosp.*'sos'"):
-        CountdownProtocol(style="sos")
+        sos_plus.condition(-1)
+    with pytest.raises(ValueError, match="apr.*sos_plus.*'sos'"):
+        CountdownProtocol(variant="sos")
 
 
 @pytest.mark.parametrize("condition", ["", "Sub Call Budget: 6 "])

@@ -5,13 +5,13 @@ import random
 
 import pytest
 
-from apr_jax.tasks.tagged import WORDS, FactorTask, Span, TagProtocol, solve, spans, tag_tokenizer
+from apr_jax.tasks.tagged.factors import WORDS, Factors, Span, solve, spans
+from apr_jax.tasks.tagged.protocol import TagProtocol, tag_tokenizer
 from apr_jax.threads import decode_tree, encode_tree
 from apr_jax.threads.engine import Sampling
 from apr_jax.threads.metrics import depth
 from apr_jax.threads.run import Budget, TreeRunner, run_all
 from tests.threads.fake_engine import scripted, scripts_of
-from tools import factors
 
 TOKENIZER = tag_tokenizer(WORDS, 60)
 PROBLEMS = random.Random(0).sample(spans(60), 60)
@@ -25,14 +25,14 @@ def test_answers_are_smallest_divisors():
     for problem in PROBLEMS:
         dividing = [d for d in range(problem.first, problem.last + 1) if problem.number % d == 0]
         assert problem.divisor == (dividing[0] if dividing else None)
-        assert FactorTask().correct(problem, str(dividing[0]) if dividing else None)
-        assert not FactorTask().correct(problem, "1") and not FactorTask().correct(problem, "")
+        assert Factors().correct(problem, str(dividing[0]) if dividing else None)
+        assert not Factors().correct(problem, "1") and not Factors().correct(problem, "")
     with pytest.raises(ValueError, match="given 5 to 4"):
         Span(10, 5, 4)
 
 
 def test_steps_count_what_was_tried():
-    assert FactorTask().steps("15/2 no\n15/3 yes\n15/4 yes\n15/0 no\n") == (2, 4)
+    assert Factors().steps("15/2 no\n15/3 yes\n15/4 yes\n15/0 no\n") == (2, 4)
 
 
 @pytest.mark.parametrize("inherit", [False, True])
@@ -44,19 +44,9 @@ def test_the_runner_replays_the_solver(inherit):
     for index, tree in enumerate(trees):
         scripts |= scripts_of(tree, (index,))
     engine = scripted(scripts, shuffle=1)
-    runner = TreeRunner(engine, TagProtocol(FactorTask(), inherit), TOKENIZER, Budget(128, depth=2), Sampling())
+    runner = TreeRunner(engine, TagProtocol(Factors(), inherit), TOKENIZER, Budget(128, depth=2), Sampling())
     jobs = [lambda i=i: runner.run(PROBLEMS[i], (i,)) for i in range(len(PROBLEMS))]
     for tree, problem, played in zip(trees, PROBLEMS, asyncio.run(run_all(jobs))):
         assert decode_tree(played, TOKENIZER.decode).root == decode_tree(tree, TOKENIZER.decode).root
         assert played.outcome.correct and played.outcome.answered == (problem.divisor is not None)
     assert not engine.live and len(set(engine.names)) == len(engine.names)
-
-
-def test_the_command_trains_a_model_that_spawns(tmp_path, capsys):
-    """A short run of what README shows; its whole length reaches about 100 %."""
-    assert factors.main(["factors", f"--workdir={tmp_path}", "--steps=120", "--inherit"]) == 0
-    import json
-
-    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert summary["n"] == summary["ran"] == 100
-    assert summary["children"] > 2 and summary["accuracy"] > 0.3

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apr_jax.tasks.tagged import WORDS, FactorTask, TagProtocol, tag_tokenizer
-from apr_jax.tasks.tagged.protocol import SPAWN_ERRORS, TAGS
+from apr_jax.tasks.tagged.factors import WORDS, Factors
+from apr_jax.tasks.tagged.protocol import SPAWN_ERRORS, TAGS, TagProtocol, tag_tokenizer
 from apr_jax.threads import MalformedSpawn
 
-PROTOCOL = TagProtocol(FactorTask())
+PROTOCOL = TagProtocol(Factors())
 TOKENIZER = tag_tokenizer(WORDS, 60)
 
 
@@ -21,7 +21,7 @@ def spawn(*threads):
 @pytest.mark.parametrize("inherit", [False, True])
 def test_a_spawn_names_its_children_and_where_it_begins(inherit):
     text = "60 in 2 to 9\nfirst " + spawn("a b", "c")
-    request = TagProtocol(FactorTask(), inherit).parse_spawn(text)
+    request = TagProtocol(Factors(), inherit).parse_spawn(text)
     assert request.children == ("a b\n", "c\n") and text[request.position :] == spawn("a b", "c")
     assert request.inherit == inherit
     assert PROTOCOL.parse_spawn(text + " ") is None

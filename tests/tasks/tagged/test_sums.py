@@ -5,7 +5,8 @@ import random
 
 import pytest
 
-from apr_jax.tasks.tagged import SUM_WORDS, RangeSum, SumTask, TagProtocol, range_sums, solve_sum, tag_tokenizer
+from apr_jax.tasks.tagged.protocol import TagProtocol, tag_tokenizer
+from apr_jax.tasks.tagged.sums import SUM_WORDS, RangeSum, Sums, range_sums, solve_sum
 from apr_jax.threads import decode_tree, encode_tree
 from apr_jax.threads.engine import Sampling
 from apr_jax.threads.metrics import children, sampled_tokens, sequential_tokens
@@ -13,7 +14,7 @@ from apr_jax.threads.run import Budget, TreeRunner, run_all
 from tests.threads.fake_engine import scripted, scripts_of
 
 TOKENIZER = tag_tokenizer(SUM_WORDS, 99)
-PROTOCOL = TagProtocol(SumTask())
+PROTOCOL = TagProtocol(Sums())
 
 
 def encoded(tree):
@@ -57,9 +58,9 @@ def test_the_runner_replays_the_solver():
 def test_wrong_answers_and_problems_are_told():
     problem = RangeSum(24, 55, 0)
     right = sum(range(24, 56)) % 10
-    assert SumTask().correct(problem, f"55:{right}")
-    assert not any(SumTask().correct(problem, wrong) for wrong in (f"54:{right}", f"55:{right - 1}", "55", "", None))
-    assert SumTask().steps("13+0=3\n14+3=8\n39:9+3=2\n") == (2, 3)
+    assert Sums().correct(problem, f"55:{right}")
+    assert not any(Sums().correct(problem, wrong) for wrong in (f"54:{right}", f"55:{right - 1}", "55", "", None))
+    assert Sums().steps("13+0=3\n14+3=8\n39:9+3=2\n") == (2, 3)
     for wrong in ((9, 60, 0), (25, 60, 0), (10, 54, 0), (10, 60, 10)):
         with pytest.raises(ValueError, match="begins with 10 to 24"):
             RangeSum(*wrong)

@@ -1,4 +1,4 @@
-"""The data stage: held-out problems stay out, a seed fixes every byte, whatever the processes and the kills."""
+"""A data set as training and evaluation read it: problems, threads, conditions; and a full disk that loses nothing."""
 
 import dataclasses
 import errno
@@ -7,21 +7,28 @@ import os
 import numpy as np
 import pytest
 
+from apr_jax.data.folder import DataFolder
 from apr_jax.data.packing import flatten_tree
 from apr_jax.tasks.countdown import trace
 from apr_jax.tasks.countdown.problem import solvable
 from experiments.command import PRESETS, load_config
-from experiments.dataset import load_manifest, load_pieces, load_problems, load_run_tokenizer, make_data
+from experiments.data_stage import make_data
 from experiments.settings import read_settings
 
 
-def read_preset(name, **problems):
-    config = load_config(str(PRESETS / f"{name}.py"))
-    config.problems.update(problems)
+def read_preset(**data):
+    config = load_config(str(PRESETS / "smoke.py"))
+    config.seed = data.pop("seed", 0)
+    config.window = data.pop("window", config.window)
+    config.data.update(data)
     return read_settings(config)
 
 
-SMALL = read_preset("smoke", train=40, held_out=6)
+SMALL = read_preset(train=40, held_out=6)
+
+
+def opened(folder):
+    return DataFolder(folder, SMALL.task)
 
 
 def files(folder):
@@ -30,39 +37,38 @@ def files(folder):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_held_out_problems_are_distinct_and_never_trained_on(seed, tmp_path):
-    make_data(dataclasses.replace(SMALL, seed=seed, train=300), tmp_path)
-    train, held_out = (list(load_problems(tmp_path / f"{name}.npy")) for name in ("train", "held_out"))
+    make_data(read_preset(seed=seed, train=300, held_out=6), tmp_path)
+    train, held_out = (list(opened(tmp_path).problems(name)) for name in ("train", "held_out"))
     held = {(tuple(sorted(problem.numbers)), problem.target) for problem in held_out}
     assert (len(train), len(held_out), len(held)) == (300, 6, 6)
     assert not held & {(tuple(sorted(problem.numbers)), problem.target) for problem in train}
     assert all(map(solvable, held_out + train))
 
 
-def test_the_stage_keeps_them_apart_too(whole_run):
-    data = whole_run.folder / "data"
-    train, held_out = (load_problems(data / f"{name}.npy") for name in ("train", "held_out"))
-    assert not {problem.key for problem in train} & {problem.key for problem in held_out}
-    for style in ("sosp", "apr"):
-        pieces = load_pieces(data, style, "train")
-        assert max(pieces.lengths) <= 256 and all(len(pieces[i]) == pieces.lengths[i] for i in range(0, 90, 7))
+def test_segments_fit_their_rows_and_tell_their_lengths(tmp_path):
+    make_data(SMALL, tmp_path)
+    for variant in ("sos_plus", "apr"):
+        segments = opened(tmp_path).segments(variant, "train")
+        assert max(segments.lengths) <= 256
+        assert all(len(segments[i]) == segments.lengths[i] for i in range(0, len(segments), 7))
 
 
 def test_a_seed_fixes_every_byte(tmp_path):
     for name in ("one", "two"):
         make_data(SMALL, tmp_path / name)
-    make_data(dataclasses.replace(SMALL, seed=1), tmp_path / "other")
+    make_data(read_preset(train=40, held_out=6, seed=1), tmp_path / "other")
     one, two, other = (files(tmp_path / name) for name in ("one", "two", "other"))
     assert one == two
-    assert one["train.npy"] != other["train.npy"]
+    assert one["train.jsonl"] != other["train.jsonl"]
     assert one["manifest.json"] != other["manifest.json"]
 
 
 def test_what_is_made_is_only_read(tmp_path, monkeypatch):
     manifest = make_data(SMALL, tmp_path)
     monkeypatch.setattr("apr_jax.data.dataset._make_problems", None)
-    assert make_data(SMALL, tmp_path) == manifest == load_manifest(tmp_path)
+    assert make_data(SMALL, tmp_path) == manifest == opened(tmp_path).manifest
     counts = manifest["apr_train"]
-    pieces = load_pieces(tmp_path, "apr", "train")
+    pieces = opened(tmp_path).segments("apr", "train")
     assert counts["trees"] + counts["too_long"] == counts["problems"] == 40
     assert len(pieces) == counts["threads"] and sum(pieces.lengths) == counts["tokens"]
     assert all(piece.tokens.dtype == np.int32 and piece.sampled.dtype == bool for piece in pieces)
@@ -70,7 +76,7 @@ def test_what_is_made_is_only_read(tmp_path, monkeypatch):
 
 def test_pieces_from_the_store_are_those_of_its_trees(tmp_path):
     make_data(SMALL, tmp_path)
-    pieces = load_pieces(tmp_path, "apr", "train")
+    pieces = opened(tmp_path).segments("apr", "train")
     expected = [piece for tree in pieces.store for piece in flatten_tree(tree)]
     assert len(expected) == len(pieces) > 40
     for one, two in zip(pieces, expected):
@@ -80,10 +86,10 @@ def test_pieces_from_the_store_are_those_of_its_trees(tmp_path):
 
 def test_children_are_chosen_solvers_first(tmp_path):
     make_data(SMALL, tmp_path)
-    words = load_run_tokenizer(tmp_path, "")
-    store = load_pieces(tmp_path, "apr", "train").store
-    chosen = load_pieces(tmp_path, "apr", "train", children=1, seed=3)
-    again = load_pieces(tmp_path, "apr", "train", children=1, seed=3)
+    words = opened(tmp_path).tokenizer()
+    store = opened(tmp_path).segments("apr", "train").store
+    chosen = opened(tmp_path).segments("apr", "train", children=1, seed=3)
+    again = opened(tmp_path).segments("apr", "train", children=1, seed=3)
     assert [len(piece) for piece in chosen] == [len(piece) for piece in again]
     texts = iter([words.decode(piece.tokens) for piece in chosen])
     for tree in store:
@@ -124,13 +130,13 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, fails):
 
 
 def test_a_window_that_no_tree_fits_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="none of 40 sosp trees fits a window of 32 tokens"):
-        make_data(dataclasses.replace(SMALL, window=32), tmp_path)
+    with pytest.raises(ValueError, match="none of 40 apr demonstrations .* 40 do not fit a window of 32 tokens"):
+        make_data(read_preset(train=40, held_out=6, window=32), tmp_path)
     assert not (tmp_path / "manifest.json").exists()
 
 
 def test_missing_data_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="run --stage=data first"):
-        load_problems(tmp_path / "nothing")
+        opened(tmp_path).problems("train")
     with pytest.raises(FileNotFoundError, match="run --stage=data first"):
-        load_pieces(tmp_path, "apr", "train")
+        opened(tmp_path).segments("apr", "train")

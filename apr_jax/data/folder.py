@@ -1,0 +1,106 @@
+"""A finished data set, as training, evaluation and export read it."""
+
+import random
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from apr_jax.data.dataset import read_manifest
+from apr_jax.data.packing import StoredSegments
+from apr_jax.data.problems import ProblemFile, shared
+from apr_jax.data.store import TreeStore
+from apr_jax.errors import UserError
+from apr_jax.tasks.task import Task
+from apr_jax.text.hub import load_tokenizer
+from apr_jax.text.tokenizer import Tokenizer
+
+PARTS = ("train", "validation")
+
+
+class DataFolder:
+    """The data set of a task in a folder. Every method raises FileNotFoundError where the data stage has not run, and
+    UserError, with what to do, where a file is broken."""
+
+    def __init__(self, folder: Path, task: Task):
+        self.folder, self.task = folder, task
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        if (manifest := read_manifest(self.folder)) is None:
+            raise FileNotFoundError(f"no manifest under {self.folder}: run --stage=data first")
+        return manifest
+
+    def tokenizer(self, name: str = "") -> Tokenizer:
+        """The data set's own tokenizer, or the Hugging Face one of a name."""
+        if name:
+            return load_tokenizer(name)
+        path = self.folder / "tokenizer.json"
+        if not path.exists():
+            raise FileNotFoundError(f"no tokenizer at {path}: run --stage=data first")
+        return Tokenizer.load(path)
+
+    def problems(self, split: str) -> Sequence[Any]:
+        """The problems of a split, "train" or "held_out"."""
+        path = self.folder / f"{split}.jsonl"
+        if not path.exists():
+            raise FileNotFoundError(f"no problems at {path}: run --stage=data first")
+        return ProblemFile(self.task, path)
+
+    def held_out(self) -> Sequence[Any]:
+        """The held-out problems. Raises UserError also where the file is another data set's: its problems may have been
+        trained on."""
+        problems, count = self.problems("held_out"), self.manifest["held_out_problems"]
+        if len(problems) != count:
+            raise UserError(f"{problems.path} holds {len(problems)} problems, its data set {count}: {self.mend()}")
+        if count := shared(self.task, self.problems("train"), problems):
+            raise UserError(f"{count} problems of {problems.path} are among the training problems: {self.mend()}")
+        return problems
+
+    def trees(self, variant: str, part: str) -> TreeStore:
+        """The demonstrations of a variant, "train" or "validation"."""
+        try:
+            return TreeStore(self.folder / f"{variant}_{part}")
+        except FileNotFoundError:
+            if (manifest := read_manifest(self.folder)) is not None and f"{variant}_{part}" not in manifest:
+                there = [name for name in self.task.variants if f"{name}_train" in manifest]
+                raise UserError(
+                    f"the data set at {self.folder} has no {variant} demonstrations: give "
+                    f"--variants={','.join(there)}, or import them, too"
+                ) from None
+            where = self.folder / f"{variant}_{part}"
+            raise FileNotFoundError(f"no demonstrations at {where}: run --stage=data first") from None
+        except UserError as error:
+            raise UserError(f"{error}: {self.mend()}") from None
+
+    def segments(self, variant: str, part: str, children: int = 0, seed: int = 0) -> StoredSegments:
+        """The threads of a variant's trees to train on: roots, and of each tree's children at most `children` (0: all),
+        drawn by the seed, those that returned a result first."""
+        store = self.trees(variant, part)
+        if not children:
+            return StoredSegments(store)
+        rng = random.Random(f"{seed}/{variant}/children")
+        chosen: list[int] = []
+        for tree, (first, end) in enumerate(zip(store.tree_threads, store.tree_threads[1:])):
+            count = int(end - first)
+            drawn = rng.sample(range(1, count), count - 1)
+            found = set(store.info(tree)["found"])
+            drawn.sort(key=lambda thread: thread not in found)
+            chosen += [int(first) + thread for thread in (0, *drawn[:children])]
+        return StoredSegments(store, np.array(chosen))
+
+    def conditions(self, variant: str) -> dict[str, int]:
+        """The number of a variant's training trees by the condition first on their root's prompt, as
+        ``{"Sub Call Budget: 3 ": 120, ...}``, numbers in them rising; "" counts trees without one. Empty for a variant
+        without trees."""
+        counted = self.manifest.get(f"{variant}_train", {}).get("conditions", {})
+        return dict(sorted(counted.items(), key=lambda item: [int(number) for number in re.findall(r"\d+", item[0])]))
+
+    def mend(self) -> str:
+        """What to do where a file of the data set is broken."""
+        if (manifest := read_manifest(self.folder)) is not None and manifest["config"].get("imported"):
+            return "import the data set again"
+        return f"delete it and {self.folder / 'manifest.json'}, and run --stage=data again"
