@@ -58,6 +58,7 @@ class Command:
     processes: int = 1
     process: int = 0
     debug: bool = False  # whether every error keeps its traceback
+    variants_given: str = "all"  # as it was typed
 
 
 def parse(argv: Sequence[str]) -> Command | None:
@@ -102,7 +103,7 @@ def parse(argv: Sequence[str]) -> Command | None:
             break
     return Command(
         values.config, changes, settings, stages, variants, workdir, tuple(values.sweep),
-        values.coordinator or "", values.processes, values.process, values.debug,
+        values.coordinator or "", values.processes, values.process, values.debug, ",".join(values.variants),
     )  # fmt: skip
 
 

@@ -110,7 +110,7 @@ def write_report(
     for variant in task.variants:
         counts, title = dataset.manifest.get(f"{variant}_train", {}), task.title(variant)
         if not counts.get("trees"):
-            continue  # a data set that was imported may have one alone
+            continue  # a data set that was imported may have one alone, a task's variant none
         n = counts["problems"]
         lines.append(
             f"The {title} demonstrations of {n} training problems: "
@@ -129,10 +129,10 @@ def write_report(
     accuracy.accuracy_against_window(records, folder / "accuracy_window.png")
     accuracy.accuracy_against_sequential(records, folder / "accuracy_sequential.png")
     accuracy.accuracy_against_total(records, folder / "accuracy_total.png")
-    if sft := {title: rows for title, rows in metrics.items() if "GRPO" not in title}:
-        training.sft_losses(sft, folder / "sft_loss.png")
-    if grpo := {title: rows for title, rows in metrics.items() if "GRPO" in title}:
-        training.grpo_rewards(grpo, folder / "grpo_reward.png")
+    for stage, draw, name in (("sft", training.sft_losses, "sft_loss"), ("grpo", training.grpo_rewards, "grpo_reward")):
+        told = {titles[f"{stage}_{variant}"] for variant in task.variants}
+        if rows := {title: rows for title, rows in metrics.items() if title in told}:
+            draw(rows, folder / f"{name}.png")
     text = "\n".join(lines) + "\n"
     write_text(workdir / "summary.json", json.dumps(summaries, indent=1))
     write_text(workdir / "report.md", text)
@@ -181,7 +181,7 @@ def _table(
         lines += ["", f"Prompts of {those} began with {condition.strip()!r}."]
     for variant in task.variants:
         before, after = (
-            next((title for title in records if title.partition(" (")[0] == f"{task.title(variant)} {stage}"), None)
+            next((title for title in records if _is_of(title, f"{task.title(variant)} {stage}")), None)
             for stage in STAGES.values()
         )
         if before and after:
@@ -194,6 +194,11 @@ def _table(
                       f"({100 * low:+.1f} to {100 * high:+.1f}), {gained} gained, {lost} lost. "
                       + _changes(task.published_changes(variant), summaries[before], summaries[after])]  # fmt: skip
     return lines
+
+
+def _is_of(title: str, plain: str) -> bool:
+    """Whether a title is the plain one, or that with a position behind it."""
+    return title == plain or title.startswith(f"{plain} (step ")
 
 
 def _changes(published: Mapping[str, float], before: dict, after: dict) -> str:
@@ -215,10 +220,11 @@ def _changes(published: Mapping[str, float], before: dict, after: dict) -> str:
 
 def _row(title: str, s: dict, trained: float, problems: int) -> str:
     malformed = ", ".join(f"{kind} {count}" for kind, count in s["malformed"].items()) or "none"
+    steps = "-" if s["step_accuracy"] is None else f"{s['step_accuracy']:.1%}"  # a task may have none
     return (
         f"| {title} | {s['accuracy']:.1%} ({s['accuracy_low']:.1%} to {s['accuracy_high']:.1%}),"
         f" n={s['n']} of {problems}"
-        f" | {s['answered']:.1%} | {s['step_accuracy']:.1%} | {s['total_tokens']:.0f} | {s['sequential_tokens']:.0f}"
+        f" | {s['answered']:.1%} | {steps} | {s['total_tokens']:.0f} | {s['sequential_tokens']:.0f}"
         f" | {s['children']:.1f} | {s['failures'].get('length', 0)} | {malformed} | {trained / 1e6:.2f} M |"
     )
 

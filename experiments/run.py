@@ -9,7 +9,7 @@ r"""Trains, evaluates and reports one experiment, from problems to figures.
         --coordinator=HOST:PORT --processes=2 --process=0       # and the same with --process=1 on another machine
 
 A run that was stopped goes on when the same command is given again; what is there already is not made again.
-What can be set is listed, with its defaults, in experiments/settings.py.
+What can be set is listed, with its defaults, in experiments/settings.py and in the task's own `Settings`.
 """
 
 import logging

@@ -17,7 +17,7 @@ from apr_jax.checks import FieldError, check_type, check_values
 from apr_jax.data.dataset import DataConfig
 from apr_jax.errors import UserError
 from apr_jax.io.paths import expand_home
-from apr_jax.model.llama import PRESETS, LlamaConfig
+from apr_jax.model.family import DEFAULT, Family, load_family
 from apr_jax.tasks.task import Task, find_task, load_task
 from apr_jax.threads.engine import Sampling
 from apr_jax.threads.run import Budget
@@ -67,8 +67,9 @@ def default_config(task: str) -> ml_collections.ConfigDict:
     c.tokenizer = ml_collections.ConfigDict()
     c.tokenizer.name = ""  # a Hugging Face tokenizer by folder or name in the place of the task's
 
-    c.model = ml_collections.ConfigDict()  # LlamaConfig; the vocabulary is the tokenizer's
-    c.model.preset = "tiny"  # tiny (1 M), small (25 M) or base (the paper's 228 M): sizes that are 0 below
+    c.model = ml_collections.ConfigDict()  # the family's config; the vocabulary is the tokenizer's
+    c.model.family = DEFAULT  # architecture: a built-in one by name, or package.module of your own
+    c.model.preset = "tiny"  # the family's sizes that are 0 below: tiny (1 M), small (25 M) or base (228 M)
     c.model.width = 0
     c.model.layers = 0
     c.model.heads = 0
@@ -170,7 +171,8 @@ class Settings:
     task: Task
     data: DataConfig
     tokenizer: str
-    model: dict[str, Any]  # LlamaConfig but for the vocabulary
+    family: Family
+    model: dict[str, Any]  # values of the family's config but for the vocabulary
     checkpoint: str  # of the first weights; "": they are random
     sft: SftConfig
     grpo: GrpoConfig
@@ -213,8 +215,19 @@ def _field_types(kind: type, prefix: str) -> dict[str, Any]:
         if dataclasses.is_dataclass(annotations[field.name]):
             found |= _field_types(annotations[field.name], f"{prefix}{field.name}.")
         elif field.init:
+            if not _is_read(annotations[field.name]):
+                raise UserError(
+                    f"{kind.__name__}.{field.name}: a setting is true or false, an integer, a number, a text or a "
+                    f"tuple of one of these, its type is {annotations[field.name]}"
+                )
             found[prefix + field.name] = annotations[field.name]
     return found
+
+
+def _is_read(kind: Any) -> bool:
+    """Whether values of a type can be given on a command line."""
+    of = [one for one in typing.get_args(kind) if one is not ...] if typing.get_origin(kind) is tuple else [kind]
+    return all(one in (bool, int, float, str) for one in of)
 
 
 def read_settings(config: ml_collections.ConfigDict) -> Settings:
@@ -258,9 +271,10 @@ def read_settings(config: ml_collections.ConfigDict) -> Settings:
         return build(name, kind, **values, seed=c["seed"], names={"seed": "seed"})
 
     sft, grpo = section("sft", SftConfig, ("children",)), section("grpo", GrpoConfig, ("variants", "slots"))
-    model = _model_sizes(c["model"])
+    family = build("model", load_family, c["model"]["family"])
+    model = _model_sizes(c["model"], family)
     model["context"] = -(-max(window, grpo.row_length) // 128) * 128
-    build("model", LlamaConfig, vocab_size=8, **model)
+    build("model", family.Config, vocab_size=8, **model)
 
     def sampling(temperature: float) -> Sampling:
         return build("evaluate", Sampling, temperature, c["evaluate"]["top_k"], c["evaluate"]["top_p"])
@@ -287,7 +301,8 @@ def read_settings(config: ml_collections.ConfigDict) -> Settings:
             c["task"], task.settings, window=window, row_length=sft.row_length, tokenizer=tokenizer, seed=c["seed"],
             **data,
         ),
-        tokenizer=tokenizer, model=model, checkpoint=expand_home(c["model"]["checkpoint"]), sft=sft, grpo=grpo,
+        tokenizer=tokenizer, family=family, model=model, checkpoint=expand_home(c["model"]["checkpoint"]),
+        sft=sft, grpo=grpo,
         sft_children=c["sft"]["children"],
         grpo_variants=tuple(c["grpo"]["variants"]), grpo_slots=c["grpo"]["slots"],
         budget=build("budget", Budget, context=window, **c["budget"] | {"tokens": c["budget"]["tokens"] or None}),
@@ -373,15 +388,14 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield f"{prefix}{name}", value
 
 
-def _model_sizes(section: dict[str, Any]) -> dict[str, Any]:
-    """A section "model" as the values of `LlamaConfig`: what is 0 is the preset's, or left to the config."""
-    section = dict(section)
-    del section["checkpoint"]
+def _model_sizes(section: dict[str, Any], family: Family) -> dict[str, Any]:
+    """A section "model" as the values of its family's config: what is 0 is the preset's, or left to the config."""
+    section = {key: value for key, value in section.items() if key not in ("checkpoint", "family")}
     name = section.pop("preset")
-    if name not in PRESETS:
-        raise UserError(f"model.preset is one of {', '.join(PRESETS)}, was given {name!r}")
-    preset = PRESETS[name]
+    if name not in family.presets:
+        raise UserError(f"model.preset is one of {', '.join(family.presets)}, was given {name!r}")
+    preset = family.presets[name]
     if section["width"] not in (0, preset["width"]):
         preset = {**preset, "feed_forward": None}
-    sizes = {key: section[key] or preset[key] for key in preset}
+    sizes = {key: section.get(key) or preset[key] for key in preset}
     return {**section, **sizes, "kv_heads": section["kv_heads"] or None}

@@ -19,10 +19,10 @@ import json
 import time
 from collections.abc import Sequence
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 
 import jax
-from flax import nnx
 
 from apr_jax import interrupt
 from apr_jax.data.dataset import read_manifest
@@ -31,7 +31,7 @@ from apr_jax.errors import UserError
 from apr_jax.evaluate.run import evaluate
 from apr_jax.export.hf import check_export, check_trees, export_hf
 from apr_jax.io.files import write_text
-from apr_jax.model.llama import Llama, LlamaConfig, abstract_llama, parameter_count
+from apr_jax.model.family import Model, ModelConfig, abstract_model, config_json, make_model, parameter_count
 from apr_jax.rollout.engine import JaxEngine
 from apr_jax.tasks.task import settings_json
 from apr_jax.text.hub import find_tokenizer, load_tokenizer
@@ -162,7 +162,7 @@ class Run:
             if self.settings.evaluate_budgets[variant] and not any(self.dataset.conditions(variant)):
                 raise UserError(
                     f"evaluate.budgets.{variant} is for a model whose demonstrations had conditions, these had none: "
-                    "make them with conditions, in another --workdir"
+                    f"set them in {self.task.name}, the task's settings, with another --workdir"
                 )
         for name, (model, meta) in models.items():
             folder = self.workdir / "evaluate"
@@ -228,6 +228,10 @@ class Run:
         export_hf(model, self.tokenizer, folder, meta, self.settings.export_dtype)
         held_out, demonstrations = self.dataset.held_out(), self.dataset.segments(variant, "validation")
         texts = [demonstrations[i].tokens[:64] for i in range(min(8, len(demonstrations)))]
+        if find_spec("torch") is None:
+            print(f"export {folder}: not compared with transformers, torch is not installed (the extra `check`)")
+            write_text(folder / "check.json", json.dumps(described, indent=1))
+            return
         check = {
             **described,
             **check_export(model, self.tokenizer, folder, texts),
@@ -255,8 +259,8 @@ class Run:
         return self.dataset.tokenizer(self.settings.tokenizer)
 
     @property
-    def model_config(self) -> LlamaConfig:
-        return LlamaConfig(vocab_size=len(self.tokenizer), **self.settings.model)
+    def model_config(self) -> ModelConfig:
+        return self.settings.family.Config(vocab_size=len(self.tokenizer), **self.settings.model)
 
     def _first_checkpoint(self, variant: str) -> str | Path:
         """Where SFT finds its first weights, "" for random ones. Once it has saved a step, that has the model's sizes
@@ -264,25 +268,26 @@ class Run:
         own = self.workdir / f"sft_{variant}" / "checkpoints"
         return self.settings.checkpoint and (own if newest_step(own) else self.settings.checkpoint)
 
-    def _first_model(self, variant: str) -> Llama:
+    def _first_model(self, variant: str) -> Model:
         """The model that SFT begins with. Raises UserError where a given one is not the run's, CheckpointError where
         it cannot be read."""
         first = self._first_checkpoint(variant)
         if not first:
-            return Llama(self.model_config, rngs=nnx.Rngs(self.settings.seed))
+            return make_model(self.model_config, self.settings.seed)
         model, _ = load_model(first)
         self._check_sizes(first, model.config)
         self._check_vocabulary(first, model.config)
-        # Rotary base and norm are no settings: they stay those that the weights were trained with.
-        model.config = dataclasses.replace(
-            self.model_config, rope_theta=model.config.rope_theta, norm_epsilon=model.config.norm_epsilon
-        )
+        # What is no setting, such as the rotary base, stays as the weights were trained with.
+        known = {"vocab_size", "context", *self.settings.config["model"]}
+        kept = {f.name: getattr(model.config, f.name) for f in dataclasses.fields(model.config) if f.name not in known}
+        model.config = dataclasses.replace(self.model_config, **kept)
         return model
 
-    def _check_sizes(self, checkpoint: str | Path, given: LlamaConfig) -> None:
+    def _check_sizes(self, checkpoint: str | Path, given: ModelConfig) -> None:
         """Raises UserError, also where the run's threads are longer than the model's context."""
-        run = LlamaConfig(given.vocab_size, **self.settings.model)
+        run = self.settings.family.Config(vocab_size=given.vocab_size, **self.settings.model)
         for name, theirs, ours in (
+            ("family", given.family, run.family),
             ("width", given.width, run.width),
             ("layers", given.layers, run.layers),
             ("heads", given.heads, run.heads),
@@ -299,7 +304,7 @@ class Run:
                 f"window is at most the context of model.checkpoint ({given.context}), was given {self.settings.window}"
             )
 
-    def _check_vocabulary(self, checkpoint: str | Path, given: LlamaConfig) -> None:
+    def _check_vocabulary(self, checkpoint: str | Path, given: ModelConfig) -> None:
         """Raises UserError where the weights' words are others than the run's, as far as it is known."""
         if given.vocab_size != len(self.tokenizer):
             raise UserError(
@@ -330,11 +335,11 @@ class Run:
         names = (f"{kind}_{variant}" for kind in ("sft", "grpo") for variant in self.variants)
         return {name: step for name in names if (step := last_step(self.workdir / name))}
 
-    def models(self) -> dict[str, tuple[Llama, dict]]:
+    def models(self) -> dict[str, tuple[Model, dict]]:
         """The models of `saved` with their meta."""
         return {name: self._load(name, step.parent) for name, step in self.saved().items()}
 
-    def _load(self, name: str, folder: Path) -> tuple[Llama, dict]:
+    def _load(self, name: str, folder: Path) -> tuple[Model, dict]:
         """`load_model`. Raises UserError where the checkpoint is of another task, stage or variant than its folder."""
         model, meta = load_model(folder)
         theirs = f"{meta.get('stage')}_{meta.get('variant')}"
@@ -365,10 +370,10 @@ class Run:
             stage = name.partition("_")[0]
             raise UserError(f"{name} stands at step {reached} of {steps}: finish --stage={stage} first{also}")
 
-    def _meta(self, config: LlamaConfig, variant: str, kind: str) -> dict:
-        total, inner = parameter_count(abstract_llama(config))
+    def _meta(self, config: ModelConfig, variant: str, kind: str) -> dict:
+        total, inner = parameter_count(abstract_model(config))
         return {
-            "model": dataclasses.asdict(config), "task": self.task.spec, "task_settings": settings_json(self.task),
+            "model": config_json(config), "task": self.task.spec, "task_settings": settings_json(self.task),
             "variant": variant, "stage": kind, "config": self.settings.config,
             "parameters": total, "parameters_without_embeddings": inner,
             # First on a root's prompt, where nothing else is said.

@@ -31,7 +31,7 @@ def expand(command: Command) -> list[tuple[str, list[str]]]:
         folder = command.workdir / ",".join(changes)
         line = [
             f"--config={command.file}", *(f"--config.{change}" for change in (*command.changes, *changes)),
-            f"--stage={','.join(command.stages)}", f"--variants={','.join(command.variants)}", f"--workdir={folder}",
+            f"--stage={','.join(command.stages)}", f"--variants={command.variants_given}", f"--workdir={folder}",
             *(["--debug"] if command.debug else []),
         ]  # fmt: skip
         task = parse(["run", *line]).settings.config["task"]

@@ -22,8 +22,10 @@ from tools.benchmarks.structure import (
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = read_modules(ROOT)
 OURS = [module for module in MODULES if module.name.partition(".")[0] == "apr_jax" and module.name != "apr_jax"]
-TASK = ("countdown", "sosp", "sos_plus")  # a task's name and its variants'
-KNOW_IT = ("apr_jax/tasks/", "experiments/configs/", "tools/solve.py", "tools/benchmarks/", "tests/")
+TASK = ("countdown", "sosp", "sos_plus", "sub call", "token budget")  # a task's name and its variants'
+KNOW_TASK = ("apr_jax/tasks/", "experiments/configs/", "tools/solve.py", "tools/benchmarks/", "tests/")
+FAMILY = ("llama",)  # a model family's name
+KNOW_FAMILY = ("apr_jax/model/", "tests/")
 
 
 def test_every_room_stands_on_one_floor():
@@ -63,8 +65,8 @@ def test_circles_are_found():
     assert circles(links) == [["a", "b", "c"], ["d", "e"]]
 
 
-def names_of(path: Path) -> set[str]:
-    """The strings and names in a file's code that hold a word of one task; docstrings and comments are free."""
+def names_of(path: Path, words: tuple[str, ...]) -> set[str]:
+    """The strings and names in a file's code that hold one of the words; docstrings and comments are free."""
     tree = ast.parse(path.read_text())
     free = {
         id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
@@ -76,7 +78,13 @@ def names_of(path: Path) -> set[str]:
         for field in ("id", "attr", "name", "asname", "arg", "module"):
             if isinstance(value := getattr(node, field, None), str):
                 found.add(value)
-    return {name for name in found if any(word in name for word in TASK)}
+    return {name for name in found if any(word in name.lower() for word in words)}
+
+
+def elsewhere(known: tuple[str, ...], words: tuple[str, ...]) -> dict[str, set[str]]:
+    """The names that hold one of the words, by file, of all files whose path does not begin as one of `known`."""
+    paths = [module.path for module in MODULES if not module.path.as_posix().startswith(known)]
+    return {path.as_posix(): found for path in paths if (found := names_of(ROOT / path, words))}
 
 
 def test_names_of_a_task_are_found(tmp_path):
@@ -84,12 +92,16 @@ def test_names_of_a_task_are_found(tmp_path):
     path.write_text(
         '"""countdown"""\nfrom a.countdown import b as sosp_b  # sosp\nc = f"of {b} sos_plus"\nd.sosp(sosp=1)'
     )
-    assert names_of(path) == {"a.countdown", "sosp_b", " sos_plus", "sosp"}
+    assert names_of(path, TASK) == {"a.countdown", "sosp_b", " sos_plus", "sosp"}
 
 
 def test_one_task_s_names_stand_with_the_task_alone():
-    paths = [module.path for module in MODULES if not module.path.as_posix().startswith(KNOW_IT)]
-    assert {path.as_posix(): found for path in paths if (found := names_of(ROOT / path))} == {}
+    assert elsewhere(KNOW_TASK, TASK) == {}
+
+
+def test_one_model_family_s_name_stands_with_the_models_alone():
+    assert elsewhere(KNOW_FAMILY, FAMILY) == {}
+    assert {"llama", "apr_jax.model.llama"} <= names_of(ROOT / "apr_jax" / "model" / "family.py", FAMILY)
 
 
 def test_a_checkout_is_told_and_drawn(tmp_path, capsys):

@@ -69,7 +69,8 @@ def check_arguments(given: Sequence[str], names: Sequence[str]) -> None:
     if not names and given:
         raise UserError(f"only flags are taken, --name=value, was given {given[0]!r} (--help lists the flags)")
     if len(given) != len(names):
-        raise UserError(f"the arguments are {' '.join(names)}, {len(given)} were given (--help explains)")
+        fixed = sum(name.islower() for name in names)  # a command's own word
+        raise UserError(f"the arguments are {' '.join(names)}, {len(given) - fixed} were given (--help explains)")
 
 
 def need(values: flags.FlagValues, *names: str) -> None:

@@ -43,7 +43,7 @@ def run(checkpoint: str, out: str, dtype: str, tokenizer: str | None, check: int
         raise FileNotFoundError(f"no checkpoint at {folder}")
     if Path(out).exists() and not Path(out).is_dir():
         raise NotADirectoryError(f"{out} is a file, the export needs a folder")
-    from apr_jax.export.hf import check_export, check_trees, export_hf  # here: --help need not wait for JAX
+    from apr_jax.export.hf import check_export, check_trees, export_hf, trained_on  # here: --help need not wait for JAX
     from apr_jax.tasks.task import load_task
     from apr_jax.text.hub import find_tokenizer, load_tokenizer
     from apr_jax.train.checkpoint import load_model
@@ -71,7 +71,7 @@ def run(checkpoint: str, out: str, dtype: str, tokenizer: str | None, check: int
     if missing := _missing_token(words, protocol):
         print(f"the check of trees does not apply: {missing!r} is not one token of this tokenizer")
         return
-    window = window or min((meta.get("config") or {}).get("window", 768), model.config.context)
+    window = window or trained_on(meta, model.config)["window"]
     budget = Budget(min(window, model.config.context), depth=max(1, task.levels(variant)))
     equal, total = check_trees(
         model,
@@ -97,11 +97,12 @@ def _missing_token(words, protocol) -> str | None:
 
 def _problems(task, path: Path, count: int) -> list:
     from apr_jax.data.problems import ProblemFile
+    from apr_jax.tasks.task import HELD_OUT, first_problems
 
     if path.is_file():
         return ProblemFile(task, path)[:count]
-    drawn = task.problems(0, "held_out", range(2 * count))
-    return [problem for problem in drawn if problem is not None][:count]
+    problems, _ = first_problems(task, HELD_OUT, count)
+    return problems
 
 
 def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:

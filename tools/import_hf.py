@@ -1,15 +1,14 @@
-"""Imports a Hugging Face Llama, a folder or a model of the hub, as a checkpoint that everything here starts from.
+"""Imports a Hugging Face model, a folder or a model of the hub, as a checkpoint that everything here starts from.
 
     python -m tools.import_hf --model=exported --out=imported
     python -m tools.export_hf --checkpoint=imported --out=exported_again
     python -m experiments.run --config=... --config.model.checkpoint=imported --config.sft.steps=0
 
-The model is a LlamaForCausalLM with its weights as safetensors, in one file or several. OUT gets the checkpoint, 0, the
-tokenizer beside it, and generation_config.json where several tokens end a text. A config or a tensor that our Llama
-does not have is named and refused, never skipped.
+The model is of a built-in family, or of your own (--family), with its weights as safetensors, in one file or several.
+OUT gets the checkpoint, 0, the tokenizer beside it, and generation_config.json where several tokens end a text. A
+config or a tensor that the family does not have is named and refused, never skipped.
 """
 
-import dataclasses
 import json
 import re
 import sys
@@ -41,13 +40,17 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "task", None, "The task that the model was trained on. Default: as its config.json says.", flag_values=values
     )
+    flags.DEFINE_string(
+        "family", None, "The model's family, a package.module of your own. Default: the built-in one that its "
+        "config.json tells.", flag_values=values,
+    )  # fmt: skip
     flags.DEFINE_string("variant", None, "The variant of that task. Default: its first.", flag_values=values)
 
 
 def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     from apr_jax.export.imported import import_hf, read_positions
     from apr_jax.io.folder import replaced  # here: --help and a refusal need not wait for JAX
-    from apr_jax.model.llama import parameter_count
+    from apr_jax.model.family import config_json, family_of, parameter_count
     from apr_jax.text.hub import GENERATION, HubTokenizer, load_tokenizer, with_ends
     from apr_jax.train.checkpoint import save_model
 
@@ -57,15 +60,15 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
         if not values["tokenizer"].value and not Path(words).is_file():
             raise FileNotFoundError(f"no tokenizer.json in {folder}: name one with --tokenizer=FILE")
         tokenizer = with_ends(load_tokenizer(words), folder)
-        model = import_hf(folder)
+        model = import_hf(folder, values["family"].value)
         if len(tokenizer) > model.config.vocab_size:
             raise UserError(f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}")
         total, inner = parameter_count(model)
         trained = _trained_on(folder, values["task"].value, values["variant"].value)
         meta = {
-            "model": dataclasses.asdict(model.config), **trained, "stage": "imported", "step": 0,
+            "model": config_json(model.config), **trained, "stage": "imported", "step": 0,
             "source": _source(values["model"].value), "parameters": total, "parameters_without_embeddings": inner,
-            "max_position_embeddings": read_positions(folder),
+            "max_position_embeddings": read_positions(folder, family_of(model.config)),
         }  # fmt: skip
         save_model(part, model, meta)
         if isinstance(tokenizer, HubTokenizer):
@@ -102,7 +105,8 @@ def _trained_on(folder: Path, spec: str | None, variant: str | None) -> dict:
     if spec is None:
         if variant:
             raise UserError(f"--variant goes with --task, was given {variant!r} alone")
-        return read_json(folder / "config.json", "give another model").get(KEY, {})
+        told = read_json(folder / "config.json", "give another model").get(KEY, {})
+        return {key: value for key, value in told.items() if key != "family"}  # stands with the sizes
     task = load_task(spec)
     return {"task": spec, "variant": task.check_variant(variant or task.variants[0])}
 

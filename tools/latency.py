@@ -2,9 +2,9 @@
 
     tools/serve_sglang.sh install
     python -m tools.latency --config=experiments/configs/workstation.py          # the last models of that run
-    python -m tools.latency --model=runs/one/export --model=runs/two/export --out=runs/latency
+    python -m tools.latency --model=exported --out=runs/latency    # of tools.export_hf; repeated: other variants
     python -m tools.latency --out=runs/latency                     # only draws again
-    python -m tools.latency --engine=jax --model=runs/one/export    # no server: the JAX engine in this process
+    python -m tools.latency --engine=jax --model=exported          # no server: the JAX engine in this process
 
 --config names a run by its preset (and --workdir, where it is not in runs/NAME): its last models are exported, and
 problems, window, depth and temperature are the run's own where no flag says otherwise. An exported folder says of which
@@ -95,7 +95,7 @@ async def _pass(plan: Plan, export: Export, setting: Setting, budget: Budget, se
         raise RuntimeError("an engine in this process has no servers to wait for")
 
     if servers is None:
-        engine, recover = jax_engine(import_hf(export.folder), setting, sampling, measurements), nothing
+        engine, recover = jax_engine(import_hf(export.folder, export.family), setting, sampling, measurements), nothing
     else:
         await servers.ready()
         engine = await sglang_engine(servers.urls, setting, export.vocab_size, measurements)

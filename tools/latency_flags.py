@@ -11,12 +11,13 @@ from urllib.parse import urlsplit
 
 from absl import flags
 
+from apr_jax.data.problems import ProblemFile
 from apr_jax.errors import UserError
 from apr_jax.evaluate.latency.engines import visible_gpus
-from apr_jax.evaluate.latency.problems import held_out_problems, read_problem_file
 from apr_jax.export.exported import Export, read_export
 from apr_jax.io.paths import read_json, user_path
 from apr_jax.rollout.placement import PLACEMENTS
+from apr_jax.tasks.task import HELD_OUT, first_problems
 from apr_jax.threads.run import Budget
 from experiments.command import load_config
 from tools.run_exports import export_last_models
@@ -52,7 +53,8 @@ def define_flags(values: flags.FlagValues) -> None:
     numbers("least_children", ["0"], "Children at least: budgets of models that spawn.")
     usual = "Default: what its demonstrations had most often."
     repeated("budgets", f"N,N or VARIANT:N,N: budgets that a model's prompts ask for. Repeated: for others. {usual}")
-    flags.DEFINE_integer("depth", 1, "Levels of children.", lower_bound=0, flag_values=values)
+    levels = "Levels of children. Default: those of the task's demonstrations."
+    flags.DEFINE_integer("depth", None, levels, lower_bound=0, flag_values=values)
     flags.DEFINE_float("temperature", 0.0, "Of the sampling.", lower_bound=0.0, flag_values=values)
     text("problems", None, "File of JSON lines, a held_out.jsonl of a run. Default: held-out problems of the task.")
     flags.DEFINE_integer("count", 50, "Problems.", lower_bound=1, flag_values=values)
@@ -75,7 +77,7 @@ class Plan:
     windows: list[int]
     least_children: list[int]
     budgets: dict[str, list[int]]  # by variant: the ones that prompts ask for
-    depth: int
+    depth: int | None  # None: the demonstrations'
     temperature: float
     problems: Sequence[Any]
     source: str  # digest of the file of problems, "" of the task's own
@@ -85,12 +87,13 @@ class Plan:
     def conditions(self, export: Export) -> Iterator[tuple[Budget, str]]:
         """Each budget of a model with what stands first on the root's prompt. Raises UserError for one that the model
         cannot have."""
-        spawns = export.task.spawns(export.variant)
+        levels = export.task.levels(export.variant)
+        depth = levels if self.depth is None or not levels else self.depth
         for window in self.windows or [export.window]:
             if window > export.context:
                 raise UserError(f"--windows: {export.folder} holds {export.context} tokens, was given {window}")
-            for least in self.least_children if spawns else [0]:
-                budget = Budget(window, depth=self.depth if spawns else 1, least_children=least)
+            for least in self.least_children if levels else [0]:
+                budget = Budget(window, depth=max(1, depth), least_children=least)
                 for asked in self.budgets.get(export.variant) or [None]:
                     yield budget, export.condition if asked is None else export.task.condition(export.variant, asked)
 
@@ -129,7 +132,9 @@ def _exports(folders: Sequence[str]) -> list[Export]:
         raise UserError(f"--model: models of one call are of one task, was given {named}")
     variants = [export.variant for export in exports]
     if twice := [variant for variant in dict.fromkeys(variants) if variants.count(variant) > 1]:
-        raise UserError(f"--model: one model of each variant, was given several of {twice[0]}: give --out to a second")
+        raise UserError(
+            f"--model: one model of each variant, was given several of {twice[0]}: measure the second with --out"
+        )
     return exports
 
 
@@ -198,13 +203,13 @@ def _problems(path: str | None, count: int, exports: Sequence[Export]) -> tuple[
         return [], [], ""
     task, source = exports[0].task, ""
     if path:
-        problems, behind = read_problem_file(Path(path), task, count), count
+        problems, behind = ProblemFile(task, Path(path))[:count], count
         source = hashlib.blake2b(Path(path).read_bytes(), digest_size=6).hexdigest()
     else:
-        problems, behind = held_out_problems(task, count)
+        problems, behind = first_problems(task, HELD_OUT, count)
     if len(problems) < count:
         raise UserError(f"--count: {path or task.spec} holds {len(problems)} problems, was given {count}")
-    warm, _ = held_out_problems(task, WARM, behind)
+    warm, _ = first_problems(task, HELD_OUT, WARM, behind)
     return problems, warm or problems[:WARM], source
 
 

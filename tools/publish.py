@@ -20,7 +20,6 @@ from apr_jax.io.paths import read_json
 from tools import command
 
 FILES = ("report.md", "summary.json", "config.json", "versions.json", "data/manifest.json", "export/check.json")
-STAGES = ("grpo", "sft")  # the last one first
 
 
 def _define(values: flags.FlagValues) -> None:
@@ -39,10 +38,13 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
         raise UserError(f"{out} is a run's own folder, of which checkpoints would be replaced: give another one")
     if values["model"].value:
         from apr_jax.tasks.task import find_task
-        from apr_jax.train.checkpoint import last_step  # --help need not wait for JAX
+        from apr_jax.train.checkpoint import last_model  # --help need not wait for JAX
 
-        variant = find_task(read_json(run / "config.json", "publish another run").get("task", "")).variants[0]
-        model = next(filter(None, (last_step(run / f"{stage}_{variant}") for stage in STAGES)), None)
+        spec = read_json(run / "config.json", "publish another run").get("task")
+        if not isinstance(spec, str):
+            raise UserError(f"{run} is a run of an earlier version of this code")
+        variant = find_task(spec).variants[0]
+        model = last_model(run, variant)
         if model is None:
             raise FileNotFoundError(f"{run} has no {variant} checkpoint")
         _check_weights(run, model)

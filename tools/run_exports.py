@@ -8,10 +8,9 @@ from pathlib import Path
 from apr_jax.errors import UserError
 from apr_jax.io.files import write_text
 from apr_jax.tasks.task import find_task
-from apr_jax.train.checkpoint import last_step
+from apr_jax.train.checkpoint import last_model
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = ("grpo", "sft")  # the last one first
 
 
 def export_last_models(run: Path, spec: str) -> list[Path]:
@@ -19,8 +18,7 @@ def export_last_models(run: Path, spec: str) -> list[Path]:
     of SFT where it had none; the main variant comes last. Raises FileNotFoundError where nothing was trained."""
     last = {}
     for variant in reversed(find_task(spec).variants):
-        steps = (last_step(run / f"{stage}_{variant}") for stage in STAGES)
-        if checkpoint := next(filter(None, steps), None):
+        if checkpoint := last_model(run, variant):
             last[variant] = checkpoint
     if not last:
         raise FileNotFoundError(f"no checkpoint under {run}: run --stage=sft of it first")

@@ -142,6 +142,8 @@ def read_manifest(folder: Path) -> dict | None:
     found = read_json(path, mend)
     if not isinstance(found.get("config"), dict) or not isinstance(found.get("held_out_problems"), int):
         raise UserError(f"{path} is broken: {mend}")
+    if "task" not in found["config"]:
+        raise UserError(f"{folder} holds a data set of an earlier version: give another folder")
     return found
 
 
@@ -193,10 +195,11 @@ def _finish(config: DataConfig, folder: Path, jobs: Sequence["_Job"]) -> dict | 
         content.update(own.pop("sha256").encode())
         add_counts(counts.setdefault(f"{job.variant}_{job.part}", {}), own)
     for name, count in counts.items():
-        if name.endswith("_train") and not count["trees"]:
+        if name.endswith("_train") and not count["trees"] and count[TOO_LONG]:  # a task may have none, for GRPO alone
             raise UserError(
                 f"none of {config.train} {name.removesuffix('_train')} demonstrations is left to train on: "
-                f"{count[TOO_LONG]} do not fit a window of {config.window} tokens, {count[NO_DEMONSTRATION]} are none"
+                f"{count[TOO_LONG]} do not fit a window of {config.window} tokens, of {count[NO_DEMONSTRATION]} "
+                "problems there are none"
             )
     for name in PROBLEM_FILES:
         with open(folder / name, "rb") as file:

@@ -26,7 +26,7 @@ def encode_demonstration(
     """
     protocol = task.protocol(variant)
     found = [at for at, thread in enumerate(text.threads()) if protocol.result(thread.text) is not None]
-    solved = 0 in found and protocol.correct(problem, text.root.text)
+    solved = protocol.correct(problem, text.root.text)
     info = text.info | {"solved": solved, "index": index, "found": found}
     tree = encode_tree(ThreadTree(text.root, info), tokenizer.encode, tokenizer.bos, tokenizer.eos)
     if "condition" in info or not (condition := task.condition_of(tree, variant)):

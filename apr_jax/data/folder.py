@@ -44,19 +44,25 @@ class DataFolder:
         return Tokenizer.load(path)
 
     def problems(self, split: str) -> Sequence[Any]:
-        """The problems of a split, "train" or "held_out"."""
+        """The problems of a split, "train" or "held_out". Raises UserError also where they are not as many as the data
+        set's."""
         path = self.folder / f"{split}.jsonl"
         if not path.exists():
             raise FileNotFoundError(f"no problems at {path}: run --stage=data first")
-        return ProblemFile(self.task, path)
+        problems, count = ProblemFile(self.task, path), self.manifest[f"{split}_problems"]
+        if len(problems) != count:
+            raise UserError(f"{path} holds {len(problems)} problems, its data set {count}: {self.mend()}")
+        return problems
 
     def held_out(self) -> Sequence[Any]:
-        """The held-out problems. Raises UserError also where the file is another data set's: its problems may have been
-        trained on."""
-        problems, count = self.problems("held_out"), self.manifest["held_out_problems"]
-        if len(problems) != count:
-            raise UserError(f"{problems.path} holds {len(problems)} problems, its data set {count}: {self.mend()}")
-        if count := shared(self.task, self.problems("train"), problems):
+        """The held-out problems. Raises UserError also where a line is broken, and where some are training problems:
+        the file is another data set's then."""
+        problems = self.problems("held_out")
+        try:
+            count = shared(self.task, self.problems("train"), problems)
+        except UserError as error:
+            raise UserError(f"{error}: {self.mend()}") from None
+        if count:
             raise UserError(f"{count} problems of {problems.path} are among the training problems: {self.mend()}")
         return problems
 
@@ -78,8 +84,10 @@ class DataFolder:
 
     def segments(self, variant: str, part: str, children: int = 0, seed: int = 0) -> StoredSegments:
         """The threads of a variant's trees to train on: roots, and of each tree's children at most `children` (0: all),
-        drawn by the seed, those that returned a result first."""
+        drawn by the seed, those that returned a result first. Raises UserError where there is no training tree."""
         store = self.trees(variant, part)
+        if part == "train" and not len(store):
+            raise UserError(f"{store.folder} has no demonstration to train on: give the task some, or {self.mend()}")
         if not children:
             return StoredSegments(store)
         rng = random.Random(f"{seed}/{variant}/children")
@@ -94,7 +102,7 @@ class DataFolder:
 
     def conditions(self, variant: str) -> dict[str, int]:
         """The number of a variant's training trees by the condition first on their root's prompt, as
-        ``{"Sub Call Budget: 3 ": 120, ...}``, numbers in them rising; "" counts trees without one. Empty for a variant
+        ``{"Budget: 3 ": 120, ...}``, numbers in them rising; "" counts trees without one. Empty for a variant
         without trees."""
         counted = self.manifest.get(f"{variant}_train", {}).get("conditions", {})
         return dict(sorted(counted.items(), key=lambda item: [int(number) for number in re.findall(r"\d+", item[0])]))

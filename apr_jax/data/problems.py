@@ -1,13 +1,13 @@
 """The problems of a data set: which candidates of a task become its training and held-out problems, and their files."""
 
-import json
+import hashlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from apr_jax.errors import UserError
 from apr_jax.io.files import whole
-from apr_jax.io.json_lines import JsonLines
+from apr_jax.io.json_lines import JsonLines, to_line
 from apr_jax.tasks.task import Task
 
 MOST_REFUSED = 50  # candidates in a row of that many times the rest wanted, before the task counts as used up
@@ -39,7 +39,7 @@ def write_problems(path: Path, task: Task, problems: Iterable[Any]) -> int:
     count = 0
     with whole(path) as part, part.open("w") as file:
         for problem in problems:
-            file.write(json.dumps(task.problem_json(problem), separators=(",", ":")) + "\n")
+            file.write(to_line(task.problem_json(problem)))
             count += 1
     return count
 
@@ -54,11 +54,11 @@ def choose_problems(
     first one where there are no more. Raises UserError where a task has too few.
     """
     held: set[Hashable] = set()
-    seen: set[int] = set()
+    seen: set[bytes] = set()
 
     def new(problem: Any) -> bool:
         key = task.key(problem)
-        short = hash(key)  # of one size whatever the key is: there may be millions
+        short = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()  # there may be millions
         return key not in held and short not in seen and not seen.add(short)
 
     def distinct(problem: Any) -> bool:

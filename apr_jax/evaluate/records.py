@@ -71,6 +71,9 @@ def problem_rows(task: Task, problems: Sequence[Any]) -> list[dict[str, Any]]:
     return [json.loads(json.dumps(task.problem_json(problem))) for problem in problems]
 
 
+REQUIRED = ("index", "problem", "task", "variant", "correct", "answered", "failures")  # without one it is no answer
+
+
 @dataclasses.dataclass(frozen=True)
 class Record(TreeRecord):
     """An evaluated problem: its tree, and whether it is right."""
@@ -88,6 +91,8 @@ class Record(TreeRecord):
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> "Record":
         """The record of a line's object. Raises UserError where it is none; its tree is read by `thread_tree`."""
+        if missing := [name for name in REQUIRED if name not in row]:
+            raise UserError(f"no record: {missing[0]} is missing")
         try:
             record = cls(**row)
         except TypeError as error:  # other fields

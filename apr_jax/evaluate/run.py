@@ -16,6 +16,7 @@ from typing import Any
 
 from apr_jax.evaluate.records import Record, problem_rows, tree_counts, whole_records
 from apr_jax.io.files import write_text
+from apr_jax.io.json_lines import append
 from apr_jax.io.progress import Progress
 from apr_jax.tasks.task import Task
 from apr_jax.threads.run import TreeRunner, together
@@ -70,8 +71,7 @@ def evaluate(
 
             def done(record: Record) -> None:
                 records[record.index] = record
-                file.write(record.line())
-                file.flush()
+                append(file, vars(record))
                 right = sum(record.correct for record in records.values())
                 progress.update(len(records), f"{right} right")
 

@@ -104,7 +104,7 @@ def summarise(records: Sequence[Record]) -> dict:
         "children": mean("children"),
         "duplicate_children": mean("duplicate_children"),
         "steps": steps,
-        "step_accuracy": sum(record.steps_right for record in ran) / max(steps, 1),
+        "step_accuracy": sum(record.steps_right for record in ran) / steps if steps else None,
         "malformed": by_kind("malformed"),
         "failures": by_kind("failures"),
         "suppressed_joins": sum(record.suppressed_joins for record in records),

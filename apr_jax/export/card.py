@@ -3,23 +3,24 @@
 import json
 import re
 
-from apr_jax.model.llama import Llama, parameter_count
+from apr_jax.model.family import Model, family_of, parameter_count
 from apr_jax.text.tokenizer import BOS, EOS
 
 ABOUT = """\
-A small Llama trained with apr_jax to work in threads (Adaptive Parallel Reasoning), on the task `{task}`, variant
+A small {family} trained with apr_jax to work in threads (Adaptive Parallel Reasoning), on the task `{task}`, variant
 `{variant}`. It knows the language of that task's demonstrations, nothing else.
 
 Every thread's prompt begins with the token `{bos}`, which the tokenizer does not add by itself, and a thread ends with
 `{eos}`. After a spawn the program that drives the model has to run the child threads and put their results in the
 context of the parent; apr_jax does, with the task's protocol."""
-ABOUT_IMPORTED = "A Llama that apr_jax imported and exported again, without training it."
+ABOUT_IMPORTED = "A {family} that apr_jax imported and exported again, without training it."
 
 
-def model_card(model: Llama, name: str, meta: dict, dtype: str) -> str:
+def model_card(model: Model, name: str, meta: dict, dtype: str) -> str:
     """README.md: what the model is, how to start it, its sizes, and all of `meta`."""
     config = model.config
     total, inner = parameter_count(model)
+    family = family_of(config).title
     plain = {key: value for key, value in meta.items() if not isinstance(value, (dict, list))}
     rows = {
         "parameters": f"{total:,}, {inner:,} without embedding and head",
@@ -31,11 +32,11 @@ def model_card(model: Llama, name: str, meta: dict, dtype: str) -> str:
     } | {key.replace("_", " "): value for key, value in plain.items()}
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     details = json.dumps(meta, indent=2, default=str)
-    if "task" in meta:
-        about = ABOUT.format(task=meta["task"], variant=meta.get("variant"), bos=BOS, eos=EOS)
+    if "task" in meta and meta.get("stage") != "imported":
+        about = ABOUT.format(family=family, task=meta["task"], variant=meta.get("variant"), bos=BOS, eos=EOS)
         tags = f"adaptive-parallel-reasoning, {re.sub('[^a-z0-9-]+', '-', meta['task'].lower())}, jax"
     else:
-        about, tags = ABOUT_IMPORTED, "jax"
+        about, tags = ABOUT_IMPORTED.format(family=family), "jax"
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation

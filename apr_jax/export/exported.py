@@ -1,4 +1,4 @@
-"""What an exported folder says of itself: the task and variant of its model, how it is asked, its sizes."""
+"""What an exported folder says of itself: the family, task and variant of its model, how it is asked, its sizes."""
 
 import dataclasses
 import hashlib
@@ -7,13 +7,14 @@ from typing import Any
 
 from apr_jax.errors import UserError
 from apr_jax.export.hf import KEY
-from apr_jax.export.imported import read_config
+from apr_jax.export.imported import read_hf_config
 from apr_jax.io.paths import read_json
 from apr_jax.tasks.task import Task, load_task
 from apr_jax.text.hub import HubTokenizer, load_tokenizer
 from apr_jax.text.tokenizer import Tokenizer
 
-FIELDS = {"task": str, "task_settings": dict, "variant": str, "condition": str, "window": int}  # of its object
+# Of its object.
+FIELDS = {"family": str, "task": str, "task_settings": dict, "variant": str, "condition": str, "window": int}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Export:
     """A checkpoint in Hugging Face format, as `tools.export_hf` writes it. Lengths are tokens."""
 
     folder: Path
+    family: str  # as `load_family` takes it
     task: Task
     variant: str
     condition: str  # first on the root's prompt, as most demonstrations had it
@@ -39,12 +41,15 @@ def read_export(folder: Path) -> Export:
         raise FileNotFoundError(f"no exported model in {folder} (python -m tools.export_hf writes one)")
     said = read_json(files[0], "export it again with tools.export_hf").get(KEY)
     if not _is_whole(said):
-        raise UserError(f"{files[0]} does not say of which task its model is: export it again with tools.export_hf")
-    config = read_config(folder)
+        raise UserError(
+            f"{files[0]} does not say of which family and task its model is: export it again with tools.export_hf"
+        )
+    config = read_hf_config(folder, said["family"])
     task = load_task(said["task"], said["task_settings"])
     return Export(
-        folder, task, task.check_variant(said["variant"]), said["condition"], min(said["window"], config.context),
-        config.context, config.vocab_size, load_tokenizer(str(folder.absolute() / "tokenizer.json")), _digest(files),
+        folder, said["family"], task, task.check_variant(said["variant"]), said["condition"],
+        min(said["window"], config.context), config.context, config.vocab_size,
+        load_tokenizer(str(folder.absolute() / "tokenizer.json")), _digest(files),
     )  # fmt: skip
 
 

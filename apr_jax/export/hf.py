@@ -1,11 +1,11 @@
 """Export to a Hugging Face folder, which transformers and SGLang load, and checks of what was exported.
 
-    config.json, generation_config.json, model.safetensors      a LlamaForCausalLM; past 5 GB the weights are in
+    config.json, generation_config.json, model.safetensors      the model; past 5 GB the weights are in
                                                                 shards, which model.safetensors.index.json lists
     tokenizer.json, tokenizer_config.json                       a PreTrainedTokenizerFast
     README.md                                                   the model card
 
-Letters of shapes are those of `apr_jax.model.llama`. torch and transformers are needed by the checks alone.
+The names of tensors and sizes are those of the model's family. torch and transformers are needed by the checks alone.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ from apr_jax.export.oracle import TransformersEngine, import_torch
 from apr_jax.io.folder import replaced, whole_path
 from apr_jax.io.progress import Progress
 from apr_jax.model.attention import attend_masked
-from apr_jax.model.llama import Llama
+from apr_jax.model.family import Family, Model, ModelConfig, family_of
+from apr_jax.model.hugging_face import Change
 from apr_jax.rollout.engine import JaxEngine
 from apr_jax.text.hub import HubTokenizer
 from apr_jax.text.tokenizer import BOS, EOS, PAD, UNKNOWN, Tokenizer
@@ -42,7 +43,7 @@ from apr_jax.threads.tree import Thread, map_blocks
 from apr_jax.train.optimizer import path_name
 from apr_jax.train.step import data_mesh
 
-KEY = "apr_jax"  # of config.json: the task that the model was trained on
+KEY = "apr_jax"  # of config.json: the family, and the task that the model was trained on
 SPARE_POSITIONS = 8  # SGLang refuses prompts within 6 tokens of the context and stops output 2 before it
 DTYPES = ("float32", "bfloat16")
 SHARD_BYTES = 5 * 10**9  # of one file of weights, as transformers writes them
@@ -58,89 +59,44 @@ class ExportError(UserError):
     """An export that cannot be made or cannot be written; one line, and what was there before stays."""
 
 
-def _same(x: np.ndarray) -> np.ndarray:
-    return x
-
-
-def _into(x: np.ndarray) -> np.ndarray:
-    """[D, ...] that reads the residual as Hugging Face's [outputs, D]; heads go one behind the other."""
-    return x.reshape(x.shape[0], -1).T
-
-
-def _out(x: np.ndarray) -> np.ndarray:
-    """[..., D] that writes the residual as Hugging Face's [D, inputs]."""
-    return x.reshape(-1, x.shape[-1]).T
-
-
-# Our path -> their name, and the change of one layer's array. The first full match wins; "{}" is the layer.
-NAMES: tuple[tuple[str, str, Callable[[np.ndarray], np.ndarray]], ...] = (
-    (r"embed_VxD", r"model.embed_tokens.weight", _same),
-    (r"norm_D", r"model.norm.weight", _same),
-    (r"head_DxV", r"lm_head.weight", _into),
-    (r"layers/attention_norm_LxD", r"model.layers.{}.input_layernorm.weight", _same),
-    (r"layers/feed_forward_norm_LxD", r"model.layers.{}.post_attention_layernorm.weight", _same),
-    (r"layers/([qkv])_LxDx[NK]xH", r"model.layers.{}.self_attn.\1_proj.weight", _into),
-    (r"layers/o_LxNxHxD", r"model.layers.{}.self_attn.o_proj.weight", _out),
-    (r"layers/(gate|up)_LxDxF", r"model.layers.{}.mlp.\1_proj.weight", _into),
-    (r"layers/down_LxFxD", r"model.layers.{}.mlp.down_proj.weight", _out),
-)
-
-
-def hf_name(name: str) -> tuple[str, Callable[[np.ndarray], np.ndarray]]:
+def hf_name(family: Family, name: str) -> tuple[str, Change]:
     """Hugging Face's name of a parameter, "{}" where the layer stands, and the change of one layer's array.
     Raises ExportError where no rule names it."""
-    for pattern, theirs, change in NAMES:
-        if found := re.fullmatch(pattern, name):
-            return found.expand(theirs), change
+    for rule in family.hugging_face.names:
+        if found := re.fullmatch(rule.ours, name):
+            return found.expand(rule.theirs), rule.change
     raise ExportError(f"no rule gives the parameter {name} a Hugging Face name")
 
 
-def undo(change: Callable[[np.ndarray], np.ndarray], array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    """Our array of `shape` that a rule's `change` makes `array` of."""
-    return (array if change is _same else array.T).reshape(shape)
-
-
-def hf_arrays(model: Llama, dtype: str = "float32") -> dict[str, np.ndarray]:
+def hf_arrays(model: Model, dtype: str = "float32") -> dict[str, np.ndarray]:
     """All parameters by their Hugging Face names, layers unstacked. Tied: there is no lm_head.
     Raises ExportError for a parameter that no rule names and for one with values that are no numbers."""
-    arrays = {}
+    family, arrays = family_of(model.config), {}
     for path, value in jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(model, nnx.Param))):
         name = path_name(path)
-        theirs, change = hf_name(name)
+        theirs, change = hf_name(family, name)
         if not bool(jnp.isfinite(value).all()):
             raise ExportError(f"the parameter {name} holds values that are no numbers")
         whole = np.asarray(value.astype(dtype))
         layers = whole if "{}" in theirs else whole[None]
-        arrays |= {theirs.format(l): np.ascontiguousarray(change(layer)) for l, layer in enumerate(layers)}
+        arrays |= {theirs.format(l): np.ascontiguousarray(change.theirs(layer)) for l, layer in enumerate(layers)}
     return arrays
 
 
 def hf_config(
-    model: Llama, tokenizer: Tokenizer | HubTokenizer, dtype: str = "float32", positions: int | None = None
+    model: Model, tokenizer: Tokenizer | HubTokenizer, dtype: str = "float32", positions: int | None = None
 ) -> dict[str, Any]:
-    """config.json. Rotary angles and dtype stand there twice: under today's keys and those of older
-    versions of transformers. `positions`: the longest position, by default the context and the spare ones."""
-    config = model.config
-    ends = sorted(tokenizer.ends)
+    """config.json. The dtype stands there twice: under today's key and that of older versions of transformers.
+    `positions`: the longest position, by default the context and the spare ones."""
+    config, ends = model.config, sorted(tokenizer.ends)
+    form = family_of(config).hugging_face
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [form.architecture],
+        "model_type": form.model_type,
+        **form.write_config(config),
         # The embedding's rows and no other number: an id at or past it kills an SGLang server.
         "vocab_size": int(model.embed_VxD[...].shape[0]),
-        "hidden_size": config.width,
-        "intermediate_size": config.hidden,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv,
-        "head_dim": config.head_size,
-        "hidden_act": "silu",
         "max_position_embeddings": positions or config.context + SPARE_POSITIONS,
-        "rms_norm_eps": config.norm_epsilon,
-        "rope_parameters": {"rope_type": "default", "rope_theta": float(config.rope_theta)},
-        "rope_theta": float(config.rope_theta),
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": model.head_DxV is None,
         "bos_token_id": tokenizer.bos,
         "eos_token_id": ends if len(ends) > 1 else tokenizer.eos,
         "pad_token_id": tokenizer.pad,
@@ -150,15 +106,15 @@ def hf_config(
 
 
 def export_hf(
-    model: Llama, tokenizer: Tokenizer | HubTokenizer, folder: Path | str, meta: dict | None = None,
+    model: Model, tokenizer: Tokenizer | HubTokenizer, folder: Path | str, meta: dict | None = None,
     dtype: str = "float32", shard_bytes: int = SHARD_BYTES,
 ) -> None:  # fmt: skip
     """Writes the folder, in place of an earlier export. `meta`, a JSON dictionary (a checkpoint's), goes on
     the model card; a `max_position_embeddings` in it, an imported model's, goes into config.json. `dtype` is that of
     the stored weights, of which no file holds more than `shard_bytes` but for one array that is larger.
 
-    The task, its settings, the variant and the condition of `meta` go into config.json as the object "apr_jax", where
-    whoever serves the model finds them; other programs pass over it.
+    The family, and the task, its settings, the variant and the condition of `meta` go into config.json as the object
+    "apr_jax", where whoever serves the model finds them; other programs pass over it.
 
     Everything is written into a folder beside it and renamed, so that a failure leaves what was there.
     Raises ExportError, also where `folder` holds files that are not an export's.
@@ -170,7 +126,7 @@ def export_hf(
     positions = (meta or {}).get("max_position_embeddings")
     arrays, config = hf_arrays(model, dtype), hf_config(model, tokenizer, dtype, positions)
     if "task" in (meta or {}):
-        config[KEY] = trained_on(meta, model.config.context)
+        config[KEY] = trained_on(meta, model.config)
     generation = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     try:
         folder = whole_path(folder)
@@ -185,15 +141,16 @@ def export_hf(
         raise ExportError(f"the export to {folder} could not be written: {why}") from None
 
 
-def trained_on(meta: dict, context: int) -> dict[str, Any]:
-    """What a checkpoint's meta says of the task that its model was trained on, and how it is asked: the window is that
-    of its run, else the model's `context`."""
+def trained_on(meta: dict, config: ModelConfig) -> dict[str, Any]:
+    """The model's family, and what a checkpoint's meta says of the task that it was trained on, and how it is asked:
+    the window is that of its run, else the model's context."""
     return {
+        "family": config.family,
         "task": meta["task"],
         "task_settings": meta.get("task_settings", {}),
         "variant": meta["variant"],
         "condition": meta.get("condition", ""),
-        "window": (meta.get("config") or {}).get("window", context),
+        "window": meta.get("window") or (meta.get("config") or {}).get("window", config.context),
     }
 
 
@@ -233,7 +190,7 @@ def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _write_tokenizer(folder: Path, model: Llama, tokenizer: Tokenizer | HubTokenizer, imported: bool) -> None:
+def _write_tokenizer(folder: Path, model: Model, tokenizer: Tokenizer | HubTokenizer, imported: bool) -> None:
     if isinstance(tokenizer, HubTokenizer):
         tokenizer.backend.save_pretrained(folder)
         if imported:  # as it was
@@ -258,7 +215,7 @@ def _write_tokenizer(folder: Path, model: Llama, tokenizer: Tokenizer | HubToken
 # ---------------------------------------------------------------------- checks of an export
 
 
-def check_export(model: Llama, tokenizer: Tokenizer, folder: Path | str, sequences: Sequence[Sequence[int]]) -> dict:
+def check_export(model: Model, tokenizer: Tokenizer, folder: Path | str, sequences: Sequence[Sequence[int]]) -> dict:
     """{"max_logit_difference": largest absolute difference over all sequences, positions and tokens,
     "sequences": their number}: transformers against this model rounded to the export's dtype, both computing
     in float32 on the CPU or, ours, on JAX's own device. Every sequence goes forward alone."""
@@ -286,7 +243,7 @@ def _logits(graphdef, weights, tokens_BxT: jax.Array) -> jax.Array:
     return model.logits(hidden)
 
 
-def greedy_agreement(model: Llama, folder: Path | str, prompts: Sequence[Sequence[int]], new_tokens: int) -> int:
+def greedy_agreement(model: Model, folder: Path | str, prompts: Sequence[Sequence[int]], new_tokens: int) -> int:
     """How many prompts transformers' `generate` and the JAX engine continue with the same tokens, greedily,
     to the end token or for `new_tokens`. Raises UserError where a prompt and its continuation do not fit."""
     torch = import_torch()
@@ -319,7 +276,7 @@ def greedy_agreement(model: Llama, folder: Path | str, prompts: Sequence[Sequenc
 
 
 def check_trees(
-    model: Llama, tokenizer: Tokenizer, folder: Path | str, protocol: TaskProtocol, problems: Sequence, budget: Budget,
+    model: Model, tokenizer: Tokenizer, folder: Path | str, protocol: TaskProtocol, problems: Sequence, budget: Budget,
     progress_title: str = "check trees", condition: str = "",
 ) -> tuple[int, int]:  # fmt: skip
     """(equal, total): how many problems' greedy trees are the same, token for token and thread for thread,
@@ -347,11 +304,11 @@ def _greedy_trees(engine, tokenizer, protocol, problems, budget, progress: Progr
     return [map_blocks(tree.root, lambda block: dataclasses.replace(block, logprobs=None)) for tree in trees]
 
 
-def _engine(model: Llama, slots: int, context: int) -> JaxEngine:
+def _engine(model: Model, slots: int, context: int) -> JaxEngine:
     return JaxEngine(model, data_mesh(1), slots=slots, context=context)
 
 
-def _as_exported(model: Llama, folder: Path | str) -> Llama:
+def _as_exported(model: Model, folder: Path | str) -> Model:
     """The model with its weights rounded as they were stored, computing in float32."""
     stored = json.loads((Path(folder) / "config.json").read_text())["dtype"]
     graphdef, weights = nnx.split(model)

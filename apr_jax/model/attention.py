@@ -32,7 +32,7 @@ def attend_masked(q_BxTxNxH: Array, k_BxSxKxH: Array, v_BxSxKxH: Array, mask_BxT
 
 
 def packed_attention(enter_BxT: Array, exit_BxT: Array, kind: str = "auto", dtype: str = "float32"):
-    """An `Attend` for packed rows (`Attend` of apr_jax.model.llama).
+    """An `Attend` for packed rows (`Attend` of apr_jax.model.family).
 
     kind: "dense", the oracle; "blocked", whose cost follows the blocks that are seen, for CPUs; "cudnn", the fused
     kernel of NVIDIA's library, which takes the mask as a bias [B, 1, T, T] and bfloat16 only; "auto": blocked where

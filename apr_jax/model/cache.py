@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from apr_jax.model.attention import MASKED
-from apr_jax.model.llama import LlamaConfig
+from apr_jax.model.family import ModelConfig
 
 Array = jax.Array
 
@@ -21,7 +21,7 @@ class LayerCache(NamedTuple):
     v_SxKxWxH: Array
 
 
-def make_cache(config: LlamaConfig, slots: int, window: int) -> list[LayerCache]:
+def make_cache(config: ModelConfig, slots: int, window: int) -> list[LayerCache]:
     shape = (slots, config.kv, window, config.head_size)
     zeros = lambda: jnp.zeros(shape, jnp.dtype(config.dtype))  # noqa: E731
     return [LayerCache(zeros(), zeros()) for _ in range(config.layers)]

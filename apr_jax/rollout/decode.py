@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from apr_jax.model.cache import LayerCache, cached_attention, copy, put, take
-from apr_jax.model.llama import Llama
+from apr_jax.model.family import Model
 
 Array = jax.Array
 NO_POSITION = jnp.iinfo(jnp.int32).max  # of a token that is none: past every width
@@ -120,7 +120,7 @@ def make_prefill(graphdef, mesh: Mesh, width: int):
     @functools.partial(jax.jit, donate_argnums=1)
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P(), *(P("data"),) * 5), out_specs=P("data"))
     def prefill(weights, pool: list[LayerCache], rows_B, tokens_BxT, first_B, counts_B):
-        model: Llama = nnx.merge(graphdef, weights)
+        model: Model = nnx.merge(graphdef, weights)
         T = tokens_BxT.shape[1]
         at_1xT = jnp.arange(T)[None]
         positions_BxT = jnp.where(at_1xT < counts_B[:, None], first_B[:, None] + at_1xT, NO_POSITION)
@@ -157,7 +157,7 @@ def make_decode(graphdef, mesh: Mesh, width: int, steps: int, truncated: bool):
         jax.shard_map, mesh=mesh, in_specs=(P(), P("data"), P("data"), P("data"), P(), P()), out_specs=P("data")
     )
     def decode(weights, pool: list[LayerCache], inputs: SlotInputs, leave_1, stop_V, how: Distribution):
-        model: Llama = nnx.merge(graphdef, weights)
+        model: Model = nnx.merge(graphdef, weights)
         S = inputs.tokens.shape[0]
         zeros_Sxn = jnp.zeros((S, steps))
         blank = SlotOutputs(zeros_Sxn.astype(jnp.int32), zeros_Sxn, zeros_Sxn, jnp.zeros(S, jnp.int32))

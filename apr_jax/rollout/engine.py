@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec as P
 from apr_jax import interrupt
 from apr_jax.errors import UserError
 from apr_jax.model.cache import make_cache
-from apr_jax.model.llama import Llama
+from apr_jax.model.family import Model
 from apr_jax.rollout.decode import Distribution, SlotInputs, make_copy, make_decode, make_prefill
 from apr_jax.rollout.scheduler import Copy, Group, Prefill, Request, Scheduler
 from apr_jax.rollout.shapes import ACCELERATOR_SHAPES, CPU_SHAPES, Shapes, fitting, width_of
@@ -63,7 +63,7 @@ class JaxEngine:
 
     def __init__(
         self,
-        model: Llama,
+        model: Model,
         mesh: Mesh,
         *,
         slots: int,

@@ -11,13 +11,13 @@ A task is chosen by name, or by ``package.module:Class`` for one of a user's own
 
 import abc
 import dataclasses
-import importlib
-import sys
+import inspect
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from apr_jax.errors import UserError
+from apr_jax.io.module import load_module
 from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.threads import TaskProtocol, ThreadTree
 
@@ -48,13 +48,14 @@ class Task(abc.ABC):
     def __init__(self, settings: Any = None):
         """`settings`: an instance of `Settings`; None: its defaults."""
         self.settings = self.Settings() if settings is None else settings
-        self.spec = type(self).name  # how `load_task` finds it again
+        kind = f"{type(self).__module__}:{type(self).__qualname__}"
+        self.spec = type(self).name if BUILT_IN.get(type(self).name) == kind else kind  # how `load_task` finds it again
 
     # ------------------------------------------------------------------ what is asked
 
     @abc.abstractmethod
     def problems(self, seed: int, split: str, indices: Sequence[int]) -> list[Any]:
-        """Candidates number `indices` (from 0) of a split ("train" or "held_out"), each a function of (seed, split,
+        """Candidates number `indices` (from 0) of a split ("train", "held_out"), each a function of (seed, split,
         index). None stands for a candidate that the split must not have. Fewer than asked for: there are no more.
 
         A data set takes the first ones that fit: it leaves out what is held out, and what came before (`key`)."""
@@ -84,7 +85,11 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def demonstration(self, problem: Any, variant: str, seed: int, split: str, index: int) -> ThreadTree | None:
         """A solver's tree of text for problem number `index` of a split, a function of all arguments; None where there
-        is none to learn from. A solver may fail: its tree is then one of a search without an answer."""
+        is none to learn from. A solver may fail: its tree is then one of a search without an answer.
+
+        `split` is "train" or "validation": held-out problems whose demonstrations measure the loss. The tree's info is
+        JSON. `solved`, `index` and `found` in it are the data set's own; `condition` in it says that the root's prompt
+        begins with that text already."""
 
     def condition_of(self, tree: ThreadTree, variant: str) -> str:
         """What a demonstration, encoded as `tree`, has first on its root's prompt, to tell the model what is asked of
@@ -145,25 +150,46 @@ class Task(abc.ABC):
         return variant
 
 
+MOST_LEFT_OUT = 1000  # candidates in a row that are no problems of a split, after which a task has no more
+
+
+def first_problems(task: Task, split: str, count: int, first: int = 0, seed: int = 0) -> tuple[list[Any], int]:
+    """The first `count` problems of a split from candidate number `first` on, and the number of the candidate behind
+    them. Fewer where the task has no more."""
+    found: list[Any] = []
+    index, left_out = first, 0
+    while len(found) < count and left_out <= MOST_LEFT_OUT:
+        asked = range(index, index + count - len(found))
+        candidates = task.problems(seed, split, asked)
+        index += len(candidates)
+        new = [problem for problem in candidates if problem is not None]
+        left_out = 0 if new else left_out + len(candidates)
+        found += new
+        if len(candidates) < len(asked):
+            break
+    return found, index
+
+
 def find_task(spec: str) -> type[Task]:
     """The class of a task by its name or by ``package.module:Class``, looked for also in the current folder. Raises
     UserError."""
     module, sign, name = BUILT_IN.get(spec, spec).partition(":")
     allowed = f"task is one of {', '.join(BUILT_IN)} or package.module:Class"
-    if not sign or not module or not name:
+    if not sign or not module or not name or module.startswith("."):
         raise UserError(f"{allowed}, was given {spec!r}")
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
     try:
-        found = getattr(importlib.import_module(module), name, None)
-    except ModuleNotFoundError as error:
-        if error.name and (module == error.name or module.startswith(f"{error.name}.")):
-            raise UserError(f"{allowed}, was given {spec!r}: no module {error.name}") from None
-        raise
+        found = getattr(load_module(module), name, None)
+    except UserError as error:
+        raise UserError(f"{allowed}, was given {spec!r}: {error}") from None
     if not (isinstance(found, type) and issubclass(found, Task)):
         raise UserError(f"{allowed}, was given {spec!r}: {module} has no class {name} that is a Task")
-    for kind, given in (("name", [found.name]), ("variant", found.variants)):
-        if wrong := [one for one in given if not one.isidentifier()]:
+    if inspect.isabstract(found):
+        raise UserError(f"{spec} is no whole task, it lacks {', '.join(sorted(found.__abstractmethods__))}")
+    variants = getattr(found, "variants", ())
+    if not isinstance(variants, tuple) or not variants:
+        raise UserError(f"the variants of a task are a tuple of names, {spec} has {variants!r}")
+    for kind, given in (("name", [getattr(found, "name", None)]), ("variant", variants)):
+        if wrong := [one for one in given if not isinstance(one, str) or not one.isidentifier()]:
             raise UserError(f"the {kind} of a task is a Python identifier, {spec} has {wrong[0]!r}")
     return found
 

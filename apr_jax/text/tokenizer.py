@@ -2,8 +2,8 @@
 
 It is prefix-stable by construction, so that the ids of a text never depend on what follows it: text is split into
 pieces by one regular expression, a piece is looked up whole in the vocabulary or else spelled in characters, and no
-piece reaches across a place where a prompt or a join can end. Such places are: before a line end that follows
-``]`` of an operations list, and after any line end.
+piece reaches across a place where a prompt or a join can end. A task says where those are: after any line end
+for most; for Countdown also before a line end that follows the ``]`` of a list.
 """
 
 import json

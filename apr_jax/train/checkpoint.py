@@ -23,7 +23,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from apr_jax.errors import UserError
-from apr_jax.model.llama import Llama, LlamaConfig, abstract_llama
+from apr_jax.model.family import Model, ModelConfig, abstract_model, read_config
 
 
 class CheckpointError(UserError):
@@ -146,7 +146,7 @@ class Checkpoints:
             self._manager.close()
 
 
-def save_model(folder: Path | str, model: Llama, meta: dict) -> None:
+def save_model(folder: Path | str, model: Model, meta: dict) -> None:
     """Saves a model's weights alone, as ``folder/STEP`` by the step in `meta`. Raises CheckpointError."""
     checkpoints = Checkpoints(Path(folder))
     checkpoints.save(meta["step"], {"weights": nnx.to_pure_dict(nnx.state(model))}, meta)
@@ -226,7 +226,14 @@ def last_step(stage: Path | str) -> Path | None:
     return newest_step(Path(stage) / "best") or newest_step(Path(stage) / "checkpoints")
 
 
-def load_meta(folder: Path | str) -> tuple[LlamaConfig, dict]:
+def last_model(run: Path | str, variant: str) -> Path | None:
+    """The folder of the step that a run's training of a variant ends with: GRPO's `last_step`, SFT's where there was no
+    GRPO; None where none is saved."""
+    steps = (last_step(Path(run) / f"{stage}_{variant}") for stage in ("grpo", "sft"))
+    return next(filter(None, steps), None)
+
+
+def load_meta(folder: Path | str) -> tuple[ModelConfig, dict]:
     """The sizes of a saved step's model, and all of its meta; `folder` as in `load_model`. Raises CheckpointError."""
     return _read_meta(_step_folders(folder)[0])
 
@@ -247,19 +254,16 @@ def _step_folders(folder: Path | str) -> list[Path]:
     return [newest, *(step for step in _steps(folder) if int(step.name) < int(newest.name) and _missing(step) is None)]
 
 
-def _read_meta(folder: Path) -> tuple[LlamaConfig, dict]:
+def _read_meta(folder: Path) -> tuple[ModelConfig, dict]:
     try:
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
             meta = reader.restore(folder / "meta")
-        sizes = dict(meta["model"])
-        if isinstance(sizes.get("remat"), bool):  # checkpoints made before remat had choices
-            del sizes["remat"]
-        return LlamaConfig(**sizes), meta
+        return read_config(meta["model"]), meta
     except Exception as error:
         raise CheckpointError(f"the checkpoint at {folder} cannot be read: {_first_line(error)}") from error
 
 
-def load_model(folder: Path | str) -> tuple[Llama, dict]:
+def load_model(folder: Path | str) -> tuple[Model, dict]:
     """The model of a saved step ``.../checkpoints/STEP`` (of its newest readable step for ``.../checkpoints``) and its
     meta, which holds the model's sizes. Raises CheckpointError."""
     failed: dict[Path, CheckpointError] = {}
@@ -275,10 +279,10 @@ def load_model(folder: Path | str) -> tuple[Llama, dict]:
     raise next(iter(failed.values()))
 
 
-def _load_step(folder: Path) -> tuple[Llama, dict]:
+def _load_step(folder: Path) -> tuple[Model, dict]:
     config, meta = _read_meta(folder)
     try:
-        graphdef, weights = nnx.split(abstract_llama(config))
+        graphdef, weights = nnx.split(abstract_model(config))
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])  # whatever devices it was saved from
             like = jax.tree.map(
@@ -297,7 +301,7 @@ def _load_step(folder: Path) -> tuple[Llama, dict]:
     return nnx.merge(graphdef, weights), meta
 
 
-def fingerprint(model: Llama) -> str:
+def fingerprint(model: Model) -> str:
     """16 hexadecimal digits of a model's weights: of their names, shapes, types and contents, and of nothing else. What
     was computed from a model and is kept in a file says by it which weights it belongs to."""
     digest = hashlib.blake2b(digest_size=8)

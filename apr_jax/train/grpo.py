@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from apr_jax.data.packing import PackedBatch, Segment, first_fit, pack_rows
 from apr_jax.errors import UserError
 from apr_jax.io.progress import Progress
-from apr_jax.model.llama import Llama
+from apr_jax.model.family import Model, config_json, family_of
 from apr_jax.rollout.engine import JaxEngine
 from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.threads import ThreadTree
@@ -55,7 +55,7 @@ class RolloutSpec:
 class GrpoJob:
     """One GRPO run: what is trained on what, and where it is kept."""
 
-    model: Llama  # GRPO begins with it; it is also the reference of the divergence, where there is one
+    model: Model  # GRPO begins with it; it is also the reference of the divergence, where there is one
     config: GrpoConfig
     rollouts: RolloutSpec
     problems: Sequence[Any]  # of training; the last ones are held back where there is validation
@@ -70,7 +70,7 @@ class GrpoTrainer:
     """The parts of one GRPO run, and one step of it: `sample`, then `update`. `validate` measures between steps. The
     model is the one that GRPO begins with: the reference of the divergence, if there is one."""
 
-    def __init__(self, model: Llama, config: GrpoConfig, rollouts: RolloutSpec, mesh: Mesh):
+    def __init__(self, model: Model, config: GrpoConfig, rollouts: RolloutSpec, mesh: Mesh):
         if config.batch_rows % mesh.devices.size:
             raise UserError(f"batch_rows ({config.batch_rows}) must be a multiple of the {mesh.devices.size} devices")
         self.config, self.rollouts = config, rollouts
@@ -79,7 +79,7 @@ class GrpoTrainer:
         self.trainer = Trainer(
             model,
             lambda model, batch: grpo_loss(model, batch, config),
-            make_optimizer(config.optimizer, config.steps * config.inner_steps),
+            make_optimizer(config.optimizer, config.steps * config.inner_steps, family_of(model.config).rules),
             mesh,
             whole_layers=config.optimizer.name == "muon",
         )
@@ -262,7 +262,7 @@ class _Best:
         self._checkpoints.close()
 
 
-def run_grpo(job: GrpoJob) -> Llama:
+def run_grpo(job: GrpoJob) -> Model:
     """Trains to the last step, from the newest checkpoint under the job's folder where there is one. A step is a
     pure function of (weights, optimiser, step, seed), so a run killed at any moment ends in the same bits.
 
@@ -274,7 +274,7 @@ def run_grpo(job: GrpoJob) -> Llama:
     sampled, held_back = hold_back(job.problems, config, job.key)
     trainer = GrpoTrainer(job.model, config, job.rollouts, job.mesh)
     state = trainer.trainer.init(job.model)
-    meta = {"model": dataclasses.asdict(job.model.config), **job.meta}
+    meta = {"model": config_json(job.model.config), **job.meta}
     checkpoints = Checkpoints(folder / "checkpoints")
     start = 0
     if checkpoints.latest is not None:

@@ -6,14 +6,14 @@ import jax.numpy as jnp
 from apr_jax.data.packing import PackedBatch
 from apr_jax.data.store import CALL_SAMPLED, FORCED, JOIN, SAMPLED, SAMPLED_ROLES
 from apr_jax.model.attention import packed_attention
-from apr_jax.model.llama import Llama
+from apr_jax.model.family import Model
 
 Array = jax.Array
 # What a token is to whoever wrote it, by the name under which its validation loss is told.
 KINDS = {"written": SAMPLED, "call": CALL_SAMPLED, "prompt": FORCED, "join": JOIN}
 
 
-def row_logits(model: Llama, batch: PackedBatch) -> Array:
+def row_logits(model: Model, batch: PackedBatch) -> Array:
     """float32 logits [B, T, V] that predict each token of packed rows: those of its predecessor.
     A token without one gets those of token 0; its weight must be 0."""
     attend = packed_attention(batch.enter, batch.exit, model.config.attention, model.config.dtype)
@@ -40,7 +40,7 @@ def trained_tokens(batch: PackedBatch, mode: str) -> Array:
     raise ValueError(f"loss mode is 'sampled' or 'all', was given {mode!r}")
 
 
-def supervised_loss(model: Llama, batch: PackedBatch, mode: str) -> tuple[Array, dict[str, Array]]:
+def supervised_loss(model: Model, batch: PackedBatch, mode: str) -> tuple[Array, dict[str, Array]]:
     """(sum of cross-entropies, sums that make metrics); divide by ``metrics['weight']`` after adding up
     over devices and microbatches, so that every token of a step weighs the same."""
     logits_BxTxV = row_logits(model, batch)
@@ -67,7 +67,7 @@ def batch_sums(batch: PackedBatch) -> dict[str, Array]:
     return {name: jnp.sum(values.astype(jnp.float32)) for name, values in sums.items()}  # int32 could overflow
 
 
-def loss_by_kind(model: Llama, batch: PackedBatch) -> dict[str, Array]:
+def loss_by_kind(model: Model, batch: PackedBatch) -> dict[str, Array]:
     """Sums of cross-entropies, of right guesses and of tokens for each of `KINDS`, whatever the loss trains on."""
     logits_BxTxV = row_logits(model, batch)
     loss_BxT = -token_logprobs(logits_BxTxV, batch.tokens)

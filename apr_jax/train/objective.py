@@ -29,7 +29,7 @@ import numpy as np
 from apr_jax.checks import SEED, above, at_least, between, check_fields
 from apr_jax.data.packing import PackedBatch, Segment, flatten_thread
 from apr_jax.errors import UserError
-from apr_jax.model.llama import Llama
+from apr_jax.model.family import Model
 from apr_jax.threads import ThreadTree
 from apr_jax.train.aggregation import AGGREGATIONS
 from apr_jax.train.loss import row_logits, token_logprobs, trained_tokens
@@ -106,12 +106,12 @@ def step_segments(
     return segments, divisor
 
 
-def policy_logprobs(model: Llama, batch: PackedBatch, temperature: float) -> Array:
+def policy_logprobs(model: Model, batch: PackedBatch, temperature: float) -> Array:
     """The trainer's log-probability of each token [B, T] under the distribution that rollouts are drawn from."""
     return token_logprobs(row_logits(model, batch) / temperature, batch.tokens)
 
 
-def grpo_loss(model: Llama, batch: PackedBatch, config: GrpoConfig) -> tuple[Array, dict[str, Array]]:
+def grpo_loss(model: Model, batch: PackedBatch, config: GrpoConfig) -> tuple[Array, dict[str, Array]]:
     """(sum of weighted token losses, sums for metrics) of packed rows; see the module's equations. The batch has
     `reference_logprobs` where there is a kl, and `old_logprobs` where there is an importance cap."""
     logits_BxTxV = row_logits(model, batch) / config.temperature

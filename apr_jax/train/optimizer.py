@@ -1,11 +1,10 @@
-"""Optimisers and schedules. One table of regular expressions on parameter names says how each is trained.
-
-First match wins; a parameter that no line matches raises, so that a new one is never trained by accident.
-"""
+"""Optimisers and schedules. The rules of the model's family, regular expressions on names, say how each parameter is
+trained. A parameter that no rule matches raises, so that a new one is never trained by accident."""
 
 import dataclasses
+import functools
 import re
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import jax
 import optax
@@ -13,27 +12,7 @@ from optax.contrib import MuonDimensionNumbers
 
 from apr_jax.checks import at_least, check_fields, from_to_below
 from apr_jax.errors import UserError
-
-
-class Rule(NamedTuple):
-    """How the parameters that `pattern` matches from their beginning are trained.
-
-    `muon`: (axes summed over, axes produced) of a matrix that Muon makes orthogonal, layer by layer; None: trained by
-    Adam, as Muon's authors do with tables, heads and gains. `decay`: whether weight decay applies.
-    """
-
-    pattern: str
-    muon: tuple[tuple[int, ...], tuple[int, ...]] | None
-    decay: bool
-
-
-RULES = (
-    Rule(r"layers/[qkv]_", ((1,), (2, 3)), True),
-    Rule(r"layers/o_", ((1, 2), (3,)), True),
-    Rule(r"layers/(gate|up|down)_", ((1,), (2,)), True),
-    Rule(r".*norm_", None, False),
-    Rule(r"embed_|head_", None, True),
-)
+from apr_jax.model.family import Rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,32 +55,28 @@ def path_name(path) -> str:
     return "/".join(key for key in keys if key != "value")
 
 
-def rule_of(path) -> Rule:
-    """The line of `RULES` for a parameter's path. Raises ValueError where there is none."""
+def rule_of(path, rules: Sequence[Rule]) -> Rule:
+    """The rule for a parameter's path, the first that matches. Raises ValueError where there is none."""
     name = path_name(path)
-    for rule in RULES:
+    for rule in rules:
         if re.match(rule.pattern, name):
             return rule
-    raise ValueError(f"no line of RULES matches the parameter {name!r}")
+    raise ValueError(f"no rule of the model's family matches the parameter {name!r}")
 
 
-def muon_dimensions(params):
+def muon_dimensions(params, rules: Sequence[Rule]):
     """For each parameter Muon's axes, or None for Adam."""
 
     def axes(path, _):
-        muon = rule_of(path).muon
+        muon = rule_of(path, rules).muon
         return None if muon is None else MuonDimensionNumbers(*muon)
 
     return jax.tree_util.tree_map_with_path(axes, params)
 
 
-def _muon_or_adam(params):
-    return jax.tree_util.tree_map_with_path(lambda path, _: "adam" if rule_of(path).muon is None else "muon", params)
-
-
-def decayed(params):
+def decayed(params, rules: Sequence[Rule]):
     """True where weight decay applies."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: rule_of(path).decay, params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: rule_of(path, rules).decay, params)
 
 
 def rate_schedule(config: OptimizerConfig, peak: float, steps: int) -> optax.Schedule:
@@ -118,10 +93,16 @@ def rate_schedule(config: OptimizerConfig, peak: float, steps: int) -> optax.Sch
     return optax.join_schedules([warm, rest], [config.warmup_steps])
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The optimiser of a run of `steps` steps."""
+def make_optimizer(config: OptimizerConfig, steps: int, rules: Sequence[Rule]) -> optax.GradientTransformation:
+    """The optimiser of a run of `steps` steps; `rules` are those of the model's family."""
+    decays, dimensions = functools.partial(decayed, rules=rules), functools.partial(muon_dimensions, rules=rules)
+
+    def muon_or_adam(params):
+        kind = lambda path, _: "adam" if rule_of(path, rules).muon is None else "muon"  # noqa: E731
+        return jax.tree_util.tree_map_with_path(kind, params)
+
     adam = optax.adamw(
-        rate_schedule(config, config.peak_rate, steps), b2=config.beta2, weight_decay=config.weight_decay, mask=decayed
+        rate_schedule(config, config.peak_rate, steps), b2=config.beta2, weight_decay=config.weight_decay, mask=decays
     )
     if config.name == "adamw":
         inner = adam
@@ -130,10 +111,10 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         muon = optax.contrib.muon(
             rate_schedule(config, config.muon_rate, steps),
             weight_decay=config.weight_decay,
-            weight_decay_mask=decayed,
-            muon_weight_dimension_numbers=muon_dimensions,
+            weight_decay_mask=decays,
+            muon_weight_dimension_numbers=dimensions,
         )
-        inner = optax.partition({"muon": muon, "adam": adam}, _muon_or_adam)
+        inner = optax.partition({"muon": muon, "adam": adam}, muon_or_adam)
     chain = optax.chain(optax.clip_by_global_norm(config.clip), inner) if config.clip else inner
     if not config.frozen:
         return chain

@@ -16,8 +16,8 @@ from apr_jax.checks import SEED, FieldError, at_least, check_fields
 from apr_jax.data.packing import PackedBatch, PackedBatches, Segment
 from apr_jax.errors import UserError
 from apr_jax.io.progress import Progress
+from apr_jax.model.family import Model, config_json, family_of
 from apr_jax.model.flops import peak_flops, training_flops
-from apr_jax.model.llama import Llama
 from apr_jax.train.checkpoint import CheckpointError, Checkpoints, load_model
 from apr_jax.train.loss import KINDS, loss_by_kind, supervised_loss
 from apr_jax.train.metrics import MetricsLog
@@ -60,7 +60,7 @@ class SftConfig:
 class SftJob:
     """One run of supervised training: what is trained on what, and where it is kept."""
 
-    model: Llama  # training begins with it
+    model: Model  # training begins with it
     config: SftConfig
     segments: Sequence[Segment]  # of training
     mesh: Mesh
@@ -133,7 +133,7 @@ class SftRun:
             self.log.close()
 
 
-def run_sft(job: SftJob) -> Llama:
+def run_sft(job: SftJob) -> Model:
     """Trains to the last step (`steps`, or the one that ends `tokens`), from the newest checkpoint under the job's
     folder where there is one.
 
@@ -160,7 +160,7 @@ def run_sft(job: SftJob) -> Llama:
     trainer = Trainer(
         job.model,
         lambda model, batch: supervised_loss(model, batch, config.loss_tokens),
-        make_optimizer(config.optimizer, config.steps),
+        make_optimizer(config.optimizer, config.steps, family_of(job.model.config).rules),
         mesh,
         loss_by_kind,
         whole_layers=config.optimizer.name == "muon",
@@ -179,7 +179,7 @@ def run_sft(job: SftJob) -> Llama:
     state = trainer.init(job.model)
     if start:
         start, state = checkpoints.restore(state)
-    meta = {"model": dataclasses.asdict(job.model.config), **job.meta}
+    meta = {"model": config_json(job.model.config), **job.meta}
     if not config.steps:
         checkpoints.save(0, state, {**meta, "step": 0, "steps": 0})
         checkpoints.close()

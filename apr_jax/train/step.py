@@ -25,13 +25,13 @@ from jax.sharding import PartitionSpec as P
 
 from apr_jax.data.packing import PackedBatch
 from apr_jax.errors import UserError
-from apr_jax.model.llama import Llama
+from apr_jax.model.family import Model
 from apr_jax.train.optimizer import path_name
 
 Array = jax.Array
 # (model, batch) -> (loss as a sum, sums that make metrics; "weight" divides the loss; a name that begins with "max_" is
 # no sum but the largest of all)
-Loss = Callable[[Llama, PackedBatch], tuple[Array, dict[str, Array]]]
+Loss = Callable[[Model, PackedBatch], tuple[Array, dict[str, Array]]]
 AXES = ("data", "fsdp")
 
 
@@ -85,11 +85,11 @@ class Trainer:
 
     def __init__(
         self,
-        model: Llama,
+        model: Model,
         loss: Loss,
         optimizer: optax.GradientTransformation,
         mesh: Mesh,
-        measures: Callable[[Llama, PackedBatch], dict[str, Array]] | None = None,
+        measures: Callable[[Model, PackedBatch], dict[str, Array]] | None = None,
         whole_layers: bool = True,
     ):
         self._graphdef, self._template = nnx.split(model)
@@ -196,7 +196,7 @@ class Trainer:
         axes = self._by_parameter(lambda name, _: AXES if self._axes[name] is None else AXES[:1])
         return jax.tree.map(lambda x, axes: jax.lax.pcast(x, axes, to="varying"), weights, axes)
 
-    def _sharded(self, weights) -> Llama:
+    def _sharded(self, weights) -> Model:
         """The model whose weights are this device's shares, inside `shard_map`."""
         model = self.rebuild(weights)
 
@@ -212,18 +212,18 @@ class Trainer:
 
     # ------------------------------------------------------------------ what a training loop calls
 
-    def init(self, model: Llama) -> TrainState:
+    def init(self, model: Model) -> TrainState:
         """A state of copies: the updates donate their buffers, the model keeps its own."""
         weights = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model)))
         return jax.jit(self._fresh, out_shardings=self._state_at)(weights)
 
-    def rebuild(self, weights) -> Llama:
+    def rebuild(self, weights) -> Model:
         """The model with these weights (a pure dictionary), also inside a traced function."""
         state = jax.tree.map(lambda x: x, self._template)
         nnx.replace_by_pure_dict(state, weights)
         return nnx.merge(self._graphdef, state)
 
-    def model(self, state: TrainState) -> Llama:
+    def model(self, state: TrainState) -> Model:
         """The model as trained so far, whole on every device, with buffers of its own: the next update donates the
         state's."""
         return self.rebuild(self._whole(state.weights))
@@ -254,7 +254,7 @@ class Trainer:
         """The sums of one batch without an update."""
         return self._total(self._measure(state.weights, self.put(batch)))
 
-    def per_row(self, function: Callable[[Llama, PackedBatch], Array]):
+    def per_row(self, function: Callable[[Model, PackedBatch], Array]):
         """`function(model, batch)`, an array [B, ...] of a batch of B rows, compiled as (weights, batch) -> array:
         every device does its own rows. The weights are a state's."""
 

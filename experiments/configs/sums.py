@@ -2,7 +2,6 @@
 
     python -m experiments.run --config=experiments/configs/sums.py:sequential    # on sequential tokens
     python -m experiments.run --config=experiments/configs/sums.py:total         # on the tokens of all threads
-    python -m tools.adaptive runs/sums_sequential runs/sums_total --out=adaptive.png
 
 The task is a sum over 42 to 60 numbers, of which none can be skipped. The demonstrations add up alone or share the
 range out to 2 or 4 threads: more threads are fewer tokens one after the other, and more in all. The model knows all of

@@ -26,10 +26,6 @@ class Nonsense(Task):
 
     name, variants, Settings = "nonsense", ("threads", "serial"), NonsenseSettings
 
-    def __init__(self, settings=None):
-        super().__init__(settings)
-        self.spec = SPEC
-
     def problems(self, seed, split, indices):
         return [None if index % 5 == 4 else Question(self.settings.first + index) for index in indices]
 
@@ -51,8 +47,8 @@ class Nonsense(Task):
     def condition(self, variant, budget):
         return f"Sub Call Budget: {budget} " if variant == "threads" else super().condition(variant, budget)
 
-    def spawns(self, variant):
-        return variant == "threads"
+    def levels(self, variant):
+        return int(variant == "threads")
 
     def title(self, variant):
         return {"threads": "In threads", "serial": "Alone"}[variant]

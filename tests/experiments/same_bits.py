@@ -4,7 +4,8 @@
     python -m tests.experiments.same_bits compare FILE    # runs them again, and prints what differs from FILE
 
 Weights and trees have the same bits on one kind of processor alone. On another kind than the recorded one, record with
-the old code first: `git worktree add ../old COMMIT`, and this command there.
+the old code first: `git worktree add ../old 2f24e3c`, and this command there (its files had just been moved, nothing
+else had changed).
 """
 
 import hashlib
@@ -84,9 +85,7 @@ def _trees(path: Path) -> str:
     digest = hashlib.sha256()
     for line in path.read_text().splitlines():
         row = json.loads(line)
-        kept = [
-            row[key] for key in ("index", "problem", "condition", "correct", "sequential_tokens", "steps_right")
-        ]
+        kept = [row[key] for key in ("index", "problem", "condition", "correct", "sequential_tokens", "steps_right")]
         digest.update(json.dumps([*kept, row["tree"]["root"]], sort_keys=True).encode())
     return digest.hexdigest()[:16]
 
@@ -106,6 +105,7 @@ def differences(before: dict, after: dict) -> list[str]:
     """One line for each hash that is another one. Data have the same bytes on every machine, all else on one kind of
     processor alone."""
     same_machine = before["processor"] == after["processor"]
+    before = {name.replace("sosp", "sos_plus"): value for name, value in before.items()}  # as it was called
     names = [name for name in before if name != "processor" and (same_machine or name.endswith(" data"))]
     return [
         f"{name}: {before[name]} before, {after.get(name)} now" for name in names if before[name] != after.get(name)

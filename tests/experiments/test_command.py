@@ -11,6 +11,8 @@ import pytest
 
 from apr_jax.errors import UserError
 from experiments import stages
+from experiments.command import parse
+from experiments.sweep import expand
 from tests.experiments.conftest import ROOT, SMOKE, finish, start
 
 START = "from experiments.configs import laptop\n\ndef get_config():\n    c = laptop.get_config()\n"
@@ -112,6 +114,16 @@ def test_a_config_file_with_wrong_values_is_refused(refused, tmp_path, line, say
     (tmp_path / "mine.py").write_text(f"{START}    {line}\n    return c\n")
     assert says in refused(f"--config={tmp_path}/mine.py", f"--workdir={tmp_path}/run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_sweep_may_be_over_tasks_each_with_its_own_variants(tmp_path):
+    points = expand(
+        parse(["run", SMOKE, f"--workdir={tmp_path}", "--config.budget.depth=2", "--sweep=task=factors,sums"])
+    )
+    commands = [parse(["run", *line]) for _, line in points]
+    assert [command.variants for command in commands] == [("fresh", "inherit"), ("shared",)]
+    chosen = expand(parse(["run", SMOKE, "--variants=sos_plus", f"--workdir={tmp_path}", "--sweep=seed=0,1"]))
+    assert {parse(["run", *line]).variants for _, line in chosen} == {("sos_plus",)}
 
 
 @pytest.mark.parametrize(

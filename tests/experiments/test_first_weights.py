@@ -1,6 +1,5 @@
 """A run whose SFT begins with the weights of a checkpoint: it has them, goes on without it, refuses another's."""
 
-import dataclasses
 import json
 import shutil
 
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from apr_jax.model.family import config_json
 from apr_jax.model.llama import Llama, LlamaConfig
 from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.train.checkpoint import load_meta, load_model, save_model
@@ -28,7 +28,7 @@ def save_given(folder, tokenizer: Tokenizer, **sizes) -> Llama:
     smoke = read_settings(load_config(SMOKE.removeprefix("--config="))).model
     config = LlamaConfig(**{"vocab_size": len(tokenizer), **smoke, "rope_theta": 700.0, "norm_epsilon": 1e-3} | sizes)
     model = Llama(config, rngs=nnx.Rngs(77))
-    save_model(folder, model, {"model": dataclasses.asdict(config), "stage": "imported", "step": 0})
+    save_model(folder, model, {"model": config_json(config), "stage": "imported", "step": 0})
     tokenizer.save(folder / "tokenizer.json")
     return model
 

@@ -9,8 +9,6 @@ from apr_jax.data.store import TreeStore
 from tests.experiments.conftest import SMOKE
 from tools import data
 
-NOT_SFT_APR = shutil.ignore_patterns("*sos_plus*", "grpo*")
-
 
 def problems_of(run, split):
     return [json.loads(line) for line in (run / "data" / f"{split}.jsonl").read_text().splitlines()]
@@ -104,6 +102,7 @@ def test_data_with_held_out_problems_in_training_end_a_run_at_its_start(import_d
     train, held_out = (problems_of(run, split) for split in ("train", "held_out"))
     turned = [row | {"numbers": row["numbers"][::-1]} for row in held_out[:3]]
     write_problems(run, "train", train + turned)
+    change_manifest(run, train_problems=len(train) + 3)
     assert "3 held-out problems of" in refused(SMOKE, f"--workdir={run}", "--stage=data")
 
 

@@ -201,7 +201,7 @@ def test_a_stage_before_what_it_needs(refused, tmp_path, stage, says):
         ("data/manifest.json", "data", r"\S+manifest.json is broken: delete it, and it is made again"),
         ("data/manifest.json", "report", r"\S+manifest.json is broken: delete it, and it is made again"),
         ("data/sos_plus_train/00000/threads/c/0/0", "sft", r"\S+sos_plus_train/00000 is broken: .+ --stage=data again"),
-        ("data/held_out.jsonl", "evaluate", r"\S+held_out.jsonl, line 12: .+"),
+        ("data/held_out.jsonl", "evaluate", r"\S+held_out.jsonl, line 12: .+ --stage=data again"),
     ],
 )
 def test_a_file_cut_short_is_named(copy, refused, file, stage, says):

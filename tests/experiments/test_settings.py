@@ -27,6 +27,13 @@ def test_presets_are_right(name):
     assert read_settings(config).name == name
 
 
+@pytest.mark.parametrize("file", ["factors.py:grpo", "sums.py:sequential", "sums.py:total"])
+def test_presets_with_a_word_are_right_and_refuse_another(file):
+    assert read_settings(load_config(f"{PRESETS}/{file}")).name == file.replace(".py:", "_")
+    with pytest.raises(UserError, match="was given 'other'"):
+        load_config(f"{PRESETS}/{file.partition(':')[0]}:other")
+
+
 def test_changes_are_read_as_the_type_of_what_they_replace(config):
     for change in (
         "sft.steps=7", "sft.optimizer.peak_rate=1", "model.scan=true", "grpo.variants=apr,sos_plus", "name=a=b",
@@ -203,7 +210,7 @@ def test_any_value_of_any_setting_is_accepted_or_refused_in_one_line(section):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, None, "x", True, ()])
-@pytest.mark.parametrize("name", ["sft.optimizer.peak_rate", "grpo.temperature", "countdown.apr.promising"])
+@pytest.mark.parametrize("name", ["sft.optimizer.peak_rate", "evaluate.top_p", "countdown.apr.promising"])
 def test_a_wrong_number_is_refused_by_setting_value_and_what_is_allowed(config, name, value):
     with pytest.raises(UserError) as refused:
         read_settings(put(config, name, value))

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from apr_jax.evaluate.records import read_records
@@ -72,6 +73,36 @@ def test_an_export_and_a_drawing_know_their_task(factors, capsys):
     capsys.readouterr()
     assert view.main(["view", str(factors / "evaluate" / "sft_inherit.jsonl"), "--index=2"]) == 0
     assert "sft_inherit, problem 2: a divisor of " in capsys.readouterr().out
+
+
+def accuracies(folder):
+    """By the name of a model the share of its held-out problems that are right, and its mean number of children."""
+    paths = (folder / "evaluate").glob("*.jsonl")
+    records = {path.stem: read_records(path) for path in paths}
+    return {name: np.mean([(one.correct, one.children) for one in of], axis=0) for name, of in records.items()}
+
+
+@pytest.mark.slow
+def test_factor_search_is_learned_whole_by_both_variants(tmp_path):
+    from experiments.run import main
+
+    assert main(["run", FACTORS.removesuffix(":grpo"), f"--workdir={tmp_path}", "--stage=data,sft,evaluate"]) == 0
+    for right, children in accuracies(tmp_path).values():
+        assert right >= 0.97 and children > 4  # 1.0 and 1.0 as it was measured
+
+
+@pytest.mark.slow
+def test_children_widen_or_narrow_as_they_are_paid(tmp_path):
+    from experiments.run import main
+
+    found = {}
+    for paid in ("sequential", "total"):
+        folder, config = tmp_path / paid, f"--config=experiments/configs/sums.py:{paid}"
+        assert main(["run", config, f"--workdir={folder}", "--stage=data,sft,grpo,evaluate"]) == 0
+        found[paid] = accuracies(folder)
+        assert found[paid]["grpo_shared"][0] > 0.9
+    before = found["total"]["sft_shared"][1]
+    assert found["sequential"]["grpo_shared"][1] > before + 1 > before - 1 > found["total"]["grpo_shared"][1]
 
 
 MINE = """

@@ -14,7 +14,10 @@ META = {
     "task": SPEC, "task_settings": {"width": 3}, "variant": "serial", "condition": "Budget: 2 ", "step": 1,
     "config": {"window": 128},
 }  # fmt: skip
-SAID = {"task": SPEC, "task_settings": {"width": 3}, "variant": "serial", "condition": "Budget: 2 ", "window": 128}
+SAID = {
+    "family": "llama", "task": SPEC, "task_settings": {"width": 3}, "variant": "serial", "condition": "Budget: 2 ",
+    "window": 128,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +34,8 @@ def change(folder, said):
 
 def test_an_export_says_its_task_and_how_it_is_asked(exported):
     found = read_export(exported)
+    assert json.loads((exported / "config.json").read_text())["apr_jax"] == SAID
+    assert found.family == "llama"
     assert found.task.spec == SPEC and found.task.settings.width == 3
     assert (found.variant, found.condition, found.window) == ("serial", "Budget: 2 ", 128)
     assert (found.context, found.vocab_size) == (SIZES["context"], len(TOKENIZER))

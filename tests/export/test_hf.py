@@ -1,6 +1,5 @@
 """The export against transformers itself: logits, tokens, greedy trees; and what a failure leaves behind."""
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from flax import nnx
 
 from apr_jax.export import hf
 from apr_jax.export.hf import ExportError, check_export, check_trees, export_hf, greedy_agreement
+from apr_jax.model.family import config_json
 from apr_jax.model.llama import Llama, LlamaConfig
 from apr_jax.tasks.countdown import trace
 from apr_jax.tasks.countdown.problem import Problem
@@ -170,7 +170,7 @@ def test_bad_models_and_folders_are_named(model, tmp_path):
 
 
 def test_a_saved_step_is_no_place_for_an_export(model, tmp_path):
-    save_model(tmp_path, model, {"model": dataclasses.asdict(model.config), "step": 3})
+    save_model(tmp_path, model, {"model": config_json(model.config), "step": 3})
     before = sorted(tmp_path.rglob("*"))
     for folder in (tmp_path / "3" / "hf", tmp_path / "3" / "state" / "hf"):
         with pytest.raises(ExportError, match="lies in a saved step"):
@@ -206,7 +206,7 @@ def call(capsys, *arguments) -> tuple[int, list[str]]:
 
 def test_command_exports_a_checkpoint_and_names_what_is_wrong(model, tmp_path, capsys):
     steps = Checkpoints(tmp_path / "run" / "sft_apr" / "checkpoints")
-    meta = {"model": dataclasses.asdict(model.config), "task": "countdown", "variant": "apr", "step": 3}
+    meta = {"model": config_json(model.config), "task": "countdown", "variant": "apr", "step": 3}
     steps.save(3, {"weights": nnx.to_pure_dict(nnx.state(model, nnx.Param))}, meta)
     steps.close()
     step, out = tmp_path / "run" / "sft_apr" / "checkpoints" / "3", tmp_path / "out"

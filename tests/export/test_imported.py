@@ -326,7 +326,7 @@ def test_broken_folders_are_named(folder, tmp_path):
 def test_numbers_that_no_memory_or_float_holds_are_refused_at_once(folder):
     config = json.loads((folder / "config.json").read_text())
     for changes, says in (
-        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, the files hold fewer tensors"),
+        ({"num_hidden_layers": 10**9}, "layers is 1000000000, the files hold fewer tensors"),
         ({"rope_theta": 10**400, "rope_parameters": None}, "rope_theta is 1000"),
     ):
         (folder / "config.json").write_text(json.dumps(config | changes))

@@ -11,8 +11,10 @@ from flax import nnx
 
 from apr_jax.model.attention import attend_masked
 from apr_jax.model.cache import cached_attention, make_cache, put, take
+from apr_jax.model.family import parameter_count
 from apr_jax.model.flops import product_parameters, training_flops
-from apr_jax.model.llama import PRESETS, REMAT, Llama, LlamaConfig, parameter_count, rotary_angles, rotary_frequencies
+from apr_jax.model.llama import PRESETS, Llama, LlamaConfig
+from apr_jax.model.llama.model import REMAT, rotary_angles, rotary_frequencies
 from experiments.configs import paper
 from experiments.settings import read_settings
 from tests.tiny import TOKENIZER, causal_logits, log_softmax, make_model, plain_logits

@@ -10,8 +10,9 @@ import pytest
 from apr_jax.errors import UserError
 from apr_jax.tasks.countdown.task import Countdown, CountdownSettings
 from apr_jax.tasks.tagged.factors import Factors
-from apr_jax.tasks.task import BUILT_IN, SPLITS, Task, find_task, load_task, settings_json
+from apr_jax.tasks.task import BUILT_IN, SPLITS, Task, find_task, first_problems, load_task, settings_json
 from apr_jax.threads import encode_tree
+from tests.evaluate.nonsense import SPEC, Nonsense, NonsenseSettings, Question
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
@@ -29,7 +30,8 @@ def test_a_built_in_task_is_found_by_its_name_and_by_its_class(name):
         ("", "was given ''"), (":Factors", "was given ':Factors'"), ("a.b:", "was given 'a.b:'"),
         ("nowhere.at_all:Task", "no module nowhere"), ("apr_jax.tasks.nowhere:Task", "no module apr_jax.tasks.nowhere"),
         ("apr_jax.tasks.task:Nothing", "apr_jax.tasks.task has no class Nothing that is a Task"),
-        ("apr_jax.tasks.task:NoSettings", "has no class NoSettings that is a Task"),
+        ("apr_jax.tasks.task:NoSettings", "has no class NoSettings that is a Task"), (".a:B", "was given '.a:B'"),
+        ("apr_jax.tasks.task:Task", "apr_jax.tasks.task:Task is no whole task, it lacks demonstration, "),
     ],
 )  # fmt: skip
 def test_what_is_no_task_is_refused_in_one_line(spec, says):
@@ -41,13 +43,17 @@ def test_what_is_no_task_is_refused_in_one_line(spec, says):
 def test_a_task_of_ones_own_is_found_in_the_current_folder(tmp_path, monkeypatch):
     (tmp_path / "my_own_task.py").write_text(
         "from apr_jax.tasks.tagged.factors import Factors\nclass Mine(Factors):\n    name = 'mine'\n"
-        "class Bad(Factors):\n    name = 'not a name'\n"
+        "class Bad(Factors):\n    name = 'not a name'\nclass Empty(Factors):\n    variants = ()\n"
+        "class Numbers(Factors):\n    variants = (1,)\n"
     )
     monkeypatch.chdir(tmp_path)
     task = load_task("my_own_task:Mine", {"largest": 20})
     assert (task.name, task.spec, task.settings.largest) == ("mine", "my_own_task:Mine", 20)
-    with pytest.raises(UserError, match="is a Python identifier, my_own_task:Bad has 'not a name'"):
-        find_task("my_own_task:Bad")
+    assert type(task)().spec == "my_own_task:Mine"  # also where nobody loaded it
+    for name, says in (("Bad", "identifier, my_own_task:Bad has 'not a name'"), ("Empty", "Empty has ()"),
+                       ("Numbers", "variant of a task is a Python identifier, .* has 1")):  # fmt: skip
+        with pytest.raises(UserError, match=says.replace("()", r"\(\)")):
+            find_task(f"my_own_task:{name}")
 
 
 def test_an_error_inside_the_module_of_a_task_is_not_taken_for_a_missing_one(tmp_path, monkeypatch):
@@ -134,3 +140,27 @@ def test_a_task_without_files_and_budgets_says_so(tmp_path):
         with pytest.raises(UserError, match="factors"):
             call()
     assert issubclass(Factors, Task) and task.condition_of(None, "fresh") == ""
+
+
+def test_the_first_problems_of_a_split_leave_out_candidates_that_are_none():
+    task = Nonsense(NonsenseSettings(first=100))
+    found, behind = first_problems(task, "held_out", 6)
+    assert task.spec == SPEC and [problem.number - 100 for problem in found] == [0, 1, 2, 3, 5, 6] and behind == 7
+    further, _ = first_problems(task, "held_out", 3, behind)
+    assert [problem.number - 100 for problem in further] == [7, 8, 10]
+
+
+def test_a_task_that_has_no_more_gives_fewer():
+    class Three(Nonsense):
+        def problems(self, seed, split, indices):
+            return [Question(index) for index in indices if index < 3]
+
+    class Nothing(Nonsense):
+        def problems(self, seed, split, indices):
+            return [None] * len(indices)
+
+    assert first_problems(Three(), "held_out", 5) == ([Question(0), Question(1), Question(2)], 3)
+    assert first_problems(Three(), "held_out", 5, 3) == ([], 3)
+    assert first_problems(Nothing(), "held_out", 5)[0] == []
+    sparse = Countdown(dataclasses.replace(CountdownSettings(), unseen_targets=0.05))
+    assert len(first_problems(sparse, "held_out", 12)[0]) == 12

@@ -1,12 +1,12 @@
 """What all tools' command lines share: bugs and mendable errors apart, --debug, home folders, and one batch on any
 machine."""
 
-import dataclasses
 from pathlib import Path
 
 import pytest
 
 from apr_jax.errors import UserError
+from apr_jax.model.family import config_json
 from apr_jax.train.checkpoint import save_model
 from tests.tiny import TOKENIZER, make_model
 from tools import data, export_hf, import_hf, latency, publish, solve, view
@@ -24,7 +24,7 @@ WHOLE = {  # all that a tool's command line needs; of the others nothing
 
 
 def meta_of(model):
-    return {"model": dataclasses.asdict(model.config), "task": "countdown", "variant": "apr", "step": 1}
+    return {"model": config_json(model.config), "task": "countdown", "variant": "apr", "step": 1}
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,5 @@
 """tools.import_hf: a folder becomes a checkpoint that loads and exports again; what is wrong is one line."""
 
-import dataclasses
 import json
 
 import huggingface_hub
@@ -11,6 +10,7 @@ import tokenizers
 from flax import nnx
 
 from apr_jax.export.hf import export_hf
+from apr_jax.model.family import config_json
 from apr_jax.tasks.countdown import trace
 from apr_jax.text.hub import HubTokenizer, load_tokenizer
 from apr_jax.text.tokenizer import Tokenizer
@@ -40,11 +40,15 @@ def same(a, b) -> bool:
 
 def test_an_export_of_ours_tells_what_it_was_trained_on(tmp_path, capsys):
     trained = {"task": "factors", "task_settings": {"largest": 40}, "variant": "inherit", "condition": "few "}
+    told = {**trained, "family": "llama", "window": 96}
     export_hf(make_model(1), TOKENIZER, tmp_path / "hf", {**trained, "step": 3, "config": {"window": 96}})
-    assert json.loads((tmp_path / "hf" / "config.json").read_text())["apr_jax"] == {**trained, "window": 96}
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["apr_jax"] == told
     assert "`factors`" in (tmp_path / "hf" / "README.md").read_text()
     assert call(capsys, f"model={tmp_path}/hf", f"out={tmp_path}/imported") == (0, [])
     assert load_model(tmp_path / "imported")[1].items() >= {**trained, "window": 96}.items()
+    again = ["export_hf", f"--checkpoint={tmp_path}/imported", f"--out={tmp_path}/again", "--check=0"]
+    assert export_command.main(again) == 0
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["apr_jax"] == told
 
 
 def test_import_and_export_go_round(folder, tmp_path, capsys):
@@ -114,7 +118,7 @@ def test_what_is_wrong_is_one_line(folder, tmp_path, capsys, monkeypatch):
     fails("no import's, such as thesis.tex", f"model={folder}", f"out={tmp_path / 'mine'}")
     fails("is a file", f"model={folder}", f"out={tokenizer}")
     fails("Not a directory", f"model={folder}", f"out={tokenizer / 'below'}")
-    meta = {"model": dataclasses.asdict(model.config), "variant": "apr", "stage": "sft", "step": 0}
+    meta = {"model": config_json(model.config), "variant": "apr", "stage": "sft", "step": 0}
     save_model(tmp_path / "trained", model, meta)
     fails("no import's, such as 0", f"model={folder}", f"out={tmp_path / 'trained'}")
     assert same(load_model(tmp_path / "trained")[0], model)

@@ -1,6 +1,5 @@
 """The latency tool from its command line, with a fake server in the place of SGLang and with the JAX engine."""
 
-import dataclasses
 import json
 import os
 import shlex
@@ -16,6 +15,7 @@ from safetensors import safe_open
 from apr_jax.evaluate.latency.sample import read_samples
 from apr_jax.evaluate.run import NAME_TAG
 from apr_jax.export.hf import export_hf
+from apr_jax.model.family import config_json
 from apr_jax.rollout.sglang import SglangEngine
 from apr_jax.train.checkpoint import save_model
 from tests.evaluate.nonsense import SPEC
@@ -91,7 +91,7 @@ def test_the_last_models_of_a_run_are_measured_on_its_problems(tmp_path, capsys)
     def save(folder, seed, step):
         model = spawning_model(seed)
         said = said_of(folder.partition("/")[0].partition("_")[2])
-        save_model(tmp_path / folder, model, {"step": step, "model": dataclasses.asdict(model.config), **said})
+        save_model(tmp_path / folder, model, {"step": step, "model": config_json(model.config), **said})
 
     save("sft_serial/checkpoints", 1, 7)
     save("sft_threads/checkpoints", 2, 9)
@@ -120,7 +120,7 @@ def test_the_last_models_of_a_run_are_measured_on_its_problems(tmp_path, capsys)
 def test_a_conditioned_model_of_a_run_is_asked_for_what_its_demonstrations_had_most_often(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     model = spawning_model(2)
-    meta = {"step": 9, "model": dataclasses.asdict(model.config), **said_of("threads", "Sub Call Budget: 4 ")}
+    meta = {"step": 9, "model": config_json(model.config), **said_of("threads", "Sub Call Budget: 4 ")}
     save_model(tmp_path / "sft_threads" / "checkpoints", model, meta)
     (tmp_path / "data").mkdir()
     TOKENIZER.save(tmp_path / "data" / "tokenizer.json")
@@ -224,7 +224,7 @@ def test_wrong_flags_are_one_line(exports, tmp_path, capsys):
     (tmp_path / "p.jsonl").write_text('{"number": 10}\n')
     assert "holds 1 problems, was given 50" in refused(capsys, model, out, f"--problems={tmp_path}/p.jsonl")
     (tmp_path / "p.jsonl").write_text('{"target": 10}\n')
-    assert "p.jsonl, line 1 is no problem" in refused(capsys, model, out, f"--problems={tmp_path}/p.jsonl")
+    assert "p.jsonl, line 1: a problem has a number" in refused(capsys, model, out, f"--problems={tmp_path}/p.jsonl")
     assert "only flags are taken" in refused(capsys, "apr", out)
     assert "cannot be run" in refused(capsys, model, out, "--launcher=no_such_command")
     for launcher in ("'x", ""):

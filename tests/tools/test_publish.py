@@ -1,6 +1,5 @@
 """What is published of a run: the same weights without the optimiser's, the tokenizer, the report, nothing else."""
 
-import dataclasses
 import json
 
 import jax
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from apr_jax.model.family import config_json
 from apr_jax.tasks.countdown.vocabulary import countdown_tokenizer
 from apr_jax.text.hub import find_tokenizer
 from apr_jax.train.checkpoint import Checkpoints, fingerprint, load_model
@@ -34,7 +34,7 @@ def run_folder(tmp_path):
         model = make_model(seed=seed)
         checkpoints = Checkpoints(run / name / "checkpoints")
         weights = weights_of(model)
-        meta = {"model": dataclasses.asdict(model.config), "task": "countdown", "variant": "apr", "step": step}
+        meta = {"model": config_json(model.config), "task": "countdown", "variant": "apr", "step": step}
         checkpoints.save(step, {"weights": weights, "optimizer": {"mean": weights, "square": weights}}, meta)
         checkpoints.close()
     return run

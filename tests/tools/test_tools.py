@@ -179,7 +179,7 @@ def test_view_refuses_in_one_line(run_folder, tmp_path_factory, capsys):
     broken = run_folder / "broken.jsonl"
     for text in ("no json\n", "[]\n", '{"index": 0}\n'):
         broken.write_text(text)
-        assert "line 1: no record" in refused(capsys, view, broken)
+        assert "line 1: no " in refused(capsys, view, broken)
     row = json.loads(path.read_text().splitlines()[0])
     broken.write_text(json.dumps(row | {"tree": {"root": 3}}) + "\n")
     assert "no thread tree" in refused(capsys, view, broken)

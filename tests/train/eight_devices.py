@@ -25,7 +25,7 @@ from flax import nnx  # noqa: E402
 
 from apr_jax.data.packing import flatten_thread, flatten_tree, pack_rows  # noqa: E402
 from apr_jax.data.store import SAMPLED_ROLES  # noqa: E402
-from apr_jax.model.llama import Llama, LlamaConfig  # noqa: E402
+from apr_jax.model.llama import RULES, Llama, LlamaConfig  # noqa: E402
 from apr_jax.rollout.engine import JaxEngine  # noqa: E402
 from apr_jax.tasks.task import TRAIN  # noqa: E402
 from apr_jax.threads import ThreadTree, TreeOutcome, encode_tree  # noqa: E402
@@ -100,8 +100,8 @@ def sharded():
         for devices, fsdp in ((1, 1), *meshes):
             trainer = Trainer(
                 Llama(dataclasses.replace(model.config, scan=fsdp == 8), rngs=nnx.Rngs(2)),
-                functools.partial(supervised_loss, mode="all"), make_optimizer(config, 3), data_mesh(devices, fsdp),
-                whole_layers=name == "muon",
+                functools.partial(supervised_loss, mode="all"), make_optimizer(config, 3, RULES),
+                data_mesh(devices, fsdp), whole_layers=name == "muon",
             )  # fmt: skip
             state = trainer.init(model)
             for rows in batches:

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from apr_jax.model.family import config_json
 from apr_jax.model.llama import Llama
 from apr_jax.train.checkpoint import fingerprint, load_model, save_model
 from tests.tiny import make_model
@@ -16,7 +17,7 @@ def test_a_fingerprint_is_of_the_weights_alone(tmp_path):
     mine = fingerprint(model)
     assert mine == fingerprint(make_model(0)) != fingerprint(make_model(1)) and len(mine) == 16
     for step in (3, 70):
-        save_model(tmp_path / str(step), model, {"step": step, "model": dataclasses.asdict(model.config)})
+        save_model(tmp_path / str(step), model, {"step": step, "model": config_json(model.config)})
         assert fingerprint(load_model(tmp_path / str(step))[0]) == mine
     other = Llama(dataclasses.replace(model.config, remat="full", dtype="bfloat16"), rngs=nnx.Rngs(5))
     nnx.update(other, nnx.state(model))

@@ -6,8 +6,8 @@ import optax
 import pytest
 from flax import nnx
 
+from apr_jax.model.llama import RULES
 from apr_jax.train.optimizer import (
-    RULES,
     OptimizerConfig,
     decayed,
     make_optimizer,
@@ -29,24 +29,24 @@ def names(tree, chosen):
 def test_every_parameter_has_a_rule_and_gains_do_not_decay():
     every = names(WEIGHTS, lambda _: True)
     gains = {name for name in every if "norm_" in name}
-    assert names(decayed(WEIGHTS), bool) == every - gains and len(gains) == 3
+    assert names(decayed(WEIGHTS, RULES), bool) == every - gains and len(gains) == 3
     is_axes = lambda x: x is None or hasattr(x, "reduction_axis")  # noqa: E731
-    axes = jax.tree.leaves_with_path(muon_dimensions(WEIGHTS), is_leaf=is_axes)
+    axes = jax.tree.leaves_with_path(muon_dimensions(WEIGHTS, RULES), is_leaf=is_axes)
     assert {path_name(path) for path, value in axes if value is not None} == {
         f"layers/{name}" for name in WEIGHTS["layers"] if "norm" not in name
     }
 
 
 def test_a_parameter_without_a_rule_is_named():
-    with pytest.raises(ValueError, match="no line of RULES matches the parameter 'gate_of_a_new_kind'"):
-        decayed({**WEIGHTS, "gate_of_a_new_kind": np.zeros(3)})
+    with pytest.raises(ValueError, match="no rule of the model.s family matches the parameter 'gate_of_a_new_kind'"):
+        decayed({**WEIGHTS, "gate_of_a_new_kind": np.zeros(3)}, RULES)
     assert len(RULES) == 5
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("frozen", ["", "embed_|head_", "layers/"])
 def test_what_is_frozen_stays_and_needs_no_moments(name, frozen):
-    optimizer = make_optimizer(OptimizerConfig(name, peak_rate=0.1, muon_rate=0.1, frozen=frozen), 10)
+    optimizer = make_optimizer(OptimizerConfig(name, peak_rate=0.1, muon_rate=0.1, frozen=frozen), 10, RULES)
     state = optimizer.init(WEIGHTS)
     change, _ = jax.jit(optimizer.update)(GRADIENT, state, WEIGHTS)
     new = optax.apply_updates(WEIGHTS, change)
@@ -55,14 +55,14 @@ def test_what_is_frozen_stays_and_needs_no_moments(name, frozen):
     held = {name for name in every if frozen and any(name.startswith(part) for part in frozen.split("|"))}
     assert moved == every - held
     held_size = sum(leaf.size for path, leaf in jax.tree.leaves_with_path(WEIGHTS) if path_name(path) in held)
-    whole = sum(leaf.size for leaf in jax.tree.leaves(make_optimizer(OptimizerConfig(name), 10).init(WEIGHTS)))
+    whole = sum(leaf.size for leaf in jax.tree.leaves(make_optimizer(OptimizerConfig(name), 10, RULES).init(WEIGHTS)))
     assert sum(leaf.size for leaf in jax.tree.leaves(state)) <= whole - held_size
 
 
 def test_the_clip_sees_only_what_is_trained():
     """A large gradient of a frozen parameter must not shrink the others'."""
     large = jax.tree_util.tree_map_with_path(lambda p, g: g * (1e6 if "embed_" in path_name(p) else 1), GRADIENT)
-    optimizer = make_optimizer(OptimizerConfig(frozen="embed_"), 10)
+    optimizer = make_optimizer(OptimizerConfig(frozen="embed_"), 10, RULES)
     first, second = (optimizer.update(g, optimizer.init(WEIGHTS), WEIGHTS)[0] for g in (GRADIENT, large))
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True))
 
@@ -70,7 +70,7 @@ def test_the_clip_sees_only_what_is_trained():
 @pytest.mark.parametrize("frozen, says", [(".", "leaves no parameter to train"), ("embd_", "finds no parameter to")])
 def test_freezing_all_or_nothing_is_refused(frozen, says):
     with pytest.raises(ValueError, match=f"optimizer.frozen .'{frozen}'. {says}"):
-        make_optimizer(OptimizerConfig(frozen=frozen), 10).init(WEIGHTS)
+        make_optimizer(OptimizerConfig(frozen=frozen), 10, RULES).init(WEIGHTS)
 
 
 # ---------------------------------------------------------------------- updates, per class of parameter
@@ -112,7 +112,7 @@ def muon(weight, gradients, shape):
 def test_each_class_of_parameter_is_updated_as_its_rule_says(name):
     """Three updates against Muon and AdamW by hand: matrices, tables and head, gains. Gains never decay."""
     config = OptimizerConfig(name, RATE, MUON_RATE, 1.0, schedule="constant", weight_decay=DECAY, clip=0.0, beta2=0.99)
-    optimizer, draw = make_optimizer(config, 10), np.random.default_rng(0)
+    optimizer, draw = make_optimizer(config, 10, RULES), np.random.default_rng(0)
     gradients = [jax.tree.map(lambda x: draw.normal(size=x.shape).astype(np.float32), WEIGHTS) for _ in range(3)]
     state, new, step = optimizer.init(WEIGHTS), WEIGHTS, jax.jit(optimizer.update)
     for gradient in gradients:
@@ -122,7 +122,7 @@ def test_each_class_of_parameter_is_updated_as_its_rule_says(name):
     for (path, weight), found, *given in zip(
         jax.tree.leaves_with_path(WEIGHTS), *map(jax.tree.leaves, (new, *gradients)), strict=True
     ):
-        rule, weight = rule_of(path), np.asarray(weight, np.float64)
+        rule, weight = rule_of(path, RULES), np.asarray(weight, np.float64)
         given = [np.asarray(one, np.float64) for one in given]
         if name == "muon" and rule.muon:
             rows = int(np.prod([weight.shape[axis] for axis in rule.muon[0]]))
@@ -137,7 +137,7 @@ def test_each_class_of_parameter_is_updated_as_its_rule_says(name):
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_without_a_gradient_weights_decay_and_gains_stay(name):
     config = OptimizerConfig(name, 0.01, 0.01, schedule="constant", weight_decay=0.5, warmup_steps=0)
-    optimizer = make_optimizer(config, 10)
+    optimizer = make_optimizer(config, 10, RULES)
     change, _ = optimizer.update(jax.tree.map(np.zeros_like, GRADIENT), optimizer.init(WEIGHTS), WEIGHTS)
     for path, value in jax.tree.leaves_with_path(optax.apply_updates(WEIGHTS, change)):
         before = {path_name(p): w for p, w in jax.tree.leaves_with_path(WEIGHTS)}[path_name(path)]

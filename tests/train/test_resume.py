@@ -23,6 +23,7 @@ from flax import nnx
 
 from apr_jax.data.packing import flatten_thread
 from apr_jax.errors import UserError
+from apr_jax.model.family import config_json
 from apr_jax.train.checkpoint import CheckpointError, Checkpoints, load_meta, load_model, newest_step
 from apr_jax.train.metrics import MetricsLog
 from apr_jax.train.sft import SftConfig, SftJob, run_sft
@@ -255,7 +256,7 @@ def state_of(seed=0, width=32):
     return {"weights": nnx.to_pure_dict(nnx.state(make_model(seed, width=width))), "step": jnp.asarray(7, jnp.int32)}
 
 
-META = {"model": dataclasses.asdict(make_model(0).config), "variant": "apr"}
+META = {"model": config_json(make_model(0).config), "variant": "apr"}
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """What a trainer compiles, and how models are counted and read without arrays of their own."""
 
-import dataclasses
-
 import jax
 import jax.monitoring
 import numpy as np
@@ -9,7 +7,8 @@ import optax
 import pytest
 from flax import nnx
 
-from apr_jax.model.llama import Llama, LlamaConfig, abstract_llama, parameter_count
+from apr_jax.model.family import abstract_model, config_json, parameter_count
+from apr_jax.model.llama import Llama, LlamaConfig
 from apr_jax.train.checkpoint import CheckpointError, Checkpoints, check_folder, load_model, save_model
 from apr_jax.train.loss import supervised_loss
 from apr_jax.train.step import Trainer, data_mesh
@@ -41,15 +40,15 @@ def test_parameters_are_counted_without_making_them(tied):
     real = Llama(config, rngs=nnx.Rngs(0))
     total = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(real)))
     tables = (1 if tied else 2) * 50 * config.width
-    assert parameter_count(real) == parameter_count(abstract_llama(config)) == (total, total - tables)
+    assert parameter_count(real) == parameter_count(abstract_model(config)) == (total, total - tables)
     huge = LlamaConfig(10**6, width=2**14, layers=200, heads=128, feed_forward=2**16)
     L, D, F = huge.layers, huge.width, huge.hidden
-    assert parameter_count(abstract_llama(huge))[1] == L * (4 * D * D + 3 * D * F + 2 * D) + D
+    assert parameter_count(abstract_model(huge))[1] == L * (4 * D * D + 3 * D * F + 2 * D) + D
 
 
 def test_no_random_model_is_made_to_read_one(tmp_path, monkeypatch):
     model = make_model(3)
-    meta = {"model": dataclasses.asdict(model.config), "step": 1}
+    meta = {"model": config_json(model.config), "step": 1}
     save_model(tmp_path / "right", model, meta)
     save_model(tmp_path / "wrong", model, meta | {"model": meta["model"] | {"width": 64, "heads": 8}})
 
@@ -76,7 +75,7 @@ def test_no_checkpoint_is_begun_where_it_could_not_be_read(tmp_path, name):
 
 def test_a_checkpoint_of_a_renamed_folder_is_read_or_refused_by_name(tmp_path):
     model = make_model()
-    save_model(tmp_path / "run", model, {"model": dataclasses.asdict(model.config), "step": 1})
+    save_model(tmp_path / "run", model, {"model": config_json(model.config), "step": 1})
     (tmp_path / "run").rename(tmp_path / "r[1]")
     jax.tree.map(np.testing.assert_array_equal, nnx.state(load_model(tmp_path / "r[1]")[0]), nnx.state(model))
     (tmp_path / "r[1]").rename(tmp_path / "a\\b")

@@ -34,7 +34,7 @@ from flax import nnx
 
 from apr_jax.export.hf import export_hf, load_transformers
 from apr_jax.export.oracle import TransformersEngine
-from apr_jax.model.llama import Llama, parameter_count
+from apr_jax.model.family import Model, config_json, make_model, parameter_count
 from apr_jax.rollout.engine import JaxEngine
 from apr_jax.tasks.countdown import CountdownProtocol, ProblemRange
 from apr_jax.text.tokenizer import Tokenizer
@@ -62,13 +62,13 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("out", None, "A JSON file for the figures.", flag_values=values)
 
 
-def widened(model: Llama, times: int) -> Llama:
+def widened(model: Model, times: int) -> Model:
     """The same function in a model `times` as wide: heads, width and feed-forward are padded with zeros."""
     old = model.config
     config = dataclasses.replace(
         old, width=old.width * times, heads=old.heads * times, kv_heads=old.kv * times, feed_forward=old.hidden * times
     )
-    wide = Llama(config, rngs=nnx.Rngs(0))
+    wide = make_model(config, 0)
 
     def padded(path, target, value):
         # A norm divides by the root of the mean square, which zeros make smaller.
@@ -207,7 +207,7 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     found |= {
         "slots": slots,
         "parameters": parameter_count(model)[0],
-        "model": dataclasses.asdict(model.config),
+        "model": config_json(model.config),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, {devices} x {jax.devices()[0].device_kind}",
         "date": time.strftime("%Y-%m-%d"),
     }

@@ -35,7 +35,7 @@ FOLDERS = ("apr_jax", "experiments", "tools", "benchmarks", "tests")
 class Module:
     """One Python file of a checkout."""
 
-    name: str  # as imported, "apr_jax.model.llama"
+    name: str  # as imported, "apr_jax.model.cache"
     path: Path  # relative to the checkout
     statements: int
     lines: int

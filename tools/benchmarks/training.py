@@ -9,13 +9,12 @@ Three ways to take the same APR trees through the same model, all weights traine
     packed     ours: a tree's threads in rows, a shared prefix once
     repeated   the authors' rows, in our trainer: every call of a thread is a row with all that came before it, and so
                is its end, each padded to the window
-    torch      transformers' Llama under torch, on the very rows of `packed`, with the tree as a mask [B, 1, T, T]
+    torch      transformers' model under torch, on the very rows of `packed`, with the tree as a mask [B, 1, T, T]
 
 Rounds alternate, each a pass over all trees; the ratio is of the medians. Before, the loss of one batch is compared
 between ours and torch: the same model on the same rows.
 """
 
-import dataclasses
 import itertools
 import math
 import os
@@ -30,14 +29,13 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 from absl import flags
-from flax import nnx
 
 from apr_jax.data.demonstrations import encode_demonstration, fits
 from apr_jax.data.packing import PackedBatch, Segment, first_fit, flatten_thread, flatten_tree, pack_rows
 from apr_jax.export.hf import export_hf, load_transformers
 from apr_jax.export.oracle import import_torch
+from apr_jax.model.family import DEFAULT, Model, config_json, load_family, make_model
 from apr_jax.model.flops import peak_flops, training_flops
-from apr_jax.model.llama import PRESETS, Llama, LlamaConfig
 from apr_jax.tasks.task import TRAIN
 from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.threads import Block, Spawn, Thread, ThreadTree
@@ -48,6 +46,7 @@ from experiments.command import load_config
 from experiments.settings import Settings, read_settings
 from tools import command
 
+FAMILY = load_family(DEFAULT)
 OPTIMIZER = OptimizerConfig(peak_rate=1e-4, schedule="constant")
 
 
@@ -55,7 +54,7 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "config", "experiments/configs/laptop.py", "Whose problems, solver and window.", flag_values=values
     )
-    flags.DEFINE_enum("model", "tiny", list(PRESETS), "The model's sizes.", flag_values=values)
+    flags.DEFINE_enum("model", "tiny", list(FAMILY.presets), "The model's sizes.", flag_values=values)
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the computation.", flag_values=values)
     flags.DEFINE_integer("trees", 48, "Trees of a pass.", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("rows", 4, "Rows of a batch, a multiple of the devices.", lower_bound=1, flag_values=values)
@@ -97,7 +96,7 @@ def batches_of(rows: Sequence[Sequence[Segment]], length: int, count: int) -> li
 
 
 class TorchLoop:
-    """transformers' Llama with the weights of an export, trained on packed rows."""
+    """transformers' model with the weights of an export, trained on packed rows."""
 
     def __init__(self, folder: str, dtype: str):
         torch = import_torch()
@@ -150,8 +149,8 @@ NEEDED = ("tokens", "positions", "predecessors", "enter", "exit")
 class OurLoop:
     """Our trainer, waiting for the device as `run_sft` does: a step behind."""
 
-    def __init__(self, model: Llama, devices: int):
-        optimizer = make_optimizer(OPTIMIZER, 10**6)
+    def __init__(self, model: Model, devices: int):
+        optimizer = make_optimizer(OPTIMIZER, 10**6, FAMILY.rules)
         self.trainer = Trainer(
             model, lambda model, batch: supervised_loss(model, batch, "all"), optimizer, data_mesh(devices),
             whole_layers=False,
@@ -186,9 +185,11 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     }
     useful = sum(map(len, packed))
 
-    sizes = PRESETS[values["model"].value]
-    config = LlamaConfig(len(tokenizer), **sizes, context=-(-length // 128) * 128, dtype=values["dtype"].value)
-    model = Llama(config, rngs=nnx.Rngs(0))
+    sizes = FAMILY.presets[values["model"].value]
+    config = FAMILY.Config(
+        vocab_size=len(tokenizer), **sizes, context=-(-length // 128) * 128, dtype=values["dtype"].value
+    )
+    model = make_model(config, 0)
     devices = math.gcd(jax.device_count(), count)
     loops: dict[str, Callable[[], object]] = {}
     ours = {name: OurLoop(model, devices) for name in batches}
@@ -228,7 +229,7 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
         "packed_over_repeated": round(medians["repeated"] / medians["packed"], 2),
         "seconds": {name: [round(time, 2) for time in times] for name, times in seconds.items()},
         "model_flops_per_second": {name: round(flops / time / 1e9, 1) * 1e9 for name, time in medians.items()},
-        "model": dataclasses.asdict(config),
+        "model": config_json(config),
         "config": values["config"].value,
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, {devices} x {jax.devices()[0].device_kind}",
         "date": time.strftime("%Y-%m-%d"),

@@ -12,7 +12,7 @@ import jax
 
 from apr_jax.errors import UserError
 from apr_jax.evaluate.latency.sample import Setting
-from apr_jax.model.llama import Llama
+from apr_jax.model.family import Model
 from apr_jax.rollout.engine import JaxEngine
 from apr_jax.rollout.measure import Measurements, TimedEngine
 from apr_jax.rollout.placement import PLACEMENTS
@@ -38,7 +38,7 @@ async def sglang_engine(
     )  # fmt: skip
 
 
-def jax_engine(model: Llama, setting: Setting, sampling: Sampling, measurements: Measurements) -> TimedEngine:
+def jax_engine(model: Model, setting: Setting, sampling: Sampling, measurements: Measurements) -> TimedEngine:
     """An engine on all devices of this process, with all of its shapes compiled."""
     mesh = data_mesh(jax.device_count())
     slots = min(max(8, 8 * setting.concurrency // mesh.size), SLOTS) * mesh.size

@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from apr_jax.errors import UserError
 from apr_jax.evaluate.latency.chain import latency_parts, waited_for
 from apr_jax.evaluate.latency.costs import Costs, predict
 from apr_jax.evaluate.latency.sample import Sample, Setting, measured_samples, read_samples
@@ -64,6 +65,8 @@ async def measure(
     missing = [index for index in range(len(rows)) if index not in samples]
     if not missing:
         return [samples[index] for index in range(len(rows))]
+    if any(True for _ in read_lines(path, cut_short=True)) and not old:
+        raise UserError(f"{path} holds samples of an earlier version: give another --out")
     write_text(path, "".join(sample.line() for sample in old))  # the last line may have been cut by a kill
     title = f"{setting.title}, {setting.engine}, {setting.concurrency} at once, {setting.budget_title}"
     progress = Progress(title, len(rows), "samples", len(samples))
@@ -85,8 +88,7 @@ async def measure(
                     raise ServerError(f"sample {index} failed {TRIES} times: {trouble}")
                 sample = dataclasses.replace(sample, tries=tries)
                 samples[index] = sample
-                file.write(sample.line())
-                file.flush()
+                append(file, vars(sample))
                 right = sum(sample.correct for sample in samples.values())
                 progress.update(len(samples), f"{right} right")
 

@@ -17,9 +17,8 @@ from apr_jax.errors import UserError
 from apr_jax.tasks.countdown import trace
 from apr_jax.tasks.countdown.problem import combine
 
-# The authors' generator draws "promising" as true with these probabilities; the paper's text says APR_PAPER_PROMISING.
+# The authors' generator draws "promising" as true with these probabilities; the paper's text says 0.1 for APR.
 APR_PROMISING, SOS_PLUS_PROMISING = 0.9, 0.5
-APR_PAPER_PROMISING = 0.1
 
 # How a solver is spelled where another spelling would be another thing: in the seeds of its draws and the info of its
 # trees, which decide the bytes of a data set, and in the authors' files.

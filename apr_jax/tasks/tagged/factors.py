@@ -31,6 +31,7 @@ class Span:
     last: int
 
     def __post_init__(self):
+        check_fields(self)
         if not 2 <= self.first <= self.last:
             raise UserError(f"candidates need 2 <= first <= last, was given {self.first} to {self.last}")
 

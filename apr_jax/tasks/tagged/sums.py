@@ -16,6 +16,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from apr_jax.checks import check_fields
 from apr_jax.errors import UserError
 from apr_jax.tasks.tagged.protocol import TagProtocol, tag_spawn, tag_tokenizer
 from apr_jax.tasks.task import Task
@@ -36,6 +37,7 @@ class RangeSum:
     start: int
 
     def __post_init__(self):
+        check_fields(self)
         if not (10 <= self.first < 25 and 55 <= self.last < 100 and 0 <= self.start < 10):
             raise UserError(
                 f"a sum begins with 10 to 24, ends with 55 to 99 and has a start of 0 to 9, was given {vars(self)}"
@@ -54,7 +56,7 @@ def range_sums() -> list[RangeSum]:
 
 class Sums(Task):
     """Right is the range's last number and the sum. A demonstration has 1, 2 or 4 parts, drawn by its index: a model of
-    them knows all three ways, and a problem that comes again is shown in others."""
+    them knows all three ways."""
 
     name = "sums"
     variants = ("shared",)

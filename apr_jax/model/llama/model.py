@@ -1,4 +1,4 @@
-"""Llama 2 in Flax NNX: RMSNorm, RoPE, SwiGLU, grouped heads, stacked layers.
+"""Llama 2 in Flax NNX: sizes, parameters and the way of tokens through them.
 
 Parameters carry the layer axis in front (``q_LxDxNxH``), so that an optimiser sees one array where a model
 has L; `apr_jax.export.hf` unstacks them into the Hugging Face names.
@@ -6,9 +6,7 @@ has L; `apr_jax.export.hf` unstacks them into the Hugging Face names.
 
 import dataclasses
 import functools
-import math
-from collections import Counter
-from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +15,9 @@ from flax import nnx
 
 from apr_jax.checks import above, at_least, check_fields
 from apr_jax.errors import UserError
+from apr_jax.model.family import Attend, Gather
 
 Array = jax.Array
-# (q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, layer's carry or None) -> (out_BxTxNxH, what the layer leaves behind)
-Attend = Callable[[Array, Array, Array, object], tuple[Array, object]]
-# (name of a parameter, the share of it that this device holds, for one layer where it is stacked) -> the whole
-Gather = Callable[[str, Array], Array]
-
 ATTENTIONS = ("auto", "blocked", "dense", "cudnn")
 # What the backward pass finds of a layer's activations; the rest it computes again.
 REMAT = {
@@ -37,6 +31,7 @@ REMAT = {
 class LlamaConfig:
     """Sizes of one model. The paper's (`base`) is 18 layers, width 1024, 16 heads, Llama-2 vocabulary."""
 
+    family: ClassVar[str] = "llama"
     vocab_size: int
     width: int = 128  # D
     layers: int = 4  # L
@@ -62,14 +57,17 @@ class LlamaConfig:
         for name, allowed in (("attention", ATTENTIONS), ("remat", tuple(REMAT))):
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name} is one of {', '.join(allowed)}, was given {getattr(self, name)!r}")
-        if self.width % self.heads or (self.width // self.heads) % 2:
-            raise UserError(f"width {self.width} over {self.heads} heads must give an even head size")
+        self._check_head_size()
         if self.heads % self.kv:
             raise UserError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
         if self.dtype not in ("float32", "bfloat16"):
             raise UserError(f"dtype is float32 or bfloat16, was given {self.dtype!r}")
         if self.attention == "cudnn" and self.dtype != "bfloat16":
             raise UserError(f"attention cudnn needs dtype bfloat16, was given {self.dtype!r}")
+
+    def _check_head_size(self) -> None:
+        if self.width % self.heads or (self.width // self.heads) % 2:
+            raise UserError(f"width {self.width} over {self.heads} heads must give an even head size")
 
     @property
     def head_size(self) -> int:
@@ -82,14 +80,6 @@ class LlamaConfig:
     @property
     def hidden(self) -> int:
         return self.feed_forward or -(-self.width * 8 // 3 // 32) * 32
-
-
-# Sizes by name: about 1 M, 25 M and the paper's 228 M parameters outside the tables.
-PRESETS = {
-    "tiny": {"width": 128, "layers": 4, "heads": 4, "feed_forward": 352},
-    "small": {"width": 512, "layers": 8, "heads": 8, "feed_forward": 1376},
-    "base": {"width": 1024, "layers": 18, "heads": 16, "feed_forward": 2752},
-}
 
 
 def _as_precise(method):
@@ -162,8 +152,8 @@ class Llama(nnx.Module):
         def layer(x_MxD, w, carry):
             w = {name: self._whole(f"layers/{name}", value.astype(dtype)) for name, value in w.items()}
             h_MxD = rms_norm(x_MxD, w["attention_norm_LxD"], config.norm_epsilon)
-            q_BxTxNxH = rotate(project(h_MxD, w["q_LxDxNxH"]), rotation)
-            k_BxTxKxH = rotate(project(h_MxD, w["k_LxDxKxH"]), rotation)
+            q_BxTxNxH = rotate(self.before_rotation("q", project(h_MxD, w["q_LxDxNxH"]), w), rotation)
+            k_BxTxKxH = rotate(self.before_rotation("k", project(h_MxD, w["k_LxDxKxH"]), w), rotation)
             v_BxTxKxH = project(h_MxD, w["v_LxDxKxH"])
             out_BxTxNxH, left = attend(q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, carry)
             x_MxD = x_MxD + out_BxTxNxH.reshape(M, -1) @ w["o_LxNxHxD"].reshape(-1, config.width)
@@ -184,6 +174,11 @@ class Llama(nnx.Module):
             )
             left.append(after)
         return self._normed(x_MxD).reshape(B, T, -1), left
+
+    def before_rotation(self, kind: str, x_BxTxNxH: Array, w: dict[str, Array]) -> Array:
+        """The queries ("q") or keys ("k") that are rotated, of those that were projected, and one layer's weights by
+        name. Other families norm them here; Llama leaves them."""
+        return x_BxTxNxH
 
     @_as_precise
     def logits(self, hidden: Array) -> Array:
@@ -230,17 +225,3 @@ def rotate(x_BxTxNxH: Array, rotation: tuple[Array, Array]) -> Array:
     cos, sin = rotation
     first, second = jnp.split(x_BxTxNxH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BxTxNxH.dtype)
-
-
-def abstract_llama(config: LlamaConfig) -> Llama:
-    """A model of shapes in the place of arrays: to count, or to be filled with weights."""
-    return nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
-
-
-def parameter_count(model: Llama) -> tuple[int, int]:
-    """(all parameters, those outside the embedding and the head). The model may be abstract."""
-    sizes = Counter()
-    for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        sizes[path[0]] += math.prod(leaf.shape)
-    total = sum(sizes.values())
-    return total, total - sizes["embed_VxD"] - sizes["head_DxV"]
