@@ -28,12 +28,13 @@ def get_config(kind: str = ""):
 
     c.grpo.steps = 0
     if kind == "grpo":
-        c.sft.steps = 200  # so that there is something left to learn
+        c.sft.steps = 140  # so that there is something left to learn
         c.grpo.variants = ("fresh", "inherit")
-        c.grpo.steps, c.grpo.prompts, c.grpo.group = 20, 16, 6
+        c.grpo.steps, c.grpo.prompts, c.grpo.group = 30, 16, 6
         c.grpo.row_length = 384
-        c.grpo.aggregate, c.grpo.normalise = "constant", False
+        c.grpo.aggregate = "constant"
         o = c.grpo.optimizer
-        o.name, o.schedule, o.peak_rate, o.muon_rate, o.warmup_steps = "muon", "constant", 2e-4, 1e-3, 1
+        o.name, o.schedule, o.peak_rate, o.muon_rate, o.warmup_steps = "muon", "constant", 5e-4, 2.5e-3, 1
+        c.evaluate.also_at = (1.0,)  # what GRPO samples at
     c.export.check_trees = 5
     return c
