@@ -16,6 +16,7 @@ from experiments.figures import accuracy, training
 from experiments.figures.style import read_metrics
 
 STAGES = {"sft": "SFT", "grpo": "SFT+GRPO"}  # of training, with the titles of their models
+JOINT = "sft_joint"  # the folder of the supervised model of all variants, where there is one
 HEADER = (
     "| model | accuracy (95 % interval) | answered | step accuracy | total tokens | sequential tokens | children |"
     " threads cut by the window | malformed spawns | tokens trained |"
@@ -72,12 +73,12 @@ def write_report(
         line for name, digest in present.items() if digest is None
         for line in ("", f"The weights of {titles[name]} are not in {name}/ any more: its row is of records alone.")
     ]  # fmt: skip
-    metrics = {
-        titles[name]: read_metrics(path) for name in models if (path := workdir / name / "metrics.jsonl").exists()
-    }
-    trained = {
-        titles[name]: _trained(metrics.get(titles[name], []), stamps[name].get("step", float("inf"))) for name in models
-    }
+    joint = workdir / JOINT / "metrics.jsonl"  # of the one model that is saved for each variant, at its step 0
+    logs = {name: workdir / name / "metrics.jsonl" for name in models}
+    logs |= {name: joint for name, path in logs.items() if name.startswith("sft_") and not path.exists()}
+    metrics = {titles[name]: read_metrics(path) for name, path in logs.items() if path.exists()}
+    last = {name: float("inf") if logs[name] == joint else stamps[name].get("step", float("inf")) for name in models}
+    trained = {titles[name]: _trained(metrics.get(titles[name], []), last[name]) for name in models}
     summaries = {title: summarise(rows) for title, rows in records.items()}
     problems = dataset.manifest["held_out_problems"]
     lines = _table(task, records, summaries, trained, problems) + gone + _unfinished(workdir, problems)

@@ -88,6 +88,7 @@ def default_config(task: str) -> ml_collections.ConfigDict:
     c.sft.batch_rows = 4  # multiple of devices times microbatches
     c.sft.microbatches = 1  # parts of a batch whose gradients are added up, to need the memory of one
     c.sft.row_length = 768  # tokens, at least the window
+    c.sft.models = "separate"  # one for each variant, the paper's, or "joint": one trained on the trees of all
     c.sft.children = 0  # child threads of a tree that are trained on, those with a result first; 0: all, the paper's
     c.sft.loss_tokens = "sampled"  # or "all", the paper's
     c.sft.save_every = 200
@@ -177,6 +178,7 @@ class Settings:
     sft: SftConfig
     grpo: GrpoConfig
     grpo_variants: tuple[str, ...]
+    sft_joint: bool  # one supervised model for all variants
     sft_children: int  # of a tree, trained on; 0: all
     grpo_slots: int
     budget: Budget
@@ -259,6 +261,9 @@ def read_settings(config: ml_collections.ConfigDict) -> Settings:
     if c["export"]["dtype"] not in ("float32", "bfloat16"):
         raise UserError(f"export.dtype is float32 or bfloat16, was given {c['export']['dtype']!r}")
 
+    if c["sft"]["models"] not in ("separate", "joint"):
+        raise UserError(f"sft.models is separate or joint, was given {c['sft']['models']!r}")
+
     task = load_task(c["task"], _built(kind.Settings, c[kind.name], kind.name, build))
     data = {name: c["data"][name] for name in ("train", "held_out", "repeats")}
     build("data", check_values, DataConfig, **data)
@@ -270,7 +275,7 @@ def read_settings(config: ml_collections.ConfigDict) -> Settings:
             values["prices"] = build(f"{name}.prices", Prices, **values["prices"])
         return build(name, kind, **values, seed=c["seed"], names={"seed": "seed"})
 
-    sft, grpo = section("sft", SftConfig, ("children",)), section("grpo", GrpoConfig, ("variants", "slots"))
+    sft, grpo = section("sft", SftConfig, ("children", "models")), section("grpo", GrpoConfig, ("variants", "slots"))
     family = build("model", load_family, c["model"]["family"])
     model = _model_sizes(c["model"], family)
     model["context"] = -(-max(window, grpo.row_length) // 128) * 128
@@ -303,7 +308,7 @@ def read_settings(config: ml_collections.ConfigDict) -> Settings:
         ),
         tokenizer=tokenizer, family=family, model=model, checkpoint=expand_home(c["model"]["checkpoint"]),
         sft=sft, grpo=grpo,
-        sft_children=c["sft"]["children"],
+        sft_joint=c["sft"]["models"] == "joint", sft_children=c["sft"]["children"],
         grpo_variants=tuple(c["grpo"]["variants"]), grpo_slots=c["grpo"]["slots"],
         budget=build("budget", Budget, context=window, **c["budget"] | {"tokens": c["budget"]["tokens"] or None}),
         evaluate_sampling=sampling(temperatures[0]), evaluate_also={t: sampling(t) for t in temperatures[1:]},

@@ -6,6 +6,7 @@ A run folder holds:
     versions.json                  device and packages, `earlier` ones where a run went on elsewhere
     data/                          problems, traces, tokenizer.json, manifest.json
     sft_VARIANT/ grpo_VARIANT/     checkpoints/, metrics.jsonl, tensorboard/; of GRPO with validation best/
+    sft_joint/                     the same of the one supervised model of all variants (sft.models)
     evaluate/MODEL.jsonl           one record per held-out problem, in their order; MODEL+BUDGET@TEMPERATURE.jsonl where
                                    those were asked for; MODEL.stamp.json: of which weights
     export/                        the last model of the first variant in Hugging Face format
@@ -27,6 +28,7 @@ import jax
 from apr_jax import interrupt
 from apr_jax.data.dataset import read_manifest
 from apr_jax.data.folder import PARTS, DataFolder
+from apr_jax.data.packing import MixedSegments, Segment
 from apr_jax.errors import UserError
 from apr_jax.evaluate.run import evaluate
 from apr_jax.export.hf import check_export, check_trees, export_hf
@@ -39,13 +41,14 @@ from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.threads.run import TreeRunner
 from apr_jax.train.checkpoint import CheckpointError, fingerprint, last_step, load_meta, load_model, newest_step
 from apr_jax.train.grpo import GrpoJob, RolloutSpec, most_frequent, run_grpo
-from apr_jax.train.sft import SftJob, run_sft
+from apr_jax.train.sft import SftConfig, SftJob, run_sft
 from apr_jax.train.step import data_mesh
 from experiments.data_stage import make_data
 from experiments.report import records_name, write_report
 from experiments.settings import STAGES, Settings
 from experiments.workspace import agree, claim, read_note
 
+JOINT = "joint"  # in the place of a variant: the supervised model of all variants
 POLL_SECONDS = 1.0  # between two looks at what another process has made
 
 
@@ -65,7 +68,7 @@ class Run:
         if settings.tokenizer and not (workdir / "config.json").exists():
             load_tokenizer(settings.tokenizer)
         self.mesh = data_mesh(settings.devices, settings.fsdp) if on_devices else None
-        for variant in self.variants:
+        for variant in (JOINT,) if settings.sft_joint else self.variants:
             if first := self._first_checkpoint(variant):
                 try:
                     given, _ = load_meta(first)
@@ -115,15 +118,25 @@ class Run:
             variant: [
                 self.dataset.segments(variant, part, self.settings.sft_children, self.settings.seed) for part in PARTS
             ]
-            for variant in self.variants
+            for variant in (self.task.variants if self.settings.sft_joint else self.variants)
         }
+        config, joint = self.settings.sft, None
+        if self.settings.sft_joint:  # what is saved for each variant is the one model, without a step of its own
+            joint = self._train(JOINT, config, *(MixedSegments(part) for part in zip(*segments.values())))
+            config = dataclasses.replace(config, steps=0)
         for variant, (train, validation) in segments.items():
-            model = self._first_model(variant)
-            job = SftJob(
-                model, self.settings.sft, train, self.mesh, self.workdir / f"sft_{variant}", validation,
-                self._meta(model.config, variant, "sft"),
-            )  # fmt: skip
-            run_sft(job)
+            self._train(variant, config, train, validation, joint)
+
+    def _train(
+        self, variant: str, config: SftConfig, train: Sequence[Segment], validation: Sequence[Segment],
+        model: Model | None = None,
+    ) -> Model:  # fmt: skip
+        """The supervised model of a variant, or of all (`JOINT`); `model` is what training begins with."""
+        model = model or self._first_model(variant)
+        meta = self._meta(model.config, variant, "sft")
+        return run_sft(
+            SftJob(model, config, train, self.mesh, self.workdir / f"sft_{variant}", validation, meta)
+        )
 
     def grpo(self) -> None:
         for variant in self.settings.grpo_variants if self.settings.grpo.steps else ():

@@ -230,9 +230,25 @@ class StoredSegments(Sequence[Segment]):
         return flatten_blocks(*self.store.thread(int(self._threads[index])))
 
 
+class MixedSegments(Sequence[Segment]):
+    """The segments of several sequences as one: those of the first, then those of the next."""
+
+    def __init__(self, parts: Sequence[Sequence[Segment]]):
+        self._parts = parts
+        self._ends = np.cumsum([len(part) for part in parts])
+        self.lengths = np.concatenate([segment_lengths(part) for part in parts])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Segment:
+        part = int(np.searchsorted(self._ends, index, side="right"))
+        return self._parts[part][index - (int(self._ends[part - 1]) if part else 0)]
+
+
 def segment_lengths(segments: Sequence[Segment]) -> np.ndarray:
     """Tokens of each segment [segments], without reading the ids that lie on disk."""
-    if isinstance(segments, StoredSegments):
+    if isinstance(segments, StoredSegments | MixedSegments):
         return segments.lengths
     return np.array([len(segment) for segment in segments], np.int64)
 
