@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # The paper's own task on one GPU, in two commands of some minutes each (experiments/configs/h200.py).
 #
-#   tools/gpu_run.sh train OUT SECONDS [--config.x=y ...]   data, SFT of SECONDS, GRPO of APR beside the SFT's evaluation
+#   tools/gpu_run.sh train OUT SECONDS [--config.x=y ...]   data, SFT of SECONDS, its evaluation, then GRPO of APR
 #   tools/gpu_run.sh finish OUT [--config.x=y ...]          GRPO's evaluation, children enforced before and after it
 #
 # How many tokens SECONDS of training are is measured first, on other problems, while the data are made. Runs lie under
 # runs/; OUT gets reports, metrics, records without log-probabilities and bfloat16 weights in parts of 15 MB, which
 # `cat OUT/weights_* | tar x` puts together again: a Hugging Face folder, for tools.import_hf. GRPO ends after
-# GRPO_SECONDS (120). The GPU memory is shared by processes, so none takes it all.
+# GRPO_SECONDS (120). Two engines do not fit one GPU of 80 GB at these slots (tried), so one follows the other.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -93,13 +93,13 @@ train() { # SECONDS arguments
   printf '%s\n' "$@" >runs/arguments
   run sft "$@" --stage=sft --workdir=$RUN
   say "sft"
-  weights $RUN/sft_joint/checkpoints sft &
-  run evaluate_sft "$@" --stage=evaluate,report --workdir=$RUN &
+  weights $RUN/sft_apr/checkpoints sft &
+  run evaluate_sft "$@" --stage=evaluate,report --workdir=$RUN
+  results train $RUN
+  say "evaluated"
   timeout -s TERM "${GRPO_SECONDS:-120}" "$PYTHON" -m experiments.run --config=$CONFIG "$@" --stage=grpo --workdir=$RUN \
     >"$OUT/grpo.txt" 2>&1 || say "grpo ended with $?"
-  say "grpo"
   wait
-  say "evaluated"
   results train $RUN
   say "done"
 }
@@ -119,11 +119,11 @@ finish() { # arguments
   mapfile -t given <runs/arguments
   set -- "${given[@]}" "$@"
   weights $RUN/grpo_apr/checkpoints grpo &
-  enforced sft_enforced $RUN/sft_apr/checkpoints "$@" &
-  enforced grpo_enforced $RUN/grpo_apr/checkpoints "$@" &
-  run evaluate_grpo "$@" --stage=evaluate,report --workdir=$RUN || true
+  run evaluate_grpo "$@" --stage=evaluate,report --workdir=$RUN
   results finish $RUN
   say "evaluated"
+  enforced sft_enforced $RUN/sft_apr/checkpoints "$@"
+  enforced grpo_enforced $RUN/grpo_apr/checkpoints "$@"
   wait
   say "done"
 }

@@ -1,10 +1,15 @@
 """The paper's own task on one H100 or H200 in ten minutes: 25 M parameters in bfloat16, one model for both variants.
 
-    tools/gpu_run.sh runs/h200        # data, training, GRPO, evaluation and what fits a small result folder
+    tools/gpu_run.sh train OUT 270    # data, training, evaluation, GRPO; OUT gets what is worth keeping
     python -m experiments.run --config=experiments/configs/h200.py
 
-Problems, solvers and beams are the paper's (`paper.py`). The window holds what the paper's 4,096 Llama-2 tokens hold.
-The optimiser is the workstation's, the best known recipe at that size.
+Problems, solvers and beams are the paper's (`paper.py`), but traces are as the workstation's: what a beam keeps is not
+shuffled, and a root's list is ranked. The optimiser is the workstation's, too. 2,048 of our tokens hold what some 4,550
+(APR) or 4,860 (SoS+) Llama-2 tokens hold; `experiments/results/h200` has accuracy within 1,792, less than the paper's
+4,096.
+
+What it reached, and what the paper's 228 M parameters reached after some 10 passes over 500,000 problems: APR 83.6 %
+(75.5 before GRPO, 83.4 after), SoS+ 52.4 % (57.3, 60.0); one H100, five and a half minutes of training, one seed.
 """
 
 from experiments.configs import paper
@@ -15,6 +20,7 @@ def get_config():
     c.name = "h200"
     c.devices = 1
     c.window = 2048
+    # Shuffled lists cost a small greedy pupil its answers (WORKSPACE_NOTES.md); not tried at this size.
     c.countdown.sos_plus.shuffle = c.countdown.apr.shuffle = False
     c.countdown.apr.rank_root = True
     c.data.train, c.data.held_out = 120_000, 500
@@ -34,10 +40,10 @@ def get_config():
 
     c.grpo.variants = ("apr",)
     c.grpo.steps, c.grpo.prompts, c.grpo.group, c.grpo.inner_steps = 14, 16, 8, 1
-    c.grpo.batch_rows, c.grpo.row_length, c.grpo.slots = 16, 2560, 512
+    c.grpo.batch_rows, c.grpo.row_length, c.grpo.slots = 16, 2560, 256
     c.grpo.aggregate, c.grpo.normalise, c.grpo.kl, c.grpo.importance_cap = "constant", False, 0.0, 2.0
     o = c.grpo.optimizer
     o.muon_rate, o.peak_rate, o.start_rate, o.end_rate, o.warmup_steps = 3e-3, 6e-4, 1.0, 0.2, 1
 
-    c.evaluate.slots = 256  # beside GRPO on one device
+    c.evaluate.slots = 448  # 512 do not fit 80 GB: a decode call works on a copy of its slots' cache
     return c
