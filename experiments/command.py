@@ -30,8 +30,8 @@ SHARED_STAGES = ("data", "sft")  # what several processes can run together
 FLAGS_HELP = f"""\
   --config=FILE        the preset: a Python file with get_config(), for example experiments/configs/laptop.py;
                        FILE:WORD gives WORD to get_config
-  --config.A.B=VALUE   changes one setting, as --config.sft.steps=100 or --config.evaluate.also_at=0.5,1; may be
-                       repeated; --config.task=NAME or --config.task=package.module:Class is another task
+  --config.A.B=VALUE   changes one setting, as --config.sft.steps=100 or --config.evaluate.extra_temperatures=0.5,1;
+                       may be repeated; --config.task=NAME or --config.task=package.module:Class is another task
   --stage=STAGE,...    runs only these stages, in this order (default all: {", ".join(STAGES)})
   --variants=NAME,...  trains and evaluates the models of these variants of the task alone (default all)
   --workdir=FOLDER     the run folder (default runs/NAME, NAME from the config)

@@ -31,11 +31,11 @@ def records_name(name: str, temperature: float | None = None, budget: int | None
 
 
 def write_report(
-    dataset: DataFolder, workdir: Path, also_at: Sequence[float] = (), weights: Mapping[Path, str] = {},
+    dataset: DataFolder, workdir: Path, extra_temperatures: Sequence[float] = (), weights: Mapping[Path, str] = {},
     budgets: Mapping[str, Sequence[int]] = {},
 ) -> str:  # fmt: skip
     """Writes report.md, summary.json and figures/ from what the run folder holds; returns the table, followed by those
-    of the further temperatures `also_at`, and of each of a variant's `budgets` behind the first. `weights` are
+    of `extra_temperatures`, and of each of a variant's `budgets` behind the first. `weights` are
     fingerprints of saved steps that the caller has read already.
 
     Raises UserError where records are of other weights than the model has now. Where a model's weights are gone its
@@ -82,9 +82,10 @@ def write_report(
     summaries = {title: summarise(rows) for title, rows in records.items()}
     problems = dataset.manifest["held_out_problems"]
     lines = _table(task, records, summaries, trained, problems) + gone + _unfinished(workdir, problems)
-    further = [(temperature, first) for temperature in also_at]
+    further = [(temperature, first) for temperature in extra_temperatures]
     for variant, asked in budgets.items():
-        further += [(temperature, {variant: budget}) for budget in asked[1:] for temperature in (None, *also_at)]
+        temperatures = (None, *extra_temperatures)
+        further += [(temperature, {variant: budget}) for budget in asked[1:] for temperature in temperatures]
     for temperature, asked in further:
         if at := read(temperature, asked):
             found = {title: summarise(rows) for title, rows in at.items()}

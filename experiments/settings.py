@@ -23,7 +23,7 @@ from apr_jax.threads.engine import Sampling
 from apr_jax.threads.run import Budget
 from apr_jax.train.objective import GrpoConfig
 from apr_jax.train.optimizer import OptimizerConfig
-from apr_jax.train.reward import Prices
+from apr_jax.train.reward import Penalties
 from apr_jax.train.sft import SftConfig
 
 # The top of the tree of settings; beside these the task's section, which is called as the task is.
@@ -41,7 +41,7 @@ LEAST = {
     "grpo.slots": 1, "budget.tokens": 0, "evaluate.slots": 1, "export.check_trees": 0,
 }  # fmt: skip
 # What a setting that is an empty tuple by default has elements of.
-ELEMENTS = {"evaluate.also_at": float}
+ELEMENTS = {"evaluate.extra_temperatures": float}
 
 
 def default_config(task: str) -> ml_collections.ConfigDict:
@@ -94,7 +94,7 @@ def default_config(task: str) -> ml_collections.ConfigDict:
     c.sft.save_every = 200
     c.sft.log_every = 10
     c.sft.validate_every = 0  # steps; 0: at the end alone
-    c.sft.most_skipped = 10  # steps whose loss or gradient is not finite, which change nothing, before the run stops
+    c.sft.max_skipped_steps = 10  # steps without an update (loss or gradient not finite) before the run stops
     c.sft.optimizer = _optimizer()
 
     c.grpo = ml_collections.ConfigDict()
@@ -112,9 +112,9 @@ def default_config(task: str) -> ml_collections.ConfigDict:
     c.grpo.kl_estimator = "k3"  # or k1, in the advantage
     c.grpo.normalise = True
     c.grpo.aggregate = "tree"  # tree, sequence, paper (as the authors' code), token, constant (Dr. GRPO)
-    c.grpo.importance_cap = 0.0  # of weights between engine and trainer; 0: none
-    c.grpo.prices = ml_collections.ConfigDict({field.name: 0.0 for field in dataclasses.fields(Prices)})
-    c.grpo.fresh_rounds = 0  # most times that groups without a signal are replaced by those of fresh prompts
+    c.grpo.tis_clip = 0.0  # of weights between engine and trainer; 0: none
+    c.grpo.penalties = ml_collections.ConfigDict({field.name: 0.0 for field in dataclasses.fields(Penalties)})
+    c.grpo.dynamic_sampling_rounds = 0  # most times that groups without a signal are replaced by those of fresh prompts
     c.grpo.temperature = 1.0
     c.grpo.save_every = 5
     c.grpo.validate_every = 0  # steps; 0: never. Else the weights that did best are kept, evaluated and exported
@@ -125,12 +125,12 @@ def default_config(task: str) -> ml_collections.ConfigDict:
     c.budget.threads = 64
     c.budget.depth = 1  # levels of children
     c.budget.tokens = 0  # that the model may sample; 0: no limit but the threads' windows
-    c.budget.least_children = 0  # of a root, which is made to spawn before it may end
+    c.budget.min_children = 0  # of a root, which is made to spawn before it may end
     c.budget.malformed = "stop"  # what a spawn that cannot be run does to its thread, or "fail": its children fail
 
     c.evaluate = ml_collections.ConfigDict()
     c.evaluate.temperature = 0.0  # greedy
-    c.evaluate.also_at = ()  # further temperatures, each with a table of its own (the paper's table 3: 0.1, 0.5, 1)
+    c.evaluate.extra_temperatures = ()  # each with a table of its own (the paper's table 3: 0.1, 0.5, 1)
     # Of a variant whose demonstrations had conditions: budgets that prompts ask for, each with a table of its own.
     # (): the condition that the demonstrations had most often.
     c.evaluate.budgets = ml_collections.ConfigDict({variant: () for variant in kind.variants})
@@ -191,7 +191,7 @@ class Settings:
 
     def budget_of(self, variant: str) -> Budget:
         """The budget of a variant's trees: no children can be asked for where threads have none."""
-        return self.budget if self.task.spawns(variant) else dataclasses.replace(self.budget, least_children=0)
+        return self.budget if self.task.spawns(variant) else dataclasses.replace(self.budget, min_children=0)
 
 
 @functools.cache
@@ -271,8 +271,8 @@ def read_settings(config: ml_collections.ConfigDict) -> Settings:
     def section(name: str, kind, leave_out: tuple[str, ...] = ()):
         values = {key: value for key, value in c[name].items() if key not in leave_out}
         values["optimizer"] = build(f"{name}.optimizer", OptimizerConfig, **values["optimizer"])
-        if "prices" in values:
-            values["prices"] = build(f"{name}.prices", Prices, **values["prices"])
+        if "penalties" in values:
+            values["penalties"] = build(f"{name}.penalties", Penalties, **values["penalties"])
         return build(name, kind, **values, seed=c["seed"], names={"seed": "seed"})
 
     sft, grpo = section("sft", SftConfig, ("children", "models")), section("grpo", GrpoConfig, ("variants", "slots"))
@@ -284,14 +284,14 @@ def read_settings(config: ml_collections.ConfigDict) -> Settings:
     def sampling(temperature: float) -> Sampling:
         return build("evaluate", Sampling, temperature, c["evaluate"]["top_k"], c["evaluate"]["top_p"])
 
-    temperatures = [c["evaluate"]["temperature"], *c["evaluate"]["also_at"]]
+    temperatures = [c["evaluate"]["temperature"], *c["evaluate"]["extra_temperatures"]]
     if len(set(temperatures)) < len(temperatures):
         raise UserError(
-            f"evaluate.also_at has other temperatures than evaluate.temperature ({temperatures[0]:g}), each once, was "
-            f"given {c['evaluate']['also_at']}"
+            f"evaluate.extra_temperatures has other temperatures than evaluate.temperature ({temperatures[0]:g}), each "
+            f"once, was given {c['evaluate']['extra_temperatures']}"
         )
     if long := [t for t in temperatures[1:] if float(f"{t:g}") != t]:  # files of records are named so
-        raise UserError(f"evaluate.also_at has temperatures of at most 6 digits, was given {long[0]}")
+        raise UserError(f"evaluate.extra_temperatures has temperatures of at most 6 digits, was given {long[0]}")
 
     def budgets(variant: str) -> tuple[int, ...]:
         given = c["evaluate"]["budgets"][variant]

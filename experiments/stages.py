@@ -134,9 +134,7 @@ class Run:
         """The supervised model of a variant, or of all (`JOINT`); `model` is what training begins with."""
         model = model or self._first_model(variant)
         meta = self._meta(model.config, variant, "sft")
-        return run_sft(
-            SftJob(model, config, train, self.mesh, self.workdir / f"sft_{variant}", validation, meta)
-        )
+        return run_sft(SftJob(model, config, train, self.mesh, self.workdir / f"sft_{variant}", validation, meta))
 
     def grpo(self) -> None:
         for variant in self.settings.grpo_variants if self.settings.grpo.steps else ():

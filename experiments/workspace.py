@@ -22,8 +22,8 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "toke
 # How the same run is computed, logged and saved: a run may go on with other values of these.
 EXECUTION = {
     "devices", "fsdp", "model.attention", "model.remat", "model.scan", "sft.microbatches", "sft.save_every",
-    "sft.log_every", "sft.most_skipped", "grpo.batch_rows", "grpo.slots", "grpo.save_every", "evaluate.slots",
-    "evaluate.also_at", "evaluate.budgets",
+    "sft.log_every", "sft.max_skipped_steps", "grpo.batch_rows", "grpo.slots", "grpo.save_every", "evaluate.slots",
+    "evaluate.extra_temperatures", "evaluate.budgets",
 }  # fmt: skip
 # Settings that a run may still change as long as these folders, of the stages that read them, are not there.
 UNTIL = {"grpo": ("grpo_*",), "evaluate": ("evaluate", "grpo_*/best"), "export": ("export",)}

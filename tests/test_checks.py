@@ -19,7 +19,7 @@ from apr_jax.threads.engine import Sampling
 from apr_jax.threads.run import Budget
 from apr_jax.train.objective import GrpoConfig
 from apr_jax.train.optimizer import OptimizerConfig
-from apr_jax.train.reward import Prices
+from apr_jax.train.reward import Penalties
 from apr_jax.train.sft import SftConfig
 
 RIGHT = {
@@ -27,7 +27,7 @@ RIGHT = {
         "steps": 1, "prompts": 1, "group": 2, "optimizer": OptimizerConfig(), "batch_rows": 1, "row_length": 1,
     },
     SftConfig: {"steps": 1, "batch_rows": 1, "row_length": 1, "optimizer": OptimizerConfig()},
-    OptimizerConfig: {}, LlamaConfig: {"vocab_size": 8}, Budget: {"context": 9}, Sampling: {}, Prices: {},
+    OptimizerConfig: {}, LlamaConfig: {"vocab_size": 8}, Budget: {"context": 9}, Sampling: {}, Penalties: {},
     ProblemRange: {}, SolverConfig: {"beam": (1, 3)}, CountdownSettings: {},
     DataConfig: {"task": "sums", "settings": NoSettings(), "train": 1, "held_out": 1, "window": 9},
 }  # fmt: skip
@@ -38,15 +38,15 @@ RIGHT = {
     [
         (GrpoConfig, "kl", -1), (GrpoConfig, "clip_low", 2), (GrpoConfig, "clip_low", -0.1), (GrpoConfig, "steps", -1),
         (GrpoConfig, "clip_high", -0.1), (GrpoConfig, "prompts", 0), (GrpoConfig, "group", 1),
-        (GrpoConfig, "temperature", 0), (GrpoConfig, "importance_cap", -1), (GrpoConfig, "seed", 2**31),
+        (GrpoConfig, "temperature", 0), (GrpoConfig, "tis_clip", -1), (GrpoConfig, "seed", 2**31),
         (GrpoConfig, "save_every", 0), (GrpoConfig, "validation", 0), (GrpoConfig, "inner_steps", 0),
         (SftConfig, "batch_rows", 0), (SftConfig, "microbatches", 0), (SftConfig, "log_every", 0),
         (SftConfig, "tokens", -1), (SftConfig, "seed", -1), (SftConfig, "loss_tokens", "none"),
-        (OptimizerConfig, "peak_rate", -1e-3), (OptimizerConfig, "beta2", 1), (OptimizerConfig, "clip", -1),
+        (OptimizerConfig, "peak_lr", -1e-3), (OptimizerConfig, "beta2", 1), (OptimizerConfig, "max_grad_norm", -1),
         (OptimizerConfig, "warmup_steps", -1), (LlamaConfig, "layers", 0), (LlamaConfig, "width", -128),
         (LlamaConfig, "heads", 0), (LlamaConfig, "rope_theta", 0), (LlamaConfig, "context", 0),
         (Budget, "threads", 0), (Budget, "tokens", 0), (Sampling, "temperature", -1), (Sampling, "top_p", 0),
-        (Prices, "child", -1), (ProblemRange, "max_number", 0),
+        (Penalties, "child", -1), (ProblemRange, "max_number", 0),
         (SolverConfig, "max_value", -1), (SolverConfig, "beam", (1, 2, 3)), (DataConfig, "window", 0),
         (DataConfig, "train", 0), (CountdownSettings, "largest_token", 8), (CountdownSettings, "unseen_targets", 1),
     ],
@@ -67,8 +67,8 @@ def test_no_field_takes_what_is_no_number_or_of_another_type(kind):
 
 
 def test_numbers_of_numpy_and_integers_for_floats_are_numbers():
-    assert OptimizerConfig(peak_rate=1, clip=np.float32(0.5), warmup_steps=np.int64(3)).peak_rate == 1
-    for wrong in ({"warmup_steps": 1.0}, {"warmup_steps": True}, {"peak_rate": True}, {"peak_rate": "1"}):
+    assert OptimizerConfig(peak_lr=1, max_grad_norm=np.float32(0.5), warmup_steps=np.int64(3)).peak_lr == 1
+    for wrong in ({"warmup_steps": 1.0}, {"warmup_steps": True}, {"peak_lr": True}, {"peak_lr": "1"}):
         with pytest.raises(UserError):
             OptimizerConfig(**wrong)
 

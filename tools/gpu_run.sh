@@ -110,7 +110,7 @@ enforced() { # NAME CHECKPOINTS arguments: APR with at least ten children
   share_data ${RUN}_data "runs/$name"
   run "$name" "$@" --workdir="runs/$name" --variants=apr --config.model.checkpoint="$checkpoints" \
     --config.sft.models=separate --config.sft.steps=0 --config.sft.tokens=0 --config.grpo.steps=0 \
-    --config.budget.least_children=10 --stage=sft,evaluate,report
+    --config.budget.min_children=10 --stage=sft,evaluate,report
   results "$name" "runs/$name"
   say "$name"
 }

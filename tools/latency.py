@@ -72,7 +72,7 @@ def _settings(plan: Plan, engine: str, export: Export) -> Iterator[tuple[Setting
             setting = Setting(
                 export.task.spec, export.variant, export.task.title(export.variant), export.weights, engine, servers,
                 plan.placement if servers > 1 else "one", concurrency, budget.context, budget.depth,
-                budget.least_children, plan.temperature, condition, plan.source,
+                budget.min_children, plan.temperature, condition, plan.source,
             )  # fmt: skip
             yield setting, budget
 

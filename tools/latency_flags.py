@@ -50,7 +50,7 @@ def define_flags(values: flags.FlagValues) -> None:
     text("launcher", str(LAUNCHER), "Command that serves; FOLDER PORT is added after serve.")
     numbers("concurrency", ["1"], "Trees at once; several numbers, one pass each.")
     numbers("windows", [], "Tokens of a thread: budgets of all models. Default: what a model was trained in.")
-    numbers("least_children", ["0"], "Children at least: budgets of models that spawn.")
+    numbers("min_children", ["0"], "Children at least: budgets of models that spawn.")
     usual = "Default: what its demonstrations had most often."
     repeated("budgets", f"N,N or VARIANT:N,N: budgets that a model's prompts ask for. Repeated: for others. {usual}")
     levels = "Levels of children. Default: those of the task's demonstrations."
@@ -75,7 +75,7 @@ class Plan:
     environments: list[dict[str, str]]
     concurrency: list[int]
     windows: list[int]
-    least_children: list[int]
+    min_children: list[int]
     budgets: dict[str, list[int]]  # by variant: the ones that prompts ask for
     depth: int | None  # None: the demonstrations'
     temperature: float
@@ -92,8 +92,8 @@ class Plan:
         for window in self.windows or [export.window]:
             if window > export.context:
                 raise UserError(f"--windows: {export.folder} holds {export.context} tokens, was given {window}")
-            for least in self.least_children if levels else [0]:
-                budget = Budget(window, depth=max(1, depth), least_children=least)
+            for least in self.min_children if levels else [0]:
+                budget = Budget(window, depth=max(1, depth), min_children=least)
                 for asked in self.budgets.get(export.variant) or [None]:
                     yield budget, export.condition if asked is None else export.task.condition(export.variant, asked)
 
@@ -119,7 +119,7 @@ def make_plan(values: flags.FlagValues) -> Plan:
         _words(values["launcher"].value),
         [{"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]} for index in range(servers)] if gpus else [],
         _numbers("concurrency", values["concurrency"].value, 1), _numbers("windows", values["windows"].value, 32),
-        _numbers("least_children", values["least_children"].value, 0), _budgets(values["budgets"].value, exports),
+        _numbers("min_children", values["min_children"].value, 0), _budgets(values["budgets"].value, exports),
         values["depth"].value, values["temperature"].value, problems, source, warm, values["patience"].value,
     )  # fmt: skip
 

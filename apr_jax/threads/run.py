@@ -36,19 +36,19 @@ class Budget:
     depth: int = 1  # levels of children; the authors' traces have one
     tokens: int | None = None  # sampled by one tree; None: no limit
     # Of a root: one that ends with fewer, and may have more, has its end replaced by the opening of a spawn.
-    least_children: int = 0
+    min_children: int = 0
     malformed: str = "stop"
 
     def __post_init__(self):
         check_fields(self)
-        for name, least in (("context", 1), ("threads", 1), ("depth", 0), ("tokens", 1), ("least_children", 0)):
+        for name, least in (("context", 1), ("threads", 1), ("depth", 0), ("tokens", 1), ("min_children", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"{name} of a budget is at least {least}, was given {value}")
-        if self.least_children >= self.threads:
-            raise UserError(f"{self.least_children} children at least need more than {self.threads} threads")
-        if self.least_children and not self.depth:
-            raise UserError(f"{self.least_children} children at least need a depth of 1 or more")
+        if self.min_children >= self.threads:
+            raise UserError(f"{self.min_children} children at least need more than {self.threads} threads")
+        if self.min_children and not self.depth:
+            raise UserError(f"{self.min_children} children at least need a depth of 1 or more")
         if self.malformed not in MALFORMED:
             raise UserError(f"malformed is one of {', '.join(MALFORMED)}, was given {self.malformed!r}")
 
@@ -180,7 +180,7 @@ class TreeRunner:
             early = (
                 depth == 0
                 and decoded.ids[-1] in self.tokenizer.ends
-                and live.children < self.budget.least_children
+                and live.children < self.budget.min_children
                 and allowance.threads > 0
             )
             if decoded.ids[-1] != self.join_open and not early:

@@ -32,7 +32,7 @@ from apr_jax.train.objective import GrpoConfig, advantages, grpo_loss, policy_lo
 from apr_jax.train.optimizer import make_optimizer
 from apr_jax.train.reward import Groups, differ, rewards, rollout_metrics
 from apr_jax.train.step import NotFiniteError, Trainer
-from apr_jax.train.termination import Notice, Terminated
+from apr_jax.train.termination import PreemptionRequest, Terminated
 
 VALIDATION_TAG = -2  # first in the names of validation's trees; a step's begin with the step
 
@@ -94,16 +94,17 @@ class GrpoTrainer:
         return TreeRunner(self.engine, spec.protocol, spec.tokenizer, spec.budget, sampling)
 
     def sample(self, state, step: int, problems: Sequence[Any]) -> tuple[list[list[ThreadTree]], list]:
-        """(groups, replaced): a group of trees for each of the first `config.prompts` problems. The problems behind
-        those are fresh ones: in each of `config.fresh_rounds` they take the place of those whose trees were all worth
-        the same, as far as they last. A tree's name, and so its draws, hold step and problem: a step that is done again
-        after a kill samples the same."""
+        """(groups, replaced): a group of trees for each of the first `config.prompts` problems.
+
+        Problems after these are spare ones. In each of `config.dynamic_sampling_rounds` rounds they replace problems
+        whose trees all have the same reward, as long as there are any left. A tree's name holds its step and problem,
+        and draws depend on the name: a step that is done again after a kill samples the same."""
         config = self.config
         self._load(state)
         first = min(config.prompts, len(problems))
         groups, replaced = self._groups(step, problems, range(first)), []
-        for _ in range(config.fresh_rounds):
-            blank = [i for i, group in enumerate(groups) if not differ(rewards(group, config.prices))]
+        for _ in range(config.dynamic_sampling_rounds):
+            blank = [i for i, group in enumerate(groups) if not differ(rewards(group, config.penalties))]
             fresh = range(first, min(first + len(blank), len(problems)))
             for i, group in zip(blank, self._groups(step, problems, fresh)):
                 replaced.append(groups[i])
@@ -147,7 +148,7 @@ class GrpoTrainer:
         trees = [
             (tree, float(advantage))
             for group in groups
-            for tree, advantage in zip(group, advantages(rewards(group, config.prices), config.normalise))
+            for tree, advantage in zip(group, advantages(rewards(group, config.penalties), config.normalise))
         ]
         segments, divisor = step_segments(trees, config, self.window)
         batches, metrics = self._batches(segments)
@@ -178,7 +179,7 @@ class GrpoTrainer:
     def _scored(self, state, batch: PackedBatch) -> PackedBatch:
         """The batch with the log-probabilities that the loss needs beside the engine's."""
         reference = None if self.reference is None else np.asarray(self._score(self.reference, batch))
-        old = np.asarray(self._score(state.weights, batch)) if self.config.importance_cap else None
+        old = np.asarray(self._score(state.weights, batch)) if self.config.tis_clip else None
         return dataclasses.replace(batch, reference_logprobs=reference, old_logprobs=old)
 
     def _batches(self, segments: Sequence[Segment]) -> tuple[list[PackedBatch], dict[str, float]]:
@@ -290,17 +291,17 @@ def run_grpo(job: GrpoJob) -> Model:
         return {"validation/accuracy": accuracy, "seconds/validate": time.monotonic() - began}
 
     try:
-        with Notice() as notice:
+        with PreemptionRequest() as request:
             if best is not None and not start:
                 log.write(0, validate(0))
-            told, step, ended = False, start, time.monotonic()
+            preempted, step, ended = False, start, time.monotonic()
             for step in range(start + 1, config.steps + 1):
                 clock = _Clock()
-                count = min(config.prompts * (1 + config.fresh_rounds), len(sampled))
+                count = min(config.prompts * (1 + config.dynamic_sampling_rounds), len(sampled))
                 chosen = random.Random(f"{config.seed}/{step}").sample(range(len(sampled)), count)
                 groups, replaced = trainer.sample(state, step, [sampled[i] for i in chosen])
                 clock.lap("sample")
-                metrics = rollout_metrics(groups + replaced, config.prices)
+                metrics = rollout_metrics(groups + replaced, config.penalties)
                 metrics["rollout/groups_replaced"] = len(replaced)
                 state, trained = trainer.update(state, groups)
                 metrics |= clock.laps | trained
@@ -312,14 +313,14 @@ def run_grpo(job: GrpoJob) -> Model:
                 parts = sum(value for name, value in metrics.items() if name.startswith("seconds/"))
                 whole, ended = time.monotonic() - ended, time.monotonic()
                 log.write(step, metrics | {"seconds/step": whole, "seconds/rest": whole - parts})
-                told = notice.given
-                if told or last or step % config.save_every == 0:
+                preempted = request.given
+                if preempted or last or step % config.save_every == 0:
                     checkpoints.save(step, state, {**meta, "step": step})
                 progress.update(step, f"right {metrics['rollout/correct']:.3f}")
-                if told:
+                if preempted:
                     break
             checkpoints.wait()
-            if told or notice.given:
+            if preempted or request.given:
                 raise Terminated(f"grpo {folder.name} is saved at step {step} of {config.steps}")
         return trainer.trainer.model(state)
     finally:

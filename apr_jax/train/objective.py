@@ -6,10 +6,10 @@ reference's q, and r = exp(p - b),
 
     loss = - min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + kl (exp(q - p) - (q - p) - 1)         (kl_estimator k3)
 
-The sampler's are what the engine drew with. With `importance_cap` the ratio is against the trainer's own p before the
+The sampler's are what the engine drew with. With `tis_clip` the ratio is against the trainer's own p before the
 update, o, and what the engine's differ from those is a weight of its own, cut off above:
 
-    r = exp(p - o),    loss = - min(exp(o - b), importance_cap) min(r A, clip(r, ..) A) + ...
+    r = exp(p - o),    loss = - min(exp(o - b), tis_clip) min(r A, clip(r, ..) A) + ...
 
 The estimator "k1" goes where its gradient is that of the divergence, into the advantage: A - kl (b - q). (As a term of
 the loss, p - q has a gradient of 0 on average.)
@@ -34,7 +34,7 @@ from apr_jax.threads import ThreadTree
 from apr_jax.train.aggregation import AGGREGATIONS
 from apr_jax.train.loss import row_logits, token_logprobs, trained_tokens
 from apr_jax.train.optimizer import OptimizerConfig
-from apr_jax.train.reward import Prices, differ
+from apr_jax.train.reward import Penalties, differ
 
 Array = jax.Array
 KL_ESTIMATORS = ("k1", "k3")
@@ -57,9 +57,9 @@ class GrpoConfig:
     kl_estimator: str = "k3"
     normalise: bool = True  # divide advantages by the group's deviation
     aggregate: str = "tree"  # a name in `aggregation.AGGREGATIONS`
-    importance_cap: float = 0.0  # of the weights between engine and trainer; 0: none, ratios are against the engine
-    prices: Prices = Prices()
-    fresh_rounds: int = 0  # most times that groups without a signal are replaced by those of fresh prompts
+    tis_clip: float = 0.0  # of the weights between engine and trainer; 0: none, ratios are against the engine
+    penalties: Penalties = Penalties()
+    dynamic_sampling_rounds: int = 0  # most times that groups without a signal are replaced by those of fresh prompts
     temperature: float = 1.0
     seed: int = 0
     save_every: int = 5  # steps
@@ -67,7 +67,7 @@ class GrpoConfig:
     validation: int = 200  # training problems that no step samples, for that
 
     BOUNDS = (
-        at_least(0, "steps", "clip_high", "kl", "importance_cap", "fresh_rounds", "validate_every"),
+        at_least(0, "steps", "clip_high", "kl", "tis_clip", "dynamic_sampling_rounds", "validate_every"),
         at_least(1, "prompts", "batch_rows", "row_length", "inner_steps", "save_every", "validation"),
         between(0, 1, "clip_low"), above(0, "temperature"), *SEED,
     )  # fmt: skip
@@ -124,9 +124,9 @@ def grpo_loss(model: Model, batch: PackedBatch, config: GrpoConfig) -> tuple[Arr
         return jnp.where(trained_BxT > 0, of_BxT - over_BxT, 0.0)
 
     old_BxT, importance_BxT = batch.logprobs, jnp.ones_like(trained_BxT)
-    if config.importance_cap:
+    if config.tis_clip:
         old_BxT = batch.old_logprobs
-        importance_BxT = jnp.minimum(jnp.exp(log_ratio(old_BxT, batch.logprobs)), config.importance_cap)
+        importance_BxT = jnp.minimum(jnp.exp(log_ratio(old_BxT, batch.logprobs)), config.tis_clip)
     advantage_BxT = batch.advantage
     if config.kl and config.kl_estimator == "k1":
         advantage_BxT = advantage_BxT - config.kl * log_ratio(batch.logprobs, batch.reference_logprobs)

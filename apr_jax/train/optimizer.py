@@ -21,19 +21,20 @@ class OptimizerConfig:
     clip 1."""
 
     name: str = "adamw"  # adamw, or muon: Muon on the matrices, AdamW on the rest
-    peak_rate: float = 5e-5
-    muon_rate: float = 0.02  # peak rate of the matrices under muon; the update has unit spectral norm
-    start_rate: float = 0.1  # fraction of the peak at the first step, where there is a warm-up
-    end_rate: float = 0.01  # fraction of the peak at the last step
+    peak_lr: float = 5e-5
+    muon_lr: float = 0.02  # peak rate of the matrices under muon; the update has unit spectral norm
+    init_lr_fraction: float = 0.1  # fraction of the peak at the first step, where there is a warm-up
+    final_lr_fraction: float = 0.01  # fraction of the peak at the last step
     warmup_steps: int = 1
     schedule: str = "cosine"  # cosine, linear, constant
     weight_decay: float = 0.01
-    clip: float = 1.0  # global norm of the gradient; 0: none
+    max_grad_norm: float = 1.0  # global norm of the gradient; 0: none
     beta2: float = 0.999
     frozen: str = ""  # a regular expression: parameters whose names it finds keep their values; "": none
 
     BOUNDS = (
-        at_least(0, "peak_rate", "muon_rate", "start_rate", "end_rate", "warmup_steps", "weight_decay", "clip"),
+        at_least(0, "peak_lr", "muon_lr", "init_lr_fraction", "final_lr_fraction", "warmup_steps"),
+        at_least(0, "weight_decay", "max_grad_norm"),
         from_to_below(0, 1, "beta2"),
     )
 
@@ -81,15 +82,15 @@ def decayed(params, rules: Sequence[Rule]):
 
 def rate_schedule(config: OptimizerConfig, peak: float, steps: int) -> optax.Schedule:
     """The learning rate of step 0 to `steps` - 1: `warmup_steps` below the peak, the peak, and on the last step
-    `end_rate` of it (where that comes after the peak)."""
-    warm = optax.linear_schedule(config.start_rate * peak, peak, config.warmup_steps)
+    `final_lr_fraction` of it (where that comes after the peak)."""
+    warm = optax.linear_schedule(config.init_lr_fraction * peak, peak, config.warmup_steps)
     left = max(steps - 1 - config.warmup_steps, 1)
     if config.schedule == "constant":
         rest = optax.constant_schedule(peak)
     elif config.schedule == "linear":
-        rest = optax.linear_schedule(peak, config.end_rate * peak, left)
+        rest = optax.linear_schedule(peak, config.final_lr_fraction * peak, left)
     else:
-        rest = optax.cosine_decay_schedule(peak, left, config.end_rate)
+        rest = optax.cosine_decay_schedule(peak, left, config.final_lr_fraction)
     return optax.join_schedules([warm, rest], [config.warmup_steps])
 
 
@@ -102,20 +103,20 @@ def make_optimizer(config: OptimizerConfig, steps: int, rules: Sequence[Rule]) -
         return jax.tree_util.tree_map_with_path(kind, params)
 
     adam = optax.adamw(
-        rate_schedule(config, config.peak_rate, steps), b2=config.beta2, weight_decay=config.weight_decay, mask=decays
+        rate_schedule(config, config.peak_lr, steps), b2=config.beta2, weight_decay=config.weight_decay, mask=decays
     )
     if config.name == "adamw":
         inner = adam
     else:
         # The rest gets an AdamW of our own: that of `optax.contrib.muon` has Nesterov's momentum and decays gains.
         muon = optax.contrib.muon(
-            rate_schedule(config, config.muon_rate, steps),
+            rate_schedule(config, config.muon_lr, steps),
             weight_decay=config.weight_decay,
             weight_decay_mask=decays,
             muon_weight_dimension_numbers=dimensions,
         )
         inner = optax.partition({"muon": muon, "adam": adam}, muon_or_adam)
-    chain = optax.chain(optax.clip_by_global_norm(config.clip), inner) if config.clip else inner
+    chain = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), inner) if config.max_grad_norm else inner
     if not config.frozen:
         return chain
 

@@ -1,9 +1,9 @@
 """What a sampled tree is worth: whether its answer is right, less what it cost.
 
-Every price is 0 by default, which is the paper's reward. A price on tokens or on children favours narrow trees, one on
-sequential tokens those that search at the same time. With prices every group has a signal, also where all of its trees
-are right; dividing advantages by the deviation would then make that small difference as large as the one between right
-and wrong, so turn `normalise` off.
+Every penalty is 0 by default, which is the paper's reward. A penalty on tokens or on children favours narrow trees. A
+penalty on sequential tokens favours trees that search in parallel. With penalties every group has a signal, also where
+all of its trees are right. Dividing advantages by the deviation would then make that small difference as large as the
+one between right and wrong, so turn `normalise` off.
 """
 
 import dataclasses
@@ -27,32 +27,32 @@ Groups = Sequence[Sequence[ThreadTree]]  # of each prompt its sampled trees, whi
 
 
 @dataclasses.dataclass(frozen=True)
-class Prices:
+class Penalties:
     """What is taken off a reward of 1 for each of these; 0.0001 a token takes 0.1 off a tree of 1,000."""
 
     token: float = 0.0  # that the model sampled, in all threads
     sequential_token: float = 0.0  # of the longest chain of threads
     child: float = 0.0
     malformed: float = 0.0  # spawn that could not be run
-    wrong: float = 0.0  # answer of a root that ended well: without it worth as much as no answer
+    wrong_answer: float = 0.0  # answer of a root that ended well: without it worth as much as no answer
 
     def __post_init__(self):
         check_fields(self)
         for name, value in vars(self).items():
             if value < 0:
-                raise UserError(f"a price is a number from 0 on, was given {value} for {name}")
+                raise UserError(f"a penalty is a number from 0 on, was given {value} for {name}")
 
 
-def reward_terms(tree: ThreadTree, prices: Prices) -> dict[str, float]:
-    """The parts of a tree's reward by name; those without a price are left out. Their sum is the reward."""
+def reward_terms(tree: ThreadTree, penalties: Penalties) -> dict[str, float]:
+    """The parts of a tree's reward by name; those without a penalty are left out. Their sum is the reward."""
     costs = {
         "token": sampled_tokens,
         "sequential_token": sequential_tokens,
         "child": children,
         "malformed": lambda tree: sum(tree.outcome.malformed.values()),
-        "wrong": _wrong,
+        "wrong_answer": _wrong,
     }
-    priced = {name: price for name, price in vars(prices).items() if price}
+    priced = {name: penalty for name, penalty in vars(penalties).items() if penalty}
     return {"correct": float(tree.outcome.correct)} | {name: -p * costs[name](tree) for name, p in priced.items()}
 
 
@@ -60,17 +60,17 @@ def _wrong(tree: ThreadTree) -> bool:
     return tree.outcome.answered and not tree.outcome.correct and tree.root.failure is None
 
 
-def rewards(group: Sequence[ThreadTree], prices: Prices) -> list[float]:
+def rewards(group: Sequence[ThreadTree], penalties: Penalties) -> list[float]:
     """Of each tree of a group."""
-    return [sum(reward_terms(tree, prices).values()) for tree in group]
+    return [sum(reward_terms(tree, penalties).values()) for tree in group]
 
 
 def differ(values: Sequence[float]) -> bool:
-    """Whether the rewards of a group differ by more than rounding: equal sums of other prices may end in other bits."""
+    """Whether the rewards of a group differ by more than rounding: sums in another order may end in other bits."""
     return max(values) - min(values) > 1e-9 * max(1.0, *map(abs, values))
 
 
-def rollout_metrics(groups: Groups, prices: Prices) -> dict[str, float]:
+def rollout_metrics(groups: Groups, penalties: Penalties) -> dict[str, float]:
     """What a step's trees were like, as means over trees: reward and its terms, size, shape, and what went wrong. A
     collapse to serial shows in `spawned` and `children`, one to noise in the failures."""
     trees = [tree for group in groups for tree in group]
@@ -79,8 +79,8 @@ def rollout_metrics(groups: Groups, prices: Prices) -> dict[str, float]:
     for tree in trees:
         failures.update(tree.outcome.failures)
         malformed.update(tree.outcome.malformed)
-        terms.update(reward_terms(tree, prices))
-    given = [rewards(group, prices) for group in groups]
+        terms.update(reward_terms(tree, penalties))
+    given = [rewards(group, penalties) for group in groups]
     threads = sum(1 + children(tree) for tree in trees)
 
     def mean(count) -> float:

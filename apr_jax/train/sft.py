@@ -23,7 +23,7 @@ from apr_jax.train.loss import KINDS, loss_by_kind, supervised_loss
 from apr_jax.train.metrics import MetricsLog
 from apr_jax.train.optimizer import OptimizerConfig, make_optimizer
 from apr_jax.train.step import NotFiniteError, Trainer
-from apr_jax.train.termination import Notice, Terminated
+from apr_jax.train.termination import PreemptionRequest, Terminated
 
 VALIDATION_BATCHES = 8  # at most
 
@@ -43,10 +43,10 @@ class SftConfig:
     save_every: int = 200  # steps
     log_every: int = 10  # steps
     validate_every: int = 0  # steps; 0: at the end alone
-    most_skipped: int = 10  # steps without an update, their loss or gradient not being finite, before the run stops
+    max_skipped_steps: int = 10  # steps without an update (loss or gradient not finite) before the run stops
 
     BOUNDS = (
-        at_least(0, "steps", "tokens", "validate_every", "most_skipped"),
+        at_least(0, "steps", "tokens", "validate_every", "max_skipped_steps"),
         at_least(1, "batch_rows", "row_length", "microbatches", "save_every", "log_every"), *SEED,
     )  # fmt: skip
 
@@ -97,10 +97,11 @@ class SftRun:
         Raises NotFiniteError where too many steps were skipped."""
         config = self.config
         values = {name: float(value) for name, value in jax.device_get(sums).items()}
-        if values["skipped"] > config.most_skipped:
+        if values["skipped"] > config.max_skipped_steps:
             raise NotFiniteError(
                 f"the losses or gradients of {values['skipped']:.0f} steps up to step {step} were not finite "
-                f"(most_skipped is {config.most_skipped}): begin in a new folder with lower rates or another seed"
+                f"(max_skipped_steps is {config.max_skipped_steps}): begin in a new folder with lower rates or "
+                "another seed"
             )
         for name in self._seen:
             self._seen[name] += values[name]
@@ -187,22 +188,22 @@ def run_sft(job: SftJob) -> Model:
     run = SftRun(job, batches, start)
     late = None  # the step before, dispatched but not yet read
     try:
-        with Notice() as notice:
-            told = False
+        with PreemptionRequest() as request:
+            preempted = False
             for step in range(start + 1, config.steps + 1):
                 interrupt.check()
-                state, sums = trainer.step(state, run.microbatches(step), flag=notice.given)
+                state, sums = trainer.step(state, run.microbatches(step), flag=request.given)
                 if late is not None:
-                    told = run.report(*late) > 0
+                    preempted = run.report(*late) > 0
                 late = (step, sums)
                 if jax.process_count() == 1:  # several go by what all of them read
-                    told = notice.given
+                    preempted = request.given
                 last = step == config.steps
                 validates = last or (config.validate_every and step % config.validate_every == 0)
-                saves = last or told or step % config.save_every == 0
+                saves = last or preempted or step % config.save_every == 0
                 if validates or saves:
-                    told = run.report(*late) > 0 or told
-                    saves, late = saves or told, None
+                    preempted = run.report(*late) > 0 or preempted
+                    saves, late = saves or preempted, None
                 if validates and job.validation:  # before the save: a finished stage has its line
                     found = validate(trainer, state, job.validation, config)
                     if run.log is not None:
@@ -211,12 +212,12 @@ def run_sft(job: SftJob) -> Model:
                         raise NotFiniteError(f"{wrong[0]} is {found[wrong[0]]} at step {step}, which is not saved")
                 if saves:
                     checkpoints.save(step, state, {**meta, "step": step, "steps": config.steps})
-                if told:
+                if preempted:
                     break
             model = trainer.model(state)
             checkpoints.wait()
             # Of several processes one alone must not end: a notice after the last step's flags goes unheard there.
-            if told or (notice.given and jax.process_count() == 1):
+            if preempted or (request.given and jax.process_count() == 1):
                 raise Terminated(f"sft {folder.name} is saved at step {step} of {config.steps}")
     finally:
         run.close()

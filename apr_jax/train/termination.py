@@ -8,7 +8,7 @@ class Terminated(Exception):
     """The run was asked to end and has saved; the same command goes on from there."""
 
 
-class Notice:
+class PreemptionRequest:
     """Within it a first SIGTERM is only noted, as `given`; a second one ends the process.
 
     It is this process' own: several must agree before they act on one (`Trainer.step` adds their flags up).

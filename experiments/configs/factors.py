@@ -24,7 +24,8 @@ def get_config(kind: str = ""):
     c.sft.steps, c.sft.batch_rows, c.sft.row_length = 500, 8, 256
     c.sft.save_every, c.sft.log_every = 100, 50
     o = c.sft.optimizer
-    o.name, o.schedule, o.peak_rate, o.muon_rate, o.end_rate, o.warmup_steps = "muon", "linear", 3e-3, 0.02, 0.02, 20
+    o.name, o.schedule, o.warmup_steps = "muon", "linear", 20
+    o.peak_lr, o.muon_lr, o.final_lr_fraction = 3e-3, 0.02, 0.02
 
     c.grpo.steps = 0
     if kind == "grpo":
@@ -34,7 +35,7 @@ def get_config(kind: str = ""):
         c.grpo.row_length = 384
         c.grpo.aggregate = "constant"
         o = c.grpo.optimizer
-        o.name, o.schedule, o.peak_rate, o.muon_rate, o.warmup_steps = "muon", "constant", 5e-4, 2.5e-3, 1
-        c.evaluate.also_at = (1.0,)  # what GRPO samples at
+        o.name, o.schedule, o.peak_lr, o.muon_lr, o.warmup_steps = "muon", "constant", 5e-4, 2.5e-3, 1
+        c.evaluate.extra_temperatures = (1.0,)  # what GRPO samples at
     c.export.check_trees = 5
     return c

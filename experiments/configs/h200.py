@@ -36,14 +36,14 @@ def get_config():
         o = stage.optimizer
         o.name, o.schedule, o.beta2, o.weight_decay = "muon", "linear", 0.99, 0.01
     o = c.sft.optimizer
-    o.peak_rate, o.muon_rate, o.start_rate, o.end_rate, o.warmup_steps = 3e-3, 0.01, 0.05, 0.02, 50
+    o.peak_lr, o.muon_lr, o.init_lr_fraction, o.final_lr_fraction, o.warmup_steps = 3e-3, 0.01, 0.05, 0.02, 50
 
     c.grpo.variants = ("apr",)
     c.grpo.steps, c.grpo.prompts, c.grpo.group, c.grpo.inner_steps = 14, 16, 8, 1
     c.grpo.batch_rows, c.grpo.row_length, c.grpo.slots = 16, 2560, 256
-    c.grpo.aggregate, c.grpo.normalise, c.grpo.kl, c.grpo.importance_cap = "constant", False, 0.0, 2.0
+    c.grpo.aggregate, c.grpo.normalise, c.grpo.kl, c.grpo.tis_clip = "constant", False, 0.0, 2.0
     o = c.grpo.optimizer
-    o.muon_rate, o.peak_rate, o.start_rate, o.end_rate, o.warmup_steps = 3e-3, 6e-4, 1.0, 0.2, 1
+    o.muon_lr, o.peak_lr, o.init_lr_fraction, o.final_lr_fraction, o.warmup_steps = 3e-3, 6e-4, 1.0, 0.2, 1
 
     c.evaluate.slots = 448  # 512 do not fit 80 GB: a decode call works on a copy of its slots' cache
     return c

@@ -40,9 +40,9 @@ def get_config():
     c.sft.steps, c.sft.tokens = 3000, 2_905_000
     c.sft.batch_rows, c.sft.row_length = 2, 768
     c.sft.save_every, c.sft.log_every = 250, 25
-    c.sft.optimizer.peak_rate = 3e-3
-    c.sft.optimizer.muon_rate = 0.01
-    c.sft.optimizer.start_rate, c.sft.optimizer.end_rate, c.sft.optimizer.warmup_steps = 0.05, 0.02, 20
+    c.sft.optimizer.peak_lr = 3e-3
+    c.sft.optimizer.muon_lr = 0.01
+    c.sft.optimizer.init_lr_fraction, c.sft.optimizer.final_lr_fraction, c.sft.optimizer.warmup_steps = 0.05, 0.02, 20
 
     c.grpo.steps, c.grpo.prompts, c.grpo.group = 12, 10, 6
     # At temperature 1 so young a pupil gets a third of a root's lines wrong. (The low rate below matters more.)
@@ -50,8 +50,8 @@ def get_config():
     # Weights that do not fall with a tree's size, or a narrow tree's tokens would count for more than a wide one's.
     c.grpo.aggregate, c.grpo.normalise = "constant", False
     # 4e-3 in six steps widens trees as far, but 98.0 instead of 98.5 % of the operations are right then.
-    c.grpo.optimizer.muon_rate, c.grpo.optimizer.peak_rate = 1.5e-3, 3e-4
-    c.grpo.optimizer.start_rate, c.grpo.optimizer.end_rate, c.grpo.optimizer.warmup_steps = 1.0, 0.5, 1
+    c.grpo.optimizer.muon_lr, c.grpo.optimizer.peak_lr = 1.5e-3, 3e-4
+    c.grpo.optimizer.init_lr_fraction, c.grpo.optimizer.final_lr_fraction, c.grpo.optimizer.warmup_steps = 1.0, 0.5, 1
     c.grpo.slots = c.evaluate.slots = 128
     c.export.check_trees = 5  # transformers decodes them a token at a time: about 4 s a tree
     return c

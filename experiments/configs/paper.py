@@ -27,15 +27,16 @@ def get_config():
     c.sft.steps, c.sft.batch_rows, c.sft.row_length = 19_000, 256, 4096
     c.sft.loss_tokens = "all"
     o = c.sft.optimizer
-    o.name, o.peak_rate, o.start_rate, o.end_rate, o.warmup_steps, o.schedule = "adamw", 5e-5, 0.1, 0.01, 1, "cosine"
-    o.weight_decay, o.clip = 0.01, 1.0
+    o.name, o.schedule, o.warmup_steps = "adamw", "cosine", 1
+    o.peak_lr, o.init_lr_fraction, o.final_lr_fraction = 5e-5, 0.1, 0.01
+    o.weight_decay, o.max_grad_norm = 0.01, 1.0
 
     c.grpo.variants = ("apr", "sos_plus")
     c.grpo.steps, c.grpo.prompts, c.grpo.group, c.grpo.inner_steps = 150, 64, 5, 2
     c.grpo.batch_rows, c.grpo.row_length, c.grpo.slots = 64, 4608, 1024
     c.grpo.aggregate, c.grpo.kl = "paper", 0.001  # for SoS+ the paper has a kl of 0.01: a run of its own
     o = c.grpo.optimizer
-    o.name, o.peak_rate, o.schedule, o.weight_decay, o.clip = "adamw", 1e-5, "constant", 0.01, 1.0
+    o.name, o.peak_lr, o.schedule, o.weight_decay, o.max_grad_norm = "adamw", 1e-5, "constant", 0.01, 1.0
     o.warmup_steps = 0
     c.evaluate.slots = 1024
     return c

@@ -16,6 +16,6 @@ def get_config():
     c.sft.save_every, c.sft.log_every = 20, 10
     c.grpo.steps, c.grpo.prompts, c.grpo.group, c.grpo.save_every = 2, 2, 3, 1
     c.grpo.batch_rows, c.grpo.row_length, c.grpo.slots = 4, 384, 8
-    c.evaluate.slots, c.evaluate.also_at = 8, (1.0,)
+    c.evaluate.slots, c.evaluate.extra_temperatures = 8, (1.0,)
     c.export.check_trees = 4
     return c

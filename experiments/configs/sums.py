@@ -24,14 +24,15 @@ def get_config(paid: str = "sequential"):
     c.sft.steps, c.sft.batch_rows, c.sft.row_length = 2000, 8, 384
     c.sft.save_every, c.sft.log_every = 500, 100
     o = c.sft.optimizer
-    o.name, o.schedule, o.peak_rate, o.muon_rate, o.end_rate, o.warmup_steps = "muon", "linear", 3e-3, 0.02, 0.02, 20
+    o.name, o.schedule, o.warmup_steps = "muon", "linear", 20
+    o.peak_lr, o.muon_lr, o.final_lr_fraction = 3e-3, 0.02, 0.02
 
     c.grpo.steps, c.grpo.prompts, c.grpo.group = 30, 12, 8
     c.grpo.row_length, c.grpo.save_every, c.grpo.slots = 384, 10, 128
     c.grpo.aggregate, c.grpo.normalise = "constant", False
-    c.grpo.prices["sequential_token" if paid == "sequential" else "token"] = 0.002
+    c.grpo.penalties["sequential_token" if paid == "sequential" else "token"] = 0.002
     o = c.grpo.optimizer
-    o.name, o.schedule, o.peak_rate, o.muon_rate, o.warmup_steps = "muon", "constant", 1e-3, 5e-3, 1
+    o.name, o.schedule, o.peak_lr, o.muon_lr, o.warmup_steps = "muon", "constant", 1e-3, 5e-3, 1
     c.evaluate.temperature, c.evaluate.slots = 1.0, 128
     c.export.check_trees = 5
     return c

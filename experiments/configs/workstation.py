@@ -27,11 +27,11 @@ def get_config():
     c.grpo.variants = ("apr", "sos_plus")
     c.grpo.steps, c.grpo.prompts, c.grpo.group, c.grpo.temperature = 24, 16, 8, 1.0
     # Without it a wrong answer is worth what none is. (It did not keep wrong answers down: WORKSPACE_NOTES.md.)
-    c.grpo.prices.wrong = 0.5
-    c.grpo.optimizer.muon_rate, c.grpo.optimizer.peak_rate, c.grpo.optimizer.end_rate = 4e-3, 8e-4, 0.2
+    c.grpo.penalties.wrong_answer = 0.5
+    c.grpo.optimizer.muon_lr, c.grpo.optimizer.peak_lr, c.grpo.optimizer.final_lr_fraction = 4e-3, 8e-4, 0.2
     c.grpo.validate_every = 8
     c.grpo.batch_rows, c.grpo.row_length = 4, 1536  # two long threads fill only 70 % of a row of 896
     c.grpo.slots = 256
-    c.evaluate.also_at = (1.0,)
+    c.evaluate.extra_temperatures = (1.0,)
     c.export.check_trees = 20
     return c

@@ -98,8 +98,8 @@ def _budget(setting: Setting, among: Sequence[Setting]) -> str:
     parts = [setting.condition.strip()] if setting.condition else []
     if len({other.window for other in among}) > 1:
         parts.append(f"window {setting.window}")
-    if len({other.least_children for other in among}) > 1:
-        parts.append(f"{setting.least_children} children at least")
+    if len({other.min_children for other in among}) > 1:
+        parts.append(f"{setting.min_children} children at least")
     return ", ".join(parts)
 
 

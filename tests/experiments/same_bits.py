@@ -23,7 +23,7 @@ from apr_jax.train.checkpoint import fingerprint, load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 # Models of so few steps are never right: a penalty on tokens gives GRPO something to learn.
-SMOKE = {"grpo.prices.token": 0.001}
+SMOKE = {"grpo.penalties.token": 0.001}
 LAPTOP = {"sft.steps": 40, "grpo.steps": 2, "grpo.prompts": 2, "grpo.group": 3, "data.held_out": 20, **SMOKE}
 # What decides the bytes of a data set beyond the presets: other solvers, orders and splits.
 OTHER_DATA = {

@@ -86,9 +86,9 @@ def test_a_config_file_and_a_checkpoint_in_a_home_folder(home, refused):
 def test_further_temperatures_and_beam_weights_are_numbers(refused, tmp_path):
     """Read right, a command gets as far as what it lacks."""
     where = (f"--workdir={tmp_path}", "--stage=report")
-    assert "no records under" in refused(LAPTOP, *where, "--config.evaluate.also_at=0.5,1")
+    assert "no records under" in refused(LAPTOP, *where, "--config.evaluate.extra_temperatures=0.5,1")
     ten = ",".join("1" * 10)
-    assert json.loads((tmp_path / "config.json").read_text())["evaluate"]["also_at"] == [0.5, 1.0]
+    assert json.loads((tmp_path / "config.json").read_text())["evaluate"]["extra_temperatures"] == [0.5, 1.0]
     line = refused(PAPER, f"--workdir={tmp_path}/paper", "--config.countdown.apr.beam_weights=1,2")
     assert "apr: beam_weights are none or 10" in line and "(1.0, 2.0)" in line
     assert "was given '1,x'" in refused(PAPER, f"--workdir={tmp_path}/paper", "--config.countdown.apr.beam_weights=1,x")
@@ -100,11 +100,14 @@ def test_further_temperatures_and_beam_weights_are_numbers(refused, tmp_path):
 @pytest.mark.parametrize(
     "line, says",
     [
-        ("c.sft.optimizer.peak_rate = float('nan')", "sft.optimizer.peak_rate is a number, was given nan"),
+        ("c.sft.optimizer.peak_lr = float('nan')", "sft.optimizer.peak_lr is a number, was given nan"),
         ("c.evaluate.temperature = float('inf')", "evaluate.temperature is a number, was given inf"),
         ("c.sft.steps = None", "sft.steps is an integer, was given None"),
         ("c.model.scan = None", "model.scan is true or false, was given None"),
-        ("c.evaluate.also_at = (1, 'x')", "evaluate.also_at is a tuple of numbers, was given (1, 'x')"),
+        (
+            "c.evaluate.extra_temperatures = (1, 'x')",
+            "evaluate.extra_temperatures is a tuple of numbers, was given (1, 'x')",
+        ),
         ("c.grpo.variants = (3,)", "grpo.variants is a tuple of texts, was given (3,)"),
         ("c.sft = None", "sft is a section of settings"),
         ("c.sft.steps = 10**30", "sft.steps is an integer of 64 bits, was given 1000"),
@@ -157,9 +160,9 @@ def test_a_name_that_is_no_folder_under_runs_is_refused(refused, home, name):
 
 def test_two_temperatures_never_share_a_file_of_records(refused, tmp_path):
     where = (SMOKE, f"--workdir={tmp_path}", "--stage=report")
-    assert "0.5000001" in refused(*where, "--config.evaluate.also_at=0.5,0.5000001")
-    assert "0.1234567" in refused(*where, "--config.evaluate.also_at=0.1234567")
-    assert "no records" in refused(*where, "--config.evaluate.also_at=0.5,0.123456,1e-05")
+    assert "0.5000001" in refused(*where, "--config.evaluate.extra_temperatures=0.5,0.5000001")
+    assert "0.1234567" in refused(*where, "--config.evaluate.extra_temperatures=0.1234567")
+    assert "no records" in refused(*where, "--config.evaluate.extra_temperatures=0.5,0.123456,1e-05")
 
 
 # ---------------------------------------------------------------------- errors
@@ -167,9 +170,9 @@ def test_two_temperatures_never_share_a_file_of_records(refused, tmp_path):
 
 def test_diverged_training_is_told_in_one_line(whole_run, main, tmp_path):
     shutil.copytree(whole_run.folder / "data", tmp_path / "data")
-    rates = ("--config.sft.optimizer.peak_rate=1e38", "--config.sft.optimizer.muon_rate=1e38")
+    rates = ("--config.sft.optimizer.peak_lr=1e38", "--config.sft.optimizer.muon_lr=1e38")
     done = main(
-        SMOKE, f"--workdir={tmp_path}", "--stage=sft", "--variants=sos_plus", "--config.sft.most_skipped=0", *rates
+        SMOKE, f"--workdir={tmp_path}", "--stage=sft", "--variants=sos_plus", "--config.sft.max_skipped_steps=0", *rates
     )
     assert done.code == 1 and "Traceback" not in done.err
     assert re.fullmatch(r"error: .* not finite .*lower rates or another seed", done.err.splitlines()[-1])

@@ -10,8 +10,8 @@ from tests.model.qwen3 import Qwen3, Qwen3Config
 
 OWN = "--config.model.family=tests.model.qwen3"
 SMALL = (
-    "--config.data.train=60", "--config.data.held_out=4", "--config.sft.steps=6", "--config.grpo.prices.token=0.001",
-    "--config.evaluate.also_at=()", "--config.export.check_trees=2",
+    "--config.data.train=60", "--config.data.held_out=4", "--config.sft.steps=6", "--config.grpo.penalties.token=0.001",
+    "--config.evaluate.extra_temperatures=()", "--config.export.check_trees=2",
 )  # fmt: skip
 
 

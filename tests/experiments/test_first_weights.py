@@ -16,7 +16,7 @@ from experiments.command import load_config
 from experiments.settings import read_settings
 from tests.experiments.conftest import SMOKE
 
-STILL = [f"--config.sft.optimizer.{name}=0" for name in ("peak_rate", "muon_rate", "start_rate", "end_rate")]
+STILL = [f"--config.sft.optimizer.{name}=0" for name in ("peak_lr", "muon_lr", "init_lr_fraction", "final_lr_fraction")]
 
 
 def weights_of(model) -> dict:
@@ -116,6 +116,6 @@ def test_another_vocabulary_is_refused(begun, refused):
 def test_a_run_begun_before_there_was_a_setting_goes_on(begun, main, whole_run):
     folder, _, _ = begun
     config = json.loads((whole_run.folder / "config.json").read_text())
-    del config["model"]["checkpoint"], config["grpo"]["prices"]
+    del config["model"]["checkpoint"], config["grpo"]["penalties"]
     (folder / "config.json").write_text(json.dumps(config))
     assert main(SMOKE, f"--workdir={folder}", "--stage=data").code == 0

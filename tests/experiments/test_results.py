@@ -80,7 +80,7 @@ def test_a_model_that_is_trained_anew_has_results_of_its_own(whole_run, tmp_path
     shutil.copytree(whole_run.folder, folder)
     shutil.rmtree(folder / "grpo_apr")
     others = snapshot(folder, "evaluate/sft_*")
-    changes = ("--config.grpo.optimizer.muon_rate=0.5", "--config.grpo.prices.token=0.001")  # a price is a signal
+    changes = ("--config.grpo.optimizer.muon_lr=0.5", "--config.grpo.penalties.token=0.001")  # a penalty is a signal
     done = finish(start(f"--workdir={folder}", *changes))
     assert done.code == 0, done.err
     assert "evaluate grpo_apr: " in done.err and "evaluate sft" not in done.err

@@ -36,25 +36,25 @@ def test_presets_with_a_word_are_right_and_refuse_another(file):
 
 def test_changes_are_read_as_the_type_of_what_they_replace(config):
     for change in (
-        "sft.steps=7", "sft.optimizer.peak_rate=1", "model.scan=true", "grpo.variants=apr,sos_plus", "name=a=b",
+        "sft.steps=7", "sft.optimizer.peak_lr=1", "model.scan=true", "grpo.variants=apr,sos_plus", "name=a=b",
         "countdown.sos_plus.beam=(2, 3)",
     ):  # fmt: skip
         change_setting(config, change)
     assert config.sft.steps == 7 and config.model.scan is True and config.name == "a=b"
-    assert config.sft.optimizer.peak_rate == 1.0 and isinstance(config.sft.optimizer.peak_rate, float)
+    assert config.sft.optimizer.peak_lr == 1.0 and isinstance(config.sft.optimizer.peak_lr, float)
     settings = read_settings(config)
     assert settings.grpo_variants == ("apr", "sos_plus") and settings.task.settings.sos_plus.beam == (2, 3)
 
 
 def test_budgets_and_sampling_reach_those_who_run_trees(config):
     assert read_settings(config).budget.tokens is None
-    for change in ("budget.tokens=900", "budget.least_children=2", "budget.malformed=fail", "evaluate.top_k=5",
+    for change in ("budget.tokens=900", "budget.min_children=2", "budget.malformed=fail", "evaluate.top_k=5",
                    "evaluate.top_p=0.9", "evaluate.temperature=0.7"):  # fmt: skip
         change_setting(config, change)
     settings = read_settings(config)
     assert settings.evaluate_sampling == Sampling(0.7, 5, 0.9)
     assert settings.budget_of("apr") == Budget(settings.window, 64, 1, 900, 2, "fail")
-    assert settings.budget_of("sos_plus").least_children == 0
+    assert settings.budget_of("sos_plus").min_children == 0
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_budgets_and_sampling_reach_those_who_run_trees(config):
         ("countdown.apr.promising=nan", "countdown.apr.promising is a number, was given 'nan'"),
         ("countdown.apr.beam=4,x", "countdown.apr.beam is a list like 2,5, was given '4,x'"),
         ("countdown.sos_plus.beam_weights=1,x", "sos_plus.beam_weights is a list of numbers, was given '1,x'"),
-        ("evaluate.also_at=0.5,nan", "evaluate.also_at is a list like 1.0, was given '0.5,nan'"),
+        ("evaluate.extra_temperatures=0.5,nan", "evaluate.extra_temperatures is a list like 1.0, was given '0.5,nan'"),
     ],
 )
 def test_wrong_changes_are_refused(config, change, says):
@@ -108,20 +108,20 @@ def test_wrong_changes_are_refused(config, change, says):
         ("grpo.validation=0", "grpo.validation is at least 1, was given 0"),
         ("grpo.kl_estimator=k2", "grpo: kl_estimator is one of k1, k3, was given 'k2'"),
         ("grpo.aggregate=mean", "grpo: aggregate is one of tree, sequence, paper, token, constant, was given 'mean'"),
-        ("grpo.prices.child=-1", "grpo.prices: a price is a number from 0 on, was given -1.0 for child"),
-        ("grpo.importance_cap=-1", "grpo.importance_cap is at least 0, was given -1.0"),
+        ("grpo.penalties.child=-1", "grpo.penalties: a penalty is a number from 0 on, was given -1.0 for child"),
+        ("grpo.tis_clip=-1", "grpo.tis_clip is at least 0, was given -1.0"),
         ("grpo.variants=apr,foo", "grpo.variants is a choice of apr, sos_plus, was given foo"),
         ("countdown.apr.beam=4", "countdown.apr.beam is a tuple of 2 integers, was given (4,)"),
         ("countdown.apr.beam=5,4", "countdown.apr: beam needs 1 <= lowest <= highest, was given (5, 4)"),
         ("countdown.apr.promising=2", "countdown.apr: promising is a probability from 0 to 1, was given 2.0"),
-        ("evaluate.also_at=(1.0,1.0)", "evaluate.also_at has other temperatures than evaluate.temperature (0), each"),
-        ("evaluate.also_at=(0.0,)", "evaluate.also_at has other temperatures than evaluate.temperature (0), each once"),
-        ("evaluate.also_at=(-1.0,)", "evaluate: temperature is 0 or more, was given -1.0"),
+        ("evaluate.extra_temperatures=(1.0,1.0)", "evaluate.extra_temperatures has other temperatures"),
+        ("evaluate.extra_temperatures=(0.0,)", "evaluate.extra_temperatures has other temperatures"),
+        ("evaluate.extra_temperatures=(-1.0,)", "evaluate: temperature is 0 or more, was given -1.0"),
         ("evaluate.temperature=-1", "evaluate: temperature is 0 or more, was given -1.0"),
         ("evaluate.top_p=0", "evaluate: top_p is above 0 and at most 1, was given 0.0"),
         ("evaluate.top_k=-1", "evaluate: top_k is 0 (all) or more, was given -1"),
         ("budget.malformed=ignore", "budget: malformed is one of stop, fail, was given 'ignore'"),
-        ("budget.least_children=64", "budget: 64 children at least need more than 64 threads"),
+        ("budget.min_children=64", "budget: 64 children at least need more than 64 threads"),
         ("budget.tokens=-1", "budget.tokens is at least 0, was given -1"),
         ("export.dtype=int8", "export.dtype is float32 or bfloat16, was given 'int8'"),
         ("seed=-1", "seed is at least 0, was given -1"),
@@ -210,7 +210,7 @@ def test_any_value_of_any_setting_is_accepted_or_refused_in_one_line(section):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, None, "x", True, ()])
-@pytest.mark.parametrize("name", ["sft.optimizer.peak_rate", "evaluate.top_p", "countdown.apr.promising"])
+@pytest.mark.parametrize("name", ["sft.optimizer.peak_lr", "evaluate.top_p", "countdown.apr.promising"])
 def test_a_wrong_number_is_refused_by_setting_value_and_what_is_allowed(config, name, value):
     with pytest.raises(UserError) as refused:
         read_settings(put(config, name, value))
@@ -218,22 +218,23 @@ def test_a_wrong_number_is_refused_by_setting_value_and_what_is_allowed(config, 
 
 
 def test_an_integer_is_a_number(config):
-    for name, value in (("sft.optimizer.peak_rate", 1), ("evaluate.also_at", (1, 2)), ("countdown.apr.promising", 1)):
+    values = {"sft.optimizer.peak_lr": 1, "evaluate.extra_temperatures": (1, 2), "countdown.apr.promising": 1}
+    for name, value in values.items():
         config = put(config, name, value)
     settings = read_settings(config)
-    assert settings.sft.optimizer.peak_rate == 1 and sorted(settings.evaluate_also) == [1, 2]
+    assert settings.sft.optimizer.peak_lr == 1 and sorted(settings.evaluate_also) == [1, 2]
 
 
 def test_every_empty_tuple_has_elements_of_a_type():
     types = setting_types("countdown")
-    assert types["countdown.apr.beam_weights"] == types["evaluate.also_at"] == tuple[float, ...]
+    assert types["countdown.apr.beam_weights"] == types["evaluate.extra_temperatures"] == tuple[float, ...]
     assert types["countdown.apr.beam"] == tuple[int, int] and types["evaluate.budgets.apr"] == tuple[int, ...]
     assert types["countdown.sos_plus.strategies"] == types["grpo.variants"] == tuple[str, ...]
 
 
 def test_lists_that_are_empty_by_default_are_read_as_numbers():
     config = load_config(str(PRESETS / "laptop.py"))
-    change_setting(config, "evaluate.also_at=0.5,1")
+    change_setting(config, "evaluate.extra_temperatures=0.5,1")
     assert list(read_settings(config).evaluate_also) == [0.5, 1.0]
     config = load_config(str(PRESETS / "paper.py"))
     change_setting(config, "countdown.apr.beam_weights=" + ",".join("1" * 10))

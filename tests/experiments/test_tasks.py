@@ -29,7 +29,7 @@ def factors(tmp_path_factory):
         from experiments.run import main
 
         # A penalty, since a model of four steps is never right: the children's tokens must have a gradient.
-        changes = ("--config.grpo.prices.token=0.001", "--config.budget.least_children=2")
+        changes = ("--config.grpo.penalties.token=0.001", "--config.budget.min_children=2")
         assert main(["run", FACTORS, f"--workdir={folder}", *SMALL, *changes]) == 0
     return folder
 

@@ -254,13 +254,13 @@ def test_a_root_that_ends_with_too_few_children_is_made_to_spawn():
     asked = call("0,1").removeprefix(trace.SPAWN_OPEN)
     written = (*ids(BODY + call("0,0") + NOT_FOUND), *ids(asked + NOT_FOUND))
     scripts = {(7,): written, (7, 0, 0): NOT_FOUND, (7, 1, 0): FOUND}
-    tree = play(scripts, least_children=2)
+    tree = play(scripts, min_children=2)
     assert [len(spawn.children) for spawn in tree.root.spawns] == [1, 1] and tree.outcome.forced_spawns == 1
     assert [block.sampled for block in tree.root.spawns[1].call] == [False, True] and tree.root.failure is None
-    assert len(play(scripts, least_children=1).root.spawns) == 1
-    full = play({(7,): written, (7, 0, 0): NOT_FOUND}, least_children=1, threads=2)
+    assert len(play(scripts, min_children=1).root.spawns) == 1
+    full = play({(7,): written, (7, 0, 0): NOT_FOUND}, min_children=1, threads=2)
     assert full.root.failure is None and full.outcome.forced_spawns == 0
-    stubborn = play({(7,): ids(BODY) + ids("") * 300}, least_children=1, context=300)
+    stubborn = play({(7,): ids(BODY) + ids("") * 300}, min_children=1, context=300)
     assert stubborn.root.failure == "length" and not stubborn.root.spawns
 
 
@@ -269,8 +269,8 @@ def test_a_root_that_ends_with_too_few_children_is_made_to_spawn():
     [
         ({"threads": 0}, "threads of a budget is at least 1, was given 0"),
         ({"tokens": 0}, "tokens of a budget is at least 1, was given 0"),
-        ({"threads": 3, "least_children": 3}, "3 children at least need more than 3 threads"),
-        ({"depth": 0, "least_children": 1}, "1 children at least need a depth of 1 or more"),
+        ({"threads": 3, "min_children": 3}, "3 children at least need more than 3 threads"),
+        ({"depth": 0, "min_children": 1}, "1 children at least need a depth of 1 or more"),
         ({"malformed": "ignore"}, "malformed is one of stop, fail, was given 'ignore'"),
     ],
 )

@@ -56,7 +56,7 @@ def refused(capsys, *arguments):
 
 def test_a_run_leaves_samples_figures_and_a_report(exports, tmp_path, capsys):
     flags = [f"--model={exports}/threads", f"--model={exports}/serial", f"--out={tmp_path}", "--count=5",
-             "--least_children=0,2", "--concurrency=1,3", "--servers=2", "--placement=roots_apart"]  # fmt: skip
+             "--min_children=0,2", "--concurrency=1,3", "--servers=2", "--placement=roots_apart"]  # fmt: skip
     assert run(*flags, f"--launcher={FAKE}") == 0
     table = capsys.readouterr().out
     samples = read_samples(tmp_path / "samples.jsonl")

@@ -121,7 +121,7 @@ def elsewhere():
     """A run of four steps: on eight devices, and begun there and ended on two, whose weights then are apart by what
     order of addition makes."""
     segments = [flatten_thread(random_thread(random.Random(3), depth=0)) for _ in range(40)]
-    config = SftConfig(4, 8, 64, OptimizerConfig(peak_rate=1e-2), save_every=2)
+    config = SftConfig(4, 8, 64, OptimizerConfig(peak_lr=1e-2), save_every=2)
     with tempfile.TemporaryDirectory() as folder:
         whole = run_sft(SftJob(make_model(0), config, segments, data_mesh(8), Path(folder) / "whole"))
         begun = Path(folder) / "begun"
@@ -155,7 +155,7 @@ def policy():
     rollouts = RolloutSpec(NonsenseProtocol(2), TOKENIZER, Budget(64), slots=8)
     weights = []
     for devices, fsdp in ((8, 2), (1, 1)):
-        config = make_config(inner_steps=2, kl=0.1, importance_cap=2.0, aggregate="paper", batch_rows=8)
+        config = make_config(inner_steps=2, kl=0.1, tis_clip=2.0, aggregate="paper", batch_rows=8)
         trainer = GrpoTrainer(model, config, rollouts, data_mesh(devices, fsdp))
         state, metrics = trainer.update(trainer.trainer.init(model), groups)
         weights.append((jax.device_get(state.weights), metrics))

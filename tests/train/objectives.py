@@ -4,7 +4,7 @@ from apr_jax.threads import Block, Spawn, Thread, ThreadTree, TreeOutcome
 from apr_jax.train.objective import GrpoConfig
 from apr_jax.train.optimizer import OptimizerConfig
 
-OPTIMIZER = OptimizerConfig(peak_rate=1e-2, schedule="constant", weight_decay=0.0)
+OPTIMIZER = OptimizerConfig(peak_lr=1e-2, schedule="constant", weight_decay=0.0)
 
 
 def make_config(**changes):

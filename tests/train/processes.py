@@ -25,7 +25,7 @@ from tests.tiny import make_model, random_thread
 
 def train(mesh, folder):
     segments = [flatten_thread(random_thread(random.Random(i), depth=0)) for i in range(60)]
-    optimizer = OptimizerConfig("muon", peak_rate=1e-2, muon_rate=0.02)
+    optimizer = OptimizerConfig("muon", peak_lr=1e-2, muon_lr=0.02)
     config = SftConfig(8, 16, 64, optimizer, microbatches=2, log_every=1, save_every=2)
     return run_sft(SftJob(make_model(0, width=64), config, segments, mesh, folder, segments[:9], {"of": "a test"}))
 
@@ -56,7 +56,7 @@ if __name__ == "__main__":
         notify()
     try:
         np.savez(folder / f"{index}.npz", **weights_of(train(data_mesh(8, 4), folder / "together")))
-    except Terminated as notice:
-        print(notice, file=sys.stderr)
+    except Terminated as ended:
+        print(ended, file=sys.stderr)
         jax.distributed.shutdown()
         sys.exit(143)

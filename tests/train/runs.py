@@ -24,7 +24,7 @@ from apr_jax.train.step import data_mesh
 from tests.tiny import TOKENIZER, NonsenseProtocol, make_model, random_thread, spawning_model
 
 KINDS = {"sft": 6, "grpo": 3}  # their steps
-OPTIMIZER = OptimizerConfig(peak_rate=1e-2, warmup_steps=2)
+OPTIMIZER = OptimizerConfig(peak_lr=1e-2, warmup_steps=2)
 
 
 def sft(folder, steps=6, validation=True, **changes):
@@ -37,7 +37,7 @@ def sft(folder, steps=6, validation=True, **changes):
 
 def grpo(folder, steps=3, **changes):
     values = {"steps": steps, "prompts": 2, "group": 6, "inner_steps": 2, "kl": 0.01, "save_every": 1}
-    values |= {"importance_cap": 2.0, "fresh_rounds": 1, "validate_every": 1, "validation": 3}
+    values |= {"tis_clip": 2.0, "dynamic_sampling_rounds": 1, "validate_every": 1, "validation": 3}
     values |= {"batch_rows": 2, "row_length": 64, "optimizer": OPTIMIZER} | changes
     rollouts = RolloutSpec(NonsenseProtocol(2), TOKENIZER, Budget(40, 6, 1), slots=8)
     model = spawning_model(0, opens=3.0, closes=2.0, ends=4.0)

@@ -17,7 +17,7 @@ from apr_jax.threads.engine import Sampling
 from apr_jax.threads.run import Budget
 from apr_jax.train.aggregation import AGGREGATIONS
 from apr_jax.train.grpo import VALIDATION_TAG, GrpoJob, GrpoTrainer, RolloutSpec, hold_back, run_grpo
-from apr_jax.train.reward import Prices, rollout_metrics
+from apr_jax.train.reward import Penalties, rollout_metrics
 from apr_jax.train.step import data_mesh
 from tests.tiny import TOKENIZER, NonsenseProtocol, causal_logits, make_model, paths, spawning_model
 from tests.train.objectives import make_config
@@ -161,7 +161,7 @@ def test_it_learns_what_is_rewarded():
     rewards = []
     for step in range(1, 41):
         groups, _ = trainer.sample(state, step, [0, 1])
-        rewards.append(rollout_metrics(groups, Prices())["rollout/reward"])
+        rewards.append(rollout_metrics(groups, Penalties())["rollout/reward"])
         if np.mean(rewards[-3:]) > 0.95:
             break
         state, _ = trainer.update(state, groups)
@@ -214,7 +214,7 @@ class SomeAreHopeless(NonsenseProtocol):
 
 
 def test_fresh_prompts_take_the_place_of_groups_without_a_signal():
-    trainer, state = make_trainer(spawning_model(1), SomeAreHopeless(2), fresh_rounds=6)
+    trainer, state = make_trainer(spawning_model(1), SomeAreHopeless(2), dynamic_sampling_rounds=6)
     plain, _ = make_trainer(spawning_model(1), SomeAreHopeless(2))
     problems = [11, 1, 2, 3, *range(12, 20)]  # three, and fresh ones: two in the first round, then what is still needed
     groups, replaced = trainer.sample(state, 1, problems)
@@ -268,15 +268,15 @@ class AlwaysRight(NonsenseProtocol):
 
 
 def test_a_price_on_children_makes_trees_narrow():
-    """Every tree is right, so that nothing but the price tells them apart."""
+    """Every tree is right, so that nothing but the penalty tells them apart."""
     trainer, state = make_trainer(
         spawning_model(3), AlwaysRight(2), Budget(64, 12, 1), slots=32, steps=25, prompts=2, group=16,
-        prices=Prices(child=0.1), normalise=False,
+        penalties=Penalties(child=0.1), normalise=False,
     )  # fmt: skip
     children = []
     for step in range(1, 26):
         groups, _ = trainer.sample(state, step, [0, 1])
-        children.append(rollout_metrics(groups, trainer.config.prices)["rollout/children"])
+        children.append(rollout_metrics(groups, trainer.config.penalties)["rollout/children"])
         if children[-1] < 0.3 * children[0]:
             break
         state, _ = trainer.update(state, groups)

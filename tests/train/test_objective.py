@@ -60,8 +60,8 @@ def test_rewards_that_differ_by_rounding_alone_are_equal():
 def token_terms(config, segment, advantage, p, b, o, q, t):
     """Loss of token t of a segment and its derivative by p, as numbers: the module's equations, one token at a time."""
     old, weight = b[t], 1.0
-    if config.importance_cap:
-        old, weight = o[t], min(np.exp(o[t] - b[t]), config.importance_cap)
+    if config.tis_clip:
+        old, weight = o[t], min(np.exp(o[t] - b[t]), config.tis_clip)
     if config.kl_estimator == "k1":
         advantage = advantage - config.kl * (b[t] - q[t])
     ratio = np.exp(p[t] - old)
@@ -111,7 +111,7 @@ OBJECTIVES = {
     "plain": {},
     "k3": {"kl": 0.3},
     "k1": {"kl": 0.3, "kl_estimator": "k1"},
-    "importance": {"importance_cap": 1.1, "kl": 0.2},
+    "importance": {"tis_clip": 1.1, "kl": 0.2},
     "paper": {"kl": 0.3, "aggregate": "paper"},
     "sequence": {"kl": 0.3, "aggregate": "sequence"},
 }
@@ -194,7 +194,7 @@ def test_a_clip_counts_where_it_binds(advantage, low, high):
 
 def test_the_first_ratio_is_one_wherever_the_old_policy_is_the_trainers_own():
     """With a cap the trainer's own log-probabilities are the old ones, and what the sampler's differ by is a weight."""
-    model, config = make_model(2), make_config(importance_cap=2.0)
+    model, config = make_model(2), make_config(tis_clip=2.0)
     segments = tree_segments(hand_made_tree(), 1.0, config, window=64)
     rows = pack_rows([segments], sum(map(len, segments)))
     rows = dataclasses.replace(rows, old_logprobs=np.asarray(policy_logprobs(model, rows, 1.0)))

@@ -46,7 +46,7 @@ def test_a_parameter_without_a_rule_is_named():
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("frozen", ["", "embed_|head_", "layers/"])
 def test_what_is_frozen_stays_and_needs_no_moments(name, frozen):
-    optimizer = make_optimizer(OptimizerConfig(name, peak_rate=0.1, muon_rate=0.1, frozen=frozen), 10, RULES)
+    optimizer = make_optimizer(OptimizerConfig(name, peak_lr=0.1, muon_lr=0.1, frozen=frozen), 10, RULES)
     state = optimizer.init(WEIGHTS)
     change, _ = jax.jit(optimizer.update)(GRADIENT, state, WEIGHTS)
     new = optax.apply_updates(WEIGHTS, change)
@@ -111,7 +111,9 @@ def muon(weight, gradients, shape):
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_each_class_of_parameter_is_updated_as_its_rule_says(name):
     """Three updates against Muon and AdamW by hand: matrices, tables and head, gains. Gains never decay."""
-    config = OptimizerConfig(name, RATE, MUON_RATE, 1.0, schedule="constant", weight_decay=DECAY, clip=0.0, beta2=0.99)
+    config = OptimizerConfig(
+        name, RATE, MUON_RATE, 1.0, schedule="constant", weight_decay=DECAY, max_grad_norm=0.0, beta2=0.99
+    )
     optimizer, draw = make_optimizer(config, 10, RULES), np.random.default_rng(0)
     gradients = [jax.tree.map(lambda x: draw.normal(size=x.shape).astype(np.float32), WEIGHTS) for _ in range(3)]
     state, new, step = optimizer.init(WEIGHTS), WEIGHTS, jax.jit(optimizer.update)
@@ -148,7 +150,7 @@ def test_without_a_gradient_weights_decay_and_gains_stay(name):
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 @pytest.mark.parametrize("warmup, steps", [(0, 2), (1, 12), (20, 100), (0, 2000)])
 def test_rates_begin_peak_and_end_where_the_config_says(schedule, warmup, steps):
-    config = OptimizerConfig(start_rate=0.2, end_rate=0.05, warmup_steps=warmup, schedule=schedule)
+    config = OptimizerConfig(init_lr_fraction=0.2, final_lr_fraction=0.05, warmup_steps=warmup, schedule=schedule)
     rates = [float(rate_schedule(config, 2.0, steps)(step)) for step in range(steps)]
     assert rates[0] == pytest.approx(0.4 if warmup else 2.0)
     assert max(rates) == rates[warmup] == 2.0
@@ -157,5 +159,5 @@ def test_rates_begin_peak_and_end_where_the_config_says(schedule, warmup, steps)
 
 def test_the_default_is_the_paper_s_schedule():
     """From 5e-6 to 5e-5 in one step, then to 5e-7."""
-    rate = rate_schedule(OptimizerConfig(), OptimizerConfig().peak_rate, 19_000)
+    rate = rate_schedule(OptimizerConfig(), OptimizerConfig().peak_lr, 19_000)
     assert [float(rate(step)) for step in (0, 1, 18_999)] == pytest.approx([5e-6, 5e-5, 5e-7])

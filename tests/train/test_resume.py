@@ -153,12 +153,13 @@ def test_steps_that_are_not_finite_change_nothing_are_counted_and_end_the_run(tm
     segments = [flatten_thread(random_thread(random.Random(0), depth=0)) for _ in range(4)]
     broken = make_model(0)
     broken.norm_D[...] = jnp.full_like(broken.norm_D[...], jnp.inf)
-    config = SftConfig(4, 2, 64, runs.OPTIMIZER, log_every=1, most_skipped=4)
+    config = SftConfig(4, 2, 64, runs.OPTIMIZER, log_every=1, max_skipped_steps=4)
     before = bits(broken)
     assert bits(run_sft(SftJob(broken, config, segments, data_mesh(2), tmp_path / "counted"))) == before
     assert [line["skipped"] for line in lines(tmp_path / "counted")] == [1, 2, 3, 4]
-    with pytest.raises(UserError, match="3 steps up to step 3 were not finite .most_skipped is 2"):
-        run_sft(SftJob(broken, dataclasses.replace(config, most_skipped=2), segments, data_mesh(2), tmp_path / "run"))
+    with pytest.raises(UserError, match="3 steps up to step 3 were not finite .max_skipped_steps is 2"):
+        config = dataclasses.replace(config, max_skipped_steps=2)
+        run_sft(SftJob(broken, config, segments, data_mesh(2), tmp_path / "run"))
     assert not saved(tmp_path / "run")
 
 
@@ -183,14 +184,14 @@ def test_a_loss_that_is_not_finite_is_never_applied_nor_saved(tmp_path):
     """A token past the vocabulary: its loss is NaN, the gradient of it finite."""
     good = [flatten_thread(random_thread(random.Random(n), depth=0)) for n in range(8)]
     broken = [dataclasses.replace(segment, tokens=np.full_like(segment.tokens, 900)) for segment in good]
-    config = SftConfig(3, 2, 64, runs.OPTIMIZER, log_every=1, most_skipped=3)
+    config = SftConfig(3, 2, 64, runs.OPTIMIZER, log_every=1, max_skipped_steps=3)
     model = make_model(0)
     assert bits(run_sft(SftJob(model, config, broken, data_mesh(2), tmp_path / "counted"))) == bits(model)
     found = lines(tmp_path / "counted")
     assert [(line["skipped"], line["loss"]) for line in found] == [(1, None), (2, None), (3, None)]
     assert all(np.isfinite(line["gradient_norm"]) for line in found)
     with pytest.raises(NotFiniteError, match="3 steps"):
-        run_sft(SftJob(model, dataclasses.replace(config, most_skipped=2), broken, data_mesh(2), tmp_path / "run"))
+        run_sft(SftJob(model, dataclasses.replace(config, max_skipped_steps=2), broken, data_mesh(2), tmp_path / "run"))
     with pytest.raises(NotFiniteError, match="validation_loss"):
         run_sft(SftJob(model, config, good, data_mesh(2), tmp_path / "validated", broken))
     assert not saved(tmp_path / "run") and not saved(tmp_path / "validated")

@@ -47,7 +47,7 @@ from experiments.settings import Settings, read_settings
 from tools import command
 
 FAMILY = load_family(DEFAULT)
-OPTIMIZER = OptimizerConfig(peak_rate=1e-4, schedule="constant")
+OPTIMIZER = OptimizerConfig(peak_lr=1e-4, schedule="constant")
 
 
 def _define(values: flags.FlagValues) -> None:
@@ -106,7 +106,7 @@ class TorchLoop:
         self.model = load_transformers(folder).train().to(self._device)
         self._dtype = getattr(torch, dtype)
         self._optimizer = torch.optim.AdamW(
-            self.model.parameters(), OPTIMIZER.peak_rate, (0.9, OPTIMIZER.beta2), weight_decay=OPTIMIZER.weight_decay
+            self.model.parameters(), OPTIMIZER.peak_lr, (0.9, OPTIMIZER.beta2), weight_decay=OPTIMIZER.weight_decay
         )
 
     def loss(self, batch: PackedBatch):
@@ -137,7 +137,7 @@ class TorchLoop:
             self._optimizer.zero_grad()
             loss, weight = self.loss(batch)
             (loss / weight).backward()
-            self._torch.nn.utils.clip_grad_norm_(self.model.parameters(), OPTIMIZER.clip)
+            self._torch.nn.utils.clip_grad_norm_(self.model.parameters(), OPTIMIZER.max_grad_norm)
             self._optimizer.step()
         if self._device == "cuda":
             self._torch.cuda.synchronize()

@@ -24,7 +24,7 @@ class Setting:
     concurrency: int  # trees at once; 1 is the paper's
     window: int  # tokens of a thread
     depth: int
-    least_children: int
+    min_children: int
     temperature: float
     condition: str = ""  # first on the root's prompt
     problems: str = ""  # tells lists of problems apart, whatever of them is measured
@@ -35,8 +35,8 @@ class Setting:
         parts = [f"window {self.window}"]
         if self.condition:
             parts.append(self.condition.strip())
-        if self.least_children:
-            parts.append(f"{self.least_children} children at least")
+        if self.min_children:
+            parts.append(f"{self.min_children} children at least")
         if self.depth != 1:
             parts.append(f"depth {self.depth}")
         if self.temperature:
