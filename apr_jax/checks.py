@@ -1,4 +1,4 @@
-"""Checks of settings, for the dataclasses that hold them: types by their annotations, numbers by their bounds.
+"""Checks for dataclasses of settings: types by the fields' annotations, numbers by the class's `BOUNDS`.
 
     @dataclasses.dataclass(frozen=True)
     class Config:
@@ -9,7 +9,8 @@
         def __post_init__(self):
             check_fields(self)
 
-A dataclass is built with values of any kind (from Python, a file, a command line), so each one checks its own.
+Python does not check annotations, and values come from Python code, files and command lines. So each dataclass checks
+its own values.
 """
 
 import dataclasses
@@ -25,7 +26,8 @@ from apr_jax.errors import UserError
 
 
 class FieldError(UserError):
-    """A wrong value of one field: the message is the field's name and `says`."""
+    """A wrong value of one field. The message is the field's name and then `says`, such as "is at least 1, was given
+    0"."""
 
     def __init__(self, field: str, says: str):
         super().__init__(f"{field} {says}")
@@ -33,44 +35,50 @@ class FieldError(UserError):
 
 
 class Bound(NamedTuple):
-    """What the numbers of these fields must be. None is not compared."""
+    """A condition on the numbers of some fields. A value of None always passes."""
 
     fields: tuple[str, ...]
-    says: str  # "at least 1"
+    says: str  # the condition in words, "at least 1"
     holds: Callable[[Any], bool]
 
 
 def at_least(least: float, *fields: str) -> Bound:
+    """Return the bound that the fields are at least `least`."""
     return Bound(fields, f"at least {least}", lambda value: value >= least)
 
 
 def above(limit: float, *fields: str) -> Bound:
+    """Return the bound that the fields are above `limit`."""
     return Bound(fields, f"above {limit}", lambda value: value > limit)
 
 
 def less_than(limit: float, *fields: str) -> Bound:
+    """Return the bound that the fields are below `limit`."""
     return Bound(fields, f"less than {limit}", lambda value: value < limit)
 
 
 def between(least: float, most: float, *fields: str) -> Bound:
+    """Return the bound that the fields are from `least` to `most`, both included."""
     return Bound(fields, f"from {least} to {most}", lambda value: least <= value <= most)
 
 
 def from_to_below(least: float, limit: float, *fields: str) -> Bound:
+    """Return the bound that the fields are at least `least` and below `limit`."""
     return Bound(fields, f"from {least} to less than {limit}", lambda value: least <= value < limit)
 
 
-LARGEST = 2**63  # no integer is as large: arrays and files hold no larger ones
-SEED = (at_least(0, "seed"), less_than(2**31, "seed"))  # of every config that has one
+LARGEST = 2**63  # every integer is below it in size, so that it fits an int64 in arrays and files
+SEED = (at_least(0, "seed"), less_than(2**31, "seed"))  # the bounds of a field `seed`, for every config with one
 
 
 def check_fields(config: Any) -> None:
-    """Raises FieldError for the first field of a dataclass instance whose type or number is wrong."""
+    """Check all fields of a dataclass instance. Raises FieldError for the first one with a wrong type or number."""
     check_values(type(config), **{field.name: getattr(config, field.name) for field in dataclasses.fields(config)})
 
 
 def check_values(kind: type, **values: Any) -> None:
-    """As `check_fields`, of some fields of a dataclass `kind` that is not built yet."""
+    """Check values for some fields of the dataclass `kind` before an instance exists. Raises FieldError as
+    `check_fields` does."""
     annotations = _annotations(kind)
     for name, value in values.items():
         check_type(name, value, annotations[name])
@@ -81,15 +89,15 @@ def check_values(kind: type, **values: Any) -> None:
 
 
 def check_type(name: str, value: Any, annotation: Any) -> None:
-    """Raises FieldError where a value is not what an annotation says; annotations other than those of `describe` are
-    not looked at."""
+    """Raise FieldError where a value of the field `name` does not fit its annotation. `Any`, and generic types other
+    than tuples and unions, allow every value."""
     if not _fits(value, annotation):
         large = isinstance(value, int) and abs(value) >= LARGEST
         raise FieldError(name, f"is {describe(annotation)}{' of 64 bits' if large else ''}, was given {_short(value)}")
 
 
 def describe(annotation: Any) -> str:
-    """An annotation in words: "an integer", "a tuple of numbers"."""
+    """Return an annotation in words: "an integer", "a tuple of numbers"."""
     if annotation in _KINDS:
         return _KINDS[annotation][0]
     if isinstance(annotation, types.UnionType):
@@ -136,7 +144,7 @@ def _fits(value: Any, annotation: Any) -> bool:
 def _finite(value: numbers.Real) -> bool:
     try:
         return math.isfinite(value)
-    except OverflowError:  # an integer that no float holds
+    except OverflowError:  # an integer too large for a float
         return False
 
 

@@ -1,8 +1,9 @@
-"""JAX's compilation cache on disk, with entries that are written whole and mended when they are damaged.
+"""JAX's compilation cache on disk, protected against damaged entries.
 
-JAX 0.10.2 writes an entry in place, so that a kill leaves half of it. It recompiles what it cannot read, but never
-writes over a file that is there: a damaged entry would be compiled anew by every run. Both are mended in JAX's own
-modules, which have no public way in; where another version has other names, nothing is changed.
+JAX 0.10.2 writes an entry in place, so a kill can leave half an entry. JAX compiles again what it cannot read, but
+never overwrites an existing file, so every later run would compile a damaged entry again. This module writes entries
+atomically and deletes entries that cannot be read. It replaces two functions in JAX's private modules, because there is
+no public interface. Where another version of JAX has other names, nothing is replaced.
 """
 
 from pathlib import Path
@@ -13,7 +14,8 @@ from apr_jax.io.files import whole
 
 
 def use_cache(folder: Path) -> None:
-    """Keeps all compiled functions under `folder`; before the first one is compiled."""
+    """Make JAX keep all compiled functions in `folder`, also for later processes. Must be called before the first
+    function is compiled."""
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     _mend()
@@ -35,11 +37,11 @@ def _mend() -> None:
             return read(key, *arguments, **options)
         except Exception:
             _entry(jax.config.jax_compilation_cache_dir, key).unlink(missing_ok=True)
-            return None, None  # as for a key that is not there: it is compiled, and written
+            return None, None  # JAX's answer for a missing entry: it compiles the function and writes the entry
 
     def write_whole(cache, key, value):
         path = _entry(cache.path, key)
-        if cache.eviction_enabled or path.exists():  # the first keeps books of its own
+        if cache.eviction_enabled or path.exists():  # with eviction JAX writes further files
             return write(cache, key, value)
         with whole(path) as part:
             part.write_bytes(value)

@@ -1,8 +1,8 @@
-"""A signal that ends a command, also where the exception that it raises is lost.
+"""Signals that end a command reliably, even where the exception of the signal handler gets lost.
 
-JAX calls Python from C++, as it traces, compiles and collects garbage. An exception that a signal's handler raises in
-there is printed and dropped, or comes out as another error. So the signal is noted as well: loops call `check` at each
-step, and a command asks `given` where it ends.
+JAX calls Python from C++ while it traces, compiles and collects garbage. An exception that a signal handler raises
+during such a call is printed and dropped, or turns into another error. So the handler also records the signal: loops
+call `check` at each step, and a command calls `given` at its end.
 """
 
 import os
@@ -13,14 +13,16 @@ _pending: BaseException | None = None
 
 
 def end_at_once(number: int, frame: object) -> None:
-    """A handler for the time before anything is begun, while modules are imported."""
-    os.write(2, b"\nstopped; the same command goes on from here\n")
+    """End the process at once with code 128 + the signal's number. A signal handler for the time in which modules are
+    imported, when there is nothing to save."""
+    os.write(2, b"\nstopped; the same command continues from here\n")
     os._exit(128 + number)
 
 
 class Interrupt:
-    """Within it the first signal of a kind raises `error` and is noted; a second one ends the process at once, with
-    code 128 + its number (130 of a SIGINT). In another thread than the main one it does nothing."""
+    """A context manager in which the first signal `number` is recorded and raises `error` (by default
+    KeyboardInterrupt). A second signal ends the process at once with code 128 + its number, 130 for SIGINT. Outside the
+    main thread the context manager does nothing, since Python allows signal handlers in the main thread alone."""
 
     def __init__(self, error: BaseException | None = None, number: int = signal.SIGINT):
         self._error, self._number = KeyboardInterrupt() if error is None else error, number
@@ -47,11 +49,12 @@ class Interrupt:
 
 
 def given() -> bool:
-    """Whether a signal has come."""
+    """Return whether the signal of the active `Interrupt` has arrived."""
     return _pending is not None
 
 
 def check() -> None:
-    """Raises what the signal raised, if one has come: for the boundaries of steps."""
+    """Raise the error of the active `Interrupt` where its signal has arrived, else do nothing. Loops call it between
+    their steps."""
     if _pending is not None:
         raise _pending

@@ -1,6 +1,6 @@
-"""The command line of `experiments.run`: its flags, the config file, and the settings changed by hand.
+"""The command line of `experiments.run`: its flags, the config file, and changes of single settings.
 
-Whatever is wrong raises UserError or OSError in one line that says what was given and what is allowed.
+Any wrong input raises UserError or OSError, in one line that says what was given and what is allowed.
 """
 
 import dataclasses
@@ -9,6 +9,7 @@ import importlib.util
 import math
 import re
 import traceback
+import types
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,52 +21,68 @@ from ml_collections import ConfigDict
 from apr_jax.checks import describe
 from apr_jax.errors import UserError
 from apr_jax.io.paths import user_path
+from apr_jax.model.family import DEFAULT
 from apr_jax.tasks.task import find_task
 from apr_jax.train.checkpoint import check_folder
-from experiments.settings import SECTIONS, STAGES, Settings, default_config, read_settings, setting_types
+from experiments.settings import NAMES, STAGES, Settings, default_config, read_settings, setting_types
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = ROOT / "experiments" / "configs"
-SHARED_STAGES = ("data", "sft")  # what several processes can run together
+# Renamed settings: the last part of the old name, and of the new name.
+RENAMED = {
+    "peak_rate": "peak_lr", "muon_rate": "muon_lr", "start_rate": "init_lr_fraction", "end_rate": "final_lr_fraction",
+    "clip": "max_grad_norm", "importance_cap": "tis_clip", "fresh_rounds": "dynamic_sampling_rounds",
+    "prices": "penalties", "wrong": "wrong_answer", "least_children": "min_children",
+    "most_skipped": "max_skipped_steps", "also_at": "extra_temperatures",
+}  # fmt: skip
+SHARED_STAGES = ("data", "sft")  # stages that several processes can run together
 FLAGS_HELP = f"""\
   --config=FILE        the preset: a Python file with get_config(), for example experiments/configs/laptop.py;
-                       FILE:WORD gives WORD to get_config
-  --config.A.B=VALUE   changes one setting, as --config.sft.steps=100 or --config.evaluate.extra_temperatures=0.5,1;
-                       may be repeated; --config.task=NAME or --config.task=package.module:Class is another task
+                       FILE:WORD calls get_config(WORD)
+  --config.A.B=VALUE   changes one setting, for example --config.sft.steps=100 or
+                       --config.evaluate.extra_temperatures=0.5,1; may be repeated;
+                       --config.task=NAME or --config.task=package.module:Class selects another task
   --stage=STAGE,...    runs only these stages, in this order (default all: {", ".join(STAGES)})
-  --variants=NAME,...  trains and evaluates the models of these variants of the task alone (default all)
-  --workdir=FOLDER     the run folder (default runs/NAME, NAME from the config)
-  --sweep=A.B=V1,V2    one run per value, each in its own folder under the run folder; repeated: the product of all
+  --variants=NAME,...  trains and evaluates only the models of these variants of the task (default all)
+  --workdir=FOLDER     the run folder (default runs/NAME; NAME is the setting `name`)
+  --store=FOLDER       the folder of the stages' outputs (default WORKDIR/store); runs with the same store share every
+                       output that depends on equal settings, also when they run at the same time
+  --sweep=A.B=V1,V2    starts one run per value, each in its own folder under the run folder, with one store;
+                       if repeated, one run per combination of values
   --coordinator=HOST:PORT --processes=N --process=I
-                       this is process I of N (from 0) that train together, on `devices` in all and one run folder
-                       that all of them see: stages {", ".join(SHARED_STAGES)}
-  --debug              shows the whole traceback of any error
-  --help               shows this"""
+                       starts process I (from 0) of N that train together: the setting `devices` counts the devices
+                       of all, and all use the same run folder; only for the stages {", ".join(SHARED_STAGES)}
+  --debug              shows the traceback of any error
+  --help               shows this help"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """What was asked for, all of it checked."""
+    """A command line, parsed and checked."""
 
     file: str  # as given to --config
     changes: tuple[str, ...]  # "A.B=VALUE", in their order
     settings: Settings
     stages: tuple[str, ...]
-    variants: tuple[str, ...]  # of the task
+    variants: tuple[str, ...]  # the selected variants of the task
     workdir: Path
+    store: Path
     sweeps: tuple[str, ...]
-    coordinator: str = ""  # where the first of several processes listens; "": there is one
+    coordinator: str = ""  # HOST:PORT where process 0 listens; "": there is only one process
     processes: int = 1
     process: int = 0
-    debug: bool = False  # whether every error keeps its traceback
-    variants_given: str = "all"  # as it was typed
+    debug: bool = False  # whether any error is shown with its traceback
+    variants_given: str = "all"  # --variants as it was given
 
 
 def parse(argv: Sequence[str]) -> Command | None:
-    """The command in `argv`, the program's name first; None where --help was asked for."""
+    """Return the command in `argv`, whose first item is the program's name. With --help return None.
+
+    Raises UserError or OSError if anything in the command, the config file or the settings is wrong.
+    """
     changes = tuple(arg.lstrip("-").removeprefix("config.") for arg in argv[1:] if _is_change(arg))
-    values = flags.FlagValues()  # its own, so that tests can parse many commands in one process
-    for name in ("config", "workdir", "coordinator"):
+    values = flags.FlagValues()  # not absl's global flags: tests parse many commands in one process
+    for name in ("config", "workdir", "store", "coordinator"):
         flags.DEFINE_string(name, None, "", flag_values=values)
     for name, default in (("processes", 1), ("process", 0)):
         flags.DEFINE_integer(name, default, "", flag_values=values)
@@ -79,8 +96,8 @@ def parse(argv: Sequence[str]) -> Command | None:
     except flags.UnrecognizedFlagError as error:
         raise UserError(
             f"no such flag: --{error.flagname}{_nearest(error.flagname, values, '--')}; flags are "
-            f"--config, --stage, --variants, --workdir, --sweep, --coordinator, --processes, --process, --debug and "
-            f"--help, settings are given as --config.a.b=value"
+            "--config, --stage, --variants, --workdir, --store, --sweep, --coordinator, --processes, --process, "
+            "--debug and --help, settings are given as --config.a.b=value"
         ) from None
     except flags.Error as error:
         raise UserError(" ".join(str(error).split())) from None
@@ -90,25 +107,33 @@ def parse(argv: Sequence[str]) -> Command | None:
         raise UserError(f"no such argument: {rest[0]!r}; settings are given as --config.a.b=value (--help explains)")
     if not values.config:
         raise UserError(f"--config=FILE is needed: {_presets()}, or a file of your own")
-    stages = _some("stage", values.stage, STAGES)
+    stages = _selected("stage", values.stage, STAGES)
     settings = read_settings(change_settings(load_config(values.config), changes))
-    variants = _some("variants", values.variants, settings.task.variants)
+    variants = _selected("variants", values.variants, settings.task.variants)
     _check_processes(values, stages, settings)
     workdir = user_path(values.workdir or str(Path("runs") / settings.name))
-    check_folder(workdir)
-    for folder in (workdir, *workdir.parents):
-        if folder.exists():
-            if not folder.is_dir():
-                raise NotADirectoryError(f"--workdir is a folder, was given {workdir}: {folder} is a file")
-            break
+    store = user_path(values.store) if values.store else workdir / "store"
+    _check_folder("workdir", workdir)
+    _check_folder("store", store)
     return Command(
-        values.config, changes, settings, stages, variants, workdir, tuple(values.sweep),
+        values.config, changes, settings, stages, variants, workdir, store, tuple(values.sweep),
         values.coordinator or "", values.processes, values.process, values.debug, ",".join(values.variants),
     )  # fmt: skip
 
 
-def _some(flag: str, given: Sequence[str], names: tuple[str, ...]) -> tuple[str, ...]:
-    """What a list flag chooses of `names`. Raises UserError."""
+def _check_folder(flag: str, folder: Path) -> None:
+    """Raise UserError or NotADirectoryError if a flag's folder cannot be created or cannot hold checkpoints."""
+    check_folder(folder)
+    there = next(one for one in (folder, *folder.parents) if one.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"--{flag} is a folder, was given {folder}: {there} is a file")
+
+
+def _selected(flag: str, given: Sequence[str], names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the items of `names` that a flag with a list selects; "all" selects all of them.
+
+    Raises UserError for an unknown item or an empty list.
+    """
     if "all" in given:
         return names
     allowed = f"--{flag} is all or some of {', '.join(names)}"
@@ -120,7 +145,7 @@ def _some(flag: str, given: Sequence[str], names: tuple[str, ...]) -> tuple[str,
 
 
 def _check_processes(values: flags.FlagValues, stages: Sequence[str], settings: Settings) -> None:
-    """Raises UserError for what several processes cannot run together."""
+    """Raise UserError if the flags for several processes contradict each other, the stages or the settings."""
     if values.processes < 1:
         raise UserError(f"--processes is at least 1, was given {values.processes}")
     if values.coordinator and not re.fullmatch(r".+:\d+", values.coordinator):
@@ -145,11 +170,15 @@ def _check_processes(values: flags.FlagValues, stages: Sequence[str], settings: 
 
 
 def _is_change(arg: str) -> bool:
+    """Return whether an argument changes a setting, such as ``--config.sft.steps=100``."""
     return arg.startswith(("--config.", "-config."))
 
 
 def load_config(name: str) -> ConfigDict:
-    """What get_config() of a file returns; ``FILE:WORD`` gives it WORD. Any error in the file is its writer's."""
+    """Return the config that get_config() of a Python file returns. `name` is FILE, or FILE:WORD for get_config(WORD).
+
+    Raises FileNotFoundError if there is no such file, and UserError with the file and line for any error in it.
+    """
     file, sign, word = name.partition(":")
     path = user_path(file)
     if not path.is_file():
@@ -171,12 +200,12 @@ def load_config(name: str) -> ConfigDict:
         raise UserError(f"{file} needs a function get_config() that returns a changed default_config(TASK)")
     if not isinstance(config.get("task"), str):
         raise UserError(f"{file} names no task: start from default_config(TASK)")
-    default = default_config(config.task)
+    default = default_config(config.task, _family(config))
     known = set(_names(default))
     try:
         given = list(_names(config))
     except RecursionError:
-        raise UserError(f"{file}: a section of its config holds itself") from None
+        raise UserError(f"{file}: a section of its config contains itself") from None
     if extra := [name for name in given if name not in known]:
         raise UserError(f"{file}: {_no_setting(default, extra[0])}")
     if missing := known - set(given):
@@ -185,34 +214,44 @@ def load_config(name: str) -> ConfigDict:
 
 
 def change_settings(config: ConfigDict, changes: Sequence[str]) -> ConfigDict:
-    """A config with changes like ``A.B=VALUE``, in their order, a change of the task first: the new task has its own
-    section, with its defaults, in the place of the old one's."""
+    """Apply changes such as ``A.B=VALUE`` to a config in their order, and return the config.
+
+    Changes of `task` and `model.family` come first: a new task or family brings its own settings, with their defaults,
+    in place of the old one's. In that case a new config is returned, otherwise `config` itself. Raises UserError.
+    """
+    given = dict(change.partition("=")[::2] for change in changes)
+    first = ("task", "model.family")
+    config = _with(config, given.get("task", config.task), given.get("model.family", _family(config)))
     for change in changes:
-        if change.partition("=")[::2][0] == "task":
-            config = _with_task(config, change.partition("=")[2])
-    for change in changes:
-        if not change.startswith("task="):
+        if change.partition("=")[0] not in first:
             _change(config, change)
     return config
 
 
-def _with_task(config: ConfigDict, task: str) -> ConfigDict:
-    """The config of another task: what does not depend on the task stays. Settings of variants have the defaults of the
-    new task."""
-    if task == config.task:
+def _family(config: ConfigDict) -> str:
+    """Return the model family in a config that is not checked yet; the default family if it has none."""
+    model = config.get("model")
+    family = model.get("family") if isinstance(model, ConfigDict) else None
+    return family if isinstance(family, str) else DEFAULT
+
+
+def _with(config: ConfigDict, task: str, family: str) -> ConfigDict:
+    """Return the config of another task or family. It keeps the values of the settings that both have."""
+    if (task, family) == (config.task, _family(config)):
         return config
-    changed = default_config(task)
-    for name in SECTIONS:
-        if name != "task":
-            changed[name] = config[name]
+    changed = default_config(task, family)
+    for name in {*(NAMES if task != config.task else changed)} - {"task", "model"}:
+        changed[name] = config[name]
+    for name in changed.model:
+        if name != "family" and name in config.model:
+            changed.model[name] = config.model[name]
     if find_task(task).variants != find_task(config.task).variants:
-        fresh = default_config(task)
-        changed.grpo.variants, changed.evaluate.budgets = fresh.grpo.variants, fresh.evaluate.budgets
+        changed.grpo.variants, changed.evaluate.budgets = (), default_config(task).evaluate.budgets
     return changed
 
 
 def _change(config: ConfigDict, change: str) -> None:
-    """Sets ``A.B=VALUE``, read as the type that the setting has."""
+    """Set the setting in a change ``A.B=VALUE``. Raises UserError."""
     key, sign, given = change.partition("=")
     if not sign:
         raise UserError(f"--config.{key} needs a value: --config.{key}=VALUE")
@@ -222,24 +261,30 @@ def _change(config: ConfigDict, change: str) -> None:
     holder = config
     for name in sections:
         holder = holder[name]
-    holder[last] = read_value(config.task, key, given, holder[last])
+    holder[last] = read_value(config, key, given)
 
 
-def read_value(task: str, key: str, given: str, example: Any = None) -> Any:
-    """The value of a setting of a task's experiments, as its type. An `example` helps to say how a list is written.
-    Raises UserError."""
-    kind = setting_types(task)[key]
+def read_value(config: ConfigDict, key: str, given: str) -> Any:
+    """Return the text `given` as a value of the type of the setting `key`.
+
+    Raises UserError. If the setting's present value is a list, the message has it as an example of how to write one.
+    """
+    kind = setting_types(config.task, _family(config))[key]
     try:
         return _read(given, kind)
     except ValueError:
-        says = describe(kind).replace("tuple", "list")
+        says, example = describe(kind).replace("tuple", "list"), config
+        for name in key.split("."):
+            example = example[name]
         if isinstance(example, tuple) and example:
             says = f"a list like {','.join(map(str, example))}"
         raise UserError(f"{key} is {says}, was given {given!r}") from None
 
 
 def _read(given: str, kind: Any) -> Any:
-    """`given` as a setting's type, int or tuple[float, ...]; raises ValueError."""
+    """Return the text `given` as a value of a type such as int or tuple[float, ...]. Raises ValueError."""
+    if isinstance(kind, types.UnionType):  # a type, or None
+        return None if given.lower() == "none" else _read(given, typing.get_args(kind)[0])
     if kind is bool:
         if given.lower() not in ("true", "false"):
             raise ValueError(given)
@@ -254,7 +299,7 @@ def _read(given: str, kind: Any) -> Any:
 
 
 def _names(config: ConfigDict, prefix: str = "") -> Iterator[str]:
-    """The settings by their full names, sections left out."""
+    """Yield the full name of every setting, without sections."""
     for name, value in config.items():
         if isinstance(value, ConfigDict):
             yield from _names(value, f"{prefix}{name}.")
@@ -263,7 +308,13 @@ def _names(config: ConfigDict, prefix: str = "") -> Iterator[str]:
 
 
 def _no_setting(config: ConfigDict, key: str) -> str:
-    """What to say of a key that is no setting: the nearest one, and those of its section."""
+    """Return the message about a key that is not a setting.
+
+    It has the setting's new name if the setting was renamed. Otherwise it has the nearest name, and all names in the
+    key's section.
+    """
+    if (renamed := ".".join(RENAMED.get(name, name) for name in key.split("."))) in _names(config):
+        return f"{key} is called {renamed} now"
     section, here = "", config
     for name in key.split("."):
         if not isinstance(here.get(name), ConfigDict):
@@ -278,11 +329,14 @@ def _no_setting(config: ConfigDict, key: str) -> str:
 
 
 def _nearest(given: str, names: Iterable[str], before: str = "") -> str:
-    """What was perhaps meant, as words to put behind `given`."""
+    """Return a hint such as " (did you mean --stage?)", or "" if no name is close to `given`.
+
+    `before` is text before the name in the hint, such as "--".
+    """
     found = difflib.get_close_matches(given, list(names), 1, 0.5)
     return f" (did you mean {before}{found[0]}?)" if found else ""
 
 
 def _presets() -> str:
-    """The presets, as words of a sentence."""
+    """Return a list of the presets, as part of a sentence."""
     return "one of " + ", ".join(f"experiments/configs/{p.name}" for p in sorted(PRESETS.glob("[a-z]*.py")))

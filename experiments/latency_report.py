@@ -1,4 +1,4 @@
-"""The report of a latency run: a table of every setting, figures, and the gap between measured and predicted."""
+"""The report of a latency run: a table of all settings, figures, and the gap between measured and predicted latency."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,9 +13,11 @@ from experiments.figures import latency as figures
 
 
 def write_report(out: Path) -> str:
-    """Writes report.md, summary.json and figures/ from what ``samples.jsonl`` holds; returns the text. A row says how
-    many trees ran of how many problems: those that any setting has samples of. Raises FileNotFoundError where there
-    are no samples."""
+    """Write report.md, summary.json and figures/ from the samples in ``samples.jsonl``, and return the report's text.
+
+    A row says how many of the problems have a sample. The problems are all that any setting has samples of. Raises
+    FileNotFoundError if there are no samples.
+    """
     groups = _newest(by_setting(read_samples(out / "samples.jsonl")))
     if not groups:
         raise FileNotFoundError(f"no samples in {out}: give an exported model with --model=FOLDER")
@@ -37,17 +39,18 @@ def write_report(out: Path) -> str:
 
 
 def _newest(groups: Sequence[Group]) -> list[Group]:
-    """Without samples of weights that were replaced since."""
+    """Return the groups without samples of weights that were replaced later."""
     weights = {_model(setting): setting.weights for setting, _ in groups}
     return [group for group in groups if group[0].weights == weights[_model(group[0])]]
 
 
 def _model(setting: Setting) -> tuple[str, str, str]:
+    """Return what identifies a model in a latency run: its task, variant and engine."""
     return setting.task, setting.variant, setting.engine
 
 
 def _draw(groups: Sequence[Group], throughput: Mapping[Setting, Throughput], folder: Path) -> None:
-    """Per engine and placement, since their times are not each other's."""
+    """Draw the figures. Each engine and placement has its own, since their times are not comparable."""
     ways: dict[str, list[Group]] = {}
     for setting, samples in groups:
         if setting.concurrency == 1:
@@ -67,4 +70,5 @@ def _draw(groups: Sequence[Group], throughput: Mapping[Setting, Throughput], fol
 
 
 def _slug(title: str) -> str:
+    """Return a title as a part of a file name: lower-case words joined by underscores."""
     return "_".join("".join(c if c.isalnum() else " " for c in title.lower()).split())

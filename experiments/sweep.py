@@ -1,18 +1,26 @@
-"""Sweeps: the product of ``KEY=VALUE,...`` flags, each point a run of its own in its own folder."""
+"""Sweeps: one run for each combination of the values in ``--sweep=KEY=VALUE,...`` flags, each in its own folder."""
 
 import itertools
 import re
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
+
+from ml_collections import ConfigDict
 
 from apr_jax.errors import UserError
 from experiments.command import Command, parse, read_value
+from experiments.workspace import at_work
 
 
 def expand(command: Command) -> list[tuple[str, list[str]]]:
-    """(folder, command line) of every point, each one parsed, so that a wrong value stops the sweep at its
-    start. Raises UserError."""
+    """Return (folder name, command line) of every point of a sweep, which is one combination of values.
+
+    Raises UserError. All command lines are parsed here, so a wrong value in any of them stops the sweep before its
+    first run.
+    """
     axes: dict[str, list[str]] = {}
     for sweep in command.sweeps:
         key, sign, values = sweep.partition("=")
@@ -20,7 +28,7 @@ def expand(command: Command) -> list[tuple[str, list[str]]]:
             raise UserError(f"--sweep is KEY=VALUE,VALUE,..., was given {sweep!r}")
         if key in axes:
             raise UserError(f"--sweep has {key} twice: give all its values at once")
-        axes[key] = re.split(r",(?![^(]*\))", values)  # a list in parentheses is one value
+        axes[key] = re.split(r",(?![^(]*\))", values)  # a comma in parentheses does not separate values
         if twice := {value for value in axes[key] if axes[key].count(value) > 1}:
             raise UserError(f"--sweep={sweep} has the value {min(twice)} twice")
         if "/" in values:
@@ -32,24 +40,54 @@ def expand(command: Command) -> list[tuple[str, list[str]]]:
         line = [
             f"--config={command.file}", *(f"--config.{change}" for change in (*command.changes, *changes)),
             f"--stage={','.join(command.stages)}", f"--variants={command.variants_given}", f"--workdir={folder}",
+            f"--store={command.store}",
             *(["--debug"] if command.debug else []),
         ]  # fmt: skip
-        task = parse(["run", *line]).settings.config["task"]
-        # Two ways to write one value, as 0.001 and 1e-3, would run one point twice.
-        if (same := tuple(read_value(task, *change.split("=", 1)) for change in changes)) in read:
+        config = ConfigDict(parse(["run", *line]).settings.config)
+        # 0.001 and 1e-3 are the same value: they would run one point twice.
+        if (same := tuple(read_value(config, *change.split("=", 1)) for change in changes)) in read:
             raise UserError(f"--sweep has the point {folder.name} twice, written in two ways")
         read.add(same)
         points.append((folder.name, line))
     return points
 
 
+def run_point(line: Sequence[str]) -> int:
+    """Run the command of one point in a process, and return its exit code. A SIGTERM is passed on to the process, which
+    saves; this process then ends with the same exit code."""
+    process = subprocess.Popen([sys.executable, "-m", "experiments.run", *line])
+    stopped = threading.Event()
+
+    def stop(*_) -> None:
+        stopped.set()
+        process.terminate()
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        process.wait()  # it had the same signal
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if stopped.is_set():
+        sys.exit(code)
+    return code
+
+
 def run_each(command: Command, points: Sequence[tuple[str, list[str]]]) -> None:
-    """Runs the points one after the other, each as the command it would be by hand. Raises UserError that
-    names those that failed, after all others have run."""
-    failed = []
-    for number, (name, line) in enumerate(points, 1):
+    """Run the points of a sweep, given as (folder name, command line), one after the other.
+
+    Each point runs in a process of its own. If another process is already working on a point's folder, the point comes
+    after the others. A failed point does not stop the others; at the end UserError is raised with the names of all
+    failed points.
+    """
+    failed, left = [], list(points)
+    for number in range(1, len(points) + 1):
+        name, line = next((point for point in left if not at_work(command.workdir / point[0])), left[0])
+        left.remove((name, line))
         print(f"sweep {number}/{len(points)}: {name} in {command.workdir / name}", flush=True)
-        if subprocess.run([sys.executable, "-m", "experiments.run", *line]).returncode:
+        if run_point(line):
             failed.append(name)
     if failed:
         raise UserError(f"{len(failed)} of {len(points)} runs failed: {'; '.join(failed)}")

@@ -1,7 +1,8 @@
-"""Set-up for all tests: where JAX runs, its compile cache, hypothesis profiles, and which marked tests run.
+"""Set-up for all tests: JAX's devices and compilation cache, hypothesis profiles, and the choice of marked tests.
 
-APR_TEST_GPU=1 leaves the platform to JAX and runs the tests marked gpu; APR_LONG=1 runs those marked slow and gives
-property tests more examples. `make test` runs two workers; a file's tests share one, since they share what it set up.
+Tests run on two virtual CPU devices. APR_TEST_GPU=1 leaves the platform to JAX and also runs the tests marked gpu.
+APR_LONG=1 also runs the tests marked slow and gives property tests more examples. `make test` runs two workers. All
+tests of a file run in one worker, since they share fixtures and compiled functions.
 """
 
 import os
@@ -11,7 +12,7 @@ _CACHE = pathlib.Path(__file__).resolve().parent.parent / ".jax_cache"
 _GPU = os.environ.get("APR_TEST_GPU", "0") not in ("", "0")
 LONG = os.environ.get("APR_LONG", "0") not in ("", "0")
 
-# In the environment too, so that processes that tests start get the same.
+# In the environment, too, for processes that tests start.
 if not _GPU:
     os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_CACHE)
@@ -33,16 +34,24 @@ hypothesis.settings.register_profile("long", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile("long" if LONG else "default")
 
 
-SHARED = ("experiments",)  # folders whose files share what they set up, too
-LONGEST = ("experiments", "test_devices", "test_resume", "test_hf")  # begun first, or a worker ends with them alone
+SHARED = ("experiments",)  # folders whose files share fixtures, so that all of them run in one worker
+LONGEST = ("experiments", "test_devices", "test_resume", "test_hf")  # run first, so that the workers end together
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
+    """Assign tests to workers by groups, skip tests by their marks, and put the longest groups first."""
     for item in items:
         group = item.path.parent.name if item.path.parent.name in SHARED else item.path.stem
         item.add_marker(pytest.mark.xdist_group(f"{LONGEST.index(group) if group in LONGEST else 9} {group}"))
         if not _GPU and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU: APR_TEST_GPU=1"))
         if not LONG and item.get_closest_marker("slow"):
-            item.add_marker(pytest.mark.skip(reason="long form: APR_LONG=1 (make test-long)"))
+            item.add_marker(pytest.mark.skip(reason="slow: APR_LONG=1 (make test-long)"))
     items.sort(key=lambda item: item.get_closest_marker("xdist_group").args[0][0])
+
+
+def pytest_collection_finish(session):
+    """Stop where xdist sees no groups, as with pytest 9.2 and xdist 3.8: every worker would make all set-ups."""
+    if getattr(session.config.option, "loadgroup", False) and not all("@" in item.nodeid for item in session.items):
+        raise pytest.UsageError("pytest and pytest-xdist do not go together: install the versions of requirements.lock")

@@ -1,4 +1,4 @@
-"""Configs check themselves, whoever builds them: bounds, numbers that are none, and types."""
+"""Dataclasses of settings check their own values: bounds, types, and numbers that are not finite."""
 
 import dataclasses
 import math
@@ -58,7 +58,7 @@ def test_values_out_of_bounds_are_refused_in_python(kind, name, value):
 
 
 @pytest.mark.parametrize("kind", RIGHT, ids=lambda kind: kind.__name__)
-def test_no_field_takes_what_is_no_number_or_of_another_type(kind):
+def test_every_field_refuses_other_types_and_numbers_that_are_not_finite(kind):
     for field in dataclasses.fields(kind):
         optional = "None" in str(field.type)
         for value in (math.nan, math.inf, -math.inf, *(() if optional else (None,)), object(), b"x", {"a": 1}, [1]):
@@ -66,7 +66,7 @@ def test_no_field_takes_what_is_no_number_or_of_another_type(kind):
                 kind(**RIGHT[kind] | {field.name: value})
 
 
-def test_numbers_of_numpy_and_integers_for_floats_are_numbers():
+def test_numbers_of_numpy_and_integers_for_floats_pass():
     assert OptimizerConfig(peak_lr=1, max_grad_norm=np.float32(0.5), warmup_steps=np.int64(3)).peak_lr == 1
     for wrong in ({"warmup_steps": 1.0}, {"warmup_steps": True}, {"peak_lr": True}, {"peak_lr": "1"}):
         with pytest.raises(UserError):

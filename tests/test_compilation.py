@@ -1,4 +1,4 @@
-"""A damaged entry of the compilation cache is compiled once more, and then it is whole again."""
+"""The compilation cache: a damaged entry is compiled and written again."""
 
 import itertools
 import subprocess
@@ -25,7 +25,8 @@ print(total, events.count("cache_hits"), len(events) > 0)
 
 
 def run(folder, how="mended"):
-    """(the sum, entries found in the cache) of a tiny program in a process of its own."""
+    """Run a tiny program in another process and return (its result, the number of functions found in the cache).
+    `how` is "mended" for our cache, or another word for JAX's own."""
     command = [sys.executable, "-c", PROGRAM, str(folder), how]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -35,6 +36,7 @@ def run(folder, how="mended"):
 
 
 def middle(content):
+    """Return the content with its middle third overwritten."""
     third = len(content) // 3
     return content[:third] + b"\xff" * third + content[2 * third :]
 
@@ -42,8 +44,8 @@ def middle(content):
 DAMAGE = [lambda content: content[: len(content) // 2], lambda content: b"x" * len(content), lambda _: b"", middle]
 
 
-def test_a_damaged_entry_is_written_anew(tmp_path):
-    """Cut short, replaced by other bytes, emptied, changed in its middle."""
+def test_a_damaged_entry_is_written_again(tmp_path):
+    """Entries are cut short, overwritten, emptied, or changed in their middle."""
     assert run(tmp_path) == (150.0, 0)
     entries = sorted(tmp_path.glob("*-cache"))
     assert len(entries) >= len(DAMAGE) and not list(tmp_path.glob("*.part"))

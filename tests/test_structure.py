@@ -1,4 +1,5 @@
-"""How the house is built: who imports whom, what is packed, and who knows one task by its name."""
+"""The structure of the code: imports between packages, the contents of the wheel, and the files in which a task's or a
+model family's name may occur."""
 
 import ast
 import tomllib
@@ -22,13 +23,13 @@ from tools.benchmarks.structure import (
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = read_modules(ROOT)
 OURS = [module for module in MODULES if module.name.partition(".")[0] == "apr_jax" and module.name != "apr_jax"]
-TASK = ("countdown", "sosp", "sos_plus", "sub call", "token budget")  # a task's name and its variants'
-KNOW_TASK = ("apr_jax/tasks/", "experiments/configs/", "tools/solve.py", "tools/benchmarks/", "tests/")
-FAMILY = ("llama",)  # a model family's name
-KNOW_FAMILY = ("apr_jax/model/", "tests/")
+TASK = ("countdown", "sosp", "sos_plus", "sub call", "token budget")  # names and phrases of the task Countdown
+TASK_FILES = ("apr_jax/tasks/", "experiments/configs/", "tools/solve.py", "tools/benchmarks/", "tests/")
+FAMILY = ("llama",)  # the name of a model family
+FAMILY_FILES = ("apr_jax/model/", "tests/")
 
 
-def test_every_room_stands_on_one_floor():
+def test_every_room_is_on_one_floor():
     names = [name for floor in FLOORS for name in floor]
     assert len(set(names)) == len(names)
     assert {module.room for module in OURS} <= set(names)
@@ -47,12 +48,12 @@ def test_no_circles_of_modules():
     assert circles(module_links(OURS)) == []
 
 
-def test_apr_jax_imports_nothing_that_is_not_packed_with_it():
+def test_apr_jax_imports_none_of_our_code_outside_its_wheel():
     outside = {"experiments", "tools", "tests"}
     assert {(module.name, name) for module in OURS for name in module.imports if name.split(".")[0] in outside} == set()
 
 
-def test_the_wheel_holds_apr_jax_alone():
+def test_the_wheel_has_all_of_apr_jax_and_nothing_else():
     chosen = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
     packed = set(find_packages(str(ROOT), **chosen))
     assert "apr_jax.io" in packed and {name.partition(".")[0] for name in packed} == {"apr_jax"}
@@ -66,7 +67,8 @@ def test_circles_are_found():
 
 
 def names_of(path: Path, words: tuple[str, ...]) -> set[str]:
-    """The strings and names in a file's code that hold one of the words; docstrings and comments are free."""
+    """Return the strings and names in a file's code that contain one of the words. Docstrings and comments may contain
+    them."""
     tree = ast.parse(path.read_text())
     free = {
         id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
@@ -81,9 +83,10 @@ def names_of(path: Path, words: tuple[str, ...]) -> set[str]:
     return {name for name in found if any(word in name.lower() for word in words)}
 
 
-def elsewhere(known: tuple[str, ...], words: tuple[str, ...]) -> dict[str, set[str]]:
-    """The names that hold one of the words, by file, of all files whose path does not begin as one of `known`."""
-    paths = [module.path for module in MODULES if not module.path.as_posix().startswith(known)]
+def elsewhere(allowed: tuple[str, ...], words: tuple[str, ...]) -> dict[str, set[str]]:
+    """Return, by file, the strings and names that contain one of the words, for all files whose path does not begin
+    with one of `allowed`."""
+    paths = [module.path for module in MODULES if not module.path.as_posix().startswith(allowed)]
     return {path.as_posix(): found for path in paths if (found := names_of(ROOT / path, words))}
 
 
@@ -95,16 +98,16 @@ def test_names_of_a_task_are_found(tmp_path):
     assert names_of(path, TASK) == {"a.countdown", "sosp_b", " sos_plus", "sosp"}
 
 
-def test_one_task_s_names_stand_with_the_task_alone():
-    assert elsewhere(KNOW_TASK, TASK) == {}
+def test_only_a_tasks_own_files_contain_its_names():
+    assert elsewhere(TASK_FILES, TASK) == {}
 
 
-def test_one_model_family_s_name_stands_with_the_models_alone():
-    assert elsewhere(KNOW_FAMILY, FAMILY) == {}
+def test_only_the_models_files_contain_a_familys_name():
+    assert elsewhere(FAMILY_FILES, FAMILY) == {}
     assert {"llama", "apr_jax.model.llama"} <= names_of(ROOT / "apr_jax" / "model" / "family.py", FAMILY)
 
 
-def test_a_checkout_is_told_and_drawn(tmp_path, capsys):
+def test_the_structure_of_a_checkout_is_printed_and_drawn(tmp_path, capsys):
     files = {
         "apr_jax/__init__.py": "", "apr_jax/errors.py": "class A:\n    pass\n", "apr_jax/train/a.py": "",
         "apr_jax/model/a.py": "from apr_jax.train import a\nimport apr_jax.errors\n",

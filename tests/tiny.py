@@ -1,5 +1,5 @@
-"""Small things that the tests of several rooms share: tokenizer, models, a task of nonsense, random trees, and the
-slow oracle that every fast path is compared with."""
+"""Helpers for the tests of several packages: a tokenizer, small models, a nonsense task, random trees, and the slow
+reference for every fast computation."""
 
 import functools
 
@@ -12,32 +12,35 @@ from apr_jax.model.attention import attend_masked
 from apr_jax.model.llama import Llama, LlamaConfig
 from apr_jax.tasks.countdown import trace
 from apr_jax.tasks.countdown.vocabulary import countdown_tokenizer
-from apr_jax.threads import Block, MalformedSpawn, Spawn, SpawnRequest, Thread, map_blocks
+from apr_jax.threads import Block, MalformedSpawn, Spawn, SpawnRequest, TaskProtocol, Thread, map_blocks
 
 TOKENIZER = countdown_tokenizer(30)
 SIZES = {"width": 32, "layers": 2, "heads": 4, "kv_heads": 2, "feed_forward": 64, "context": 256}
 
 
-def make_model(seed=0, vocabulary=len(TOKENIZER), **sizes):
-    return Llama(LlamaConfig(vocab_size=vocabulary, **SIZES | sizes), rngs=nnx.Rngs(seed))
+def make_model(seed=0, vocab_size=len(TOKENIZER), **sizes):
+    """Return a small Llama with random weights. `sizes` are fields of its config that differ from `SIZES`."""
+    return Llama(LlamaConfig(vocab_size=vocab_size, **SIZES | sizes), rngs=nnx.Rngs(seed))
 
 
 def spawning_model(seed=0, opens=4.5, closes=3.5, ends=1.5, **sizes):
-    """An untrained model that likes to spawn: the first coordinate of every embedding is the same, so that the head's
-    first row is a bias: of the tokens that open a spawn or a join, of the one that closes a spawn, of the end."""
+    """Return an untrained model that spawns often. The first feature of all embeddings is the same number, so the
+    head's first row is a bias of the logits: about `opens` for the tokens that open a spawn or a join, `closes` for the
+    token that closes a spawn, `ends` for the end token, and 0 for all others."""
     model = make_model(seed, **sizes)
     model.embed_VxD[...] = model.embed_VxD[...].at[:, 0].set(4.0)
     bias = np.zeros(len(TOKENIZER), np.float32)
     for text, value in ((trace.SPAWN_OPEN, opens), (trace.JOIN_OPEN, opens), (trace.SPAWN_CLOSE, closes)):
         bias[TOKENIZER.token(text)] = value
     bias[TOKENIZER.eos] = ends
-    model.head_DxV[...] = model.head_DxV[...].at[0].set(bias / 3.3)  # what the coordinate is after the norm, about
+    model.head_DxV[...] = model.head_DxV[...].at[0].set(bias / 3.3)  # the feature is about 3.3 after the last norm
     return model
 
 
-class NonsenseProtocol:
-    """A task for models that know nothing: every closed spawn has `width` children, whose prompts hold the place of
-    the spawn; a thread returns a number that depends on all it wrote; every other tree is right."""
+class NonsenseProtocol(TaskProtocol):
+    """A `TaskProtocol` for untrained models. Every spawn that is opened and closed has `width` children, whose prompts
+    contain the position of the spawn. A thread's result is a number that depends on its whole text, and about half of
+    all trees are correct: those with an even number."""
 
     spawn_open, spawn_close, join_open = trace.SPAWN_OPEN, trace.SPAWN_CLOSE, trace.JOIN_OPEN
 
@@ -75,14 +78,14 @@ class NonsenseProtocol:
 
 
 def without_logprobs(tree):
-    """The root of a tree as plain ids, to compare trees token for token."""
+    """Return the root of a tree without log-probabilities, for comparing trees token by token."""
     return map_blocks(tree.root, lambda block: Block(tuple(block.content), block.sampled))
 
 
 def random_thread(rng, depth=2, spawns=2, longest=9, logprobs=False, inherit=0.0):
-    """A thread of random ids with up to `spawns` spawns, its children to `depth`; calls of several writers, empty
-    blocks, and blocks that follow a join at once or not at all. `inherit`: the share of spawns whose children begin
-    with their parent's context."""
+    """Return a thread of random ids. Each thread has up to `spawns` spawns, with children down to the level `depth`.
+    Blocks have up to `longest` tokens and may be empty; calls have one or several writers; up to two blocks follow a
+    join. `inherit` is the fraction of spawns whose children inherit their parent's context."""
 
     def block(sampled, shortest=0):
         content = tuple(rng.randrange(len(TOKENIZER)) for _ in range(rng.randint(shortest, longest)))
@@ -102,9 +105,9 @@ def random_thread(rng, depth=2, spawns=2, longest=9, logprobs=False, inherit=0.0
 
 
 def paths(thread):
-    """Every path through a thread, as lists of (id, sampled, logprob, counted): for each spawn what came before it and
-    its call, and before the paths of a child that inherits it; at last the whole context. `counted` marks each token on
-    one path alone."""
+    """Return all paths of dependent tokens through a thread: for each spawn the context before it and its call, then
+    this context in front of each path of a child that inherits it; at last the thread's whole context. A path is a list
+    of (id, sampled, logprob, counted). A token may be on several paths; `counted` is true on one of them."""
 
     def entries(block, counted=True):
         logprobs = block.logprobs or (0.0,) * len(block)
@@ -123,7 +126,7 @@ def paths(thread):
 
 
 def causal_logits(model, tokens_BxT):
-    """Logits [B, T, V] after each token of plain rows, each one text: nothing shared, packed or cached."""
+    """Return the logits [B, T, V] of a plain causal forward pass, without packing or cache: each row is one text."""
     B, T = tokens_BxT.shape
     mask = jnp.broadcast_to(jnp.tri(T, dtype=bool)[None], (B, T, T))
     positions = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
@@ -137,7 +140,7 @@ def _causal(graphdef, weights, tokens_BxT):
 
 
 def plain_logits(model, ids):
-    """The oracle: logits [T, V] after each of `ids`."""
+    """Return the logits [T, V] of a plain forward pass over T `ids`: the reference for every fast computation."""
     padded = np.zeros((1, -(-len(ids) // 64) * 64), np.int32)
     padded[0, : len(ids)] = ids
     return np.asarray(_causal(*nnx.split(model), padded)[0, : len(ids)])

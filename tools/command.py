@@ -1,4 +1,4 @@
-"""The command line that all tools share: flags of their own, a --help for newcomers, errors in one line."""
+"""The command line that all tools share: each tool's flags, --help, --debug, and user errors in one line."""
 
 import json
 import logging
@@ -14,7 +14,9 @@ from apr_jax.io import streams
 from apr_jax.io.files import write_text
 from apr_jax.io.paths import expand_home
 
-ROOT = Path(__file__).resolve().parent.parent  # the checkout
+ROOT = Path(__file__).resolve().parent.parent  # of the checkout
+# (old name, new name). An entry applies to the tools that have a flag of the new name.
+RENAMED_FLAGS = (("least_children", "min_children"), ("style", "variant"), ("style", "solver"))
 
 
 def run(
@@ -27,23 +29,24 @@ def run(
     required: Sequence[str] = (),
     devices: bool = False,
 ) -> int:
-    """Parses `argv` (the program's name first), calls ``work(values, arguments)``, returns the exit code.
+    """Parse `argv`, whose first item is the program's name, call ``work(values, arguments)``, and return the exit code.
 
-    `takes` names the arguments that are no flags, each of them needed; None leaves them to the tool. `required` names
-    the flags that are needed. With `devices` JAX is started for work on all cores, or on the GPUs.
+    `define` defines the tool's flags. `takes` has the names of the positional arguments, all of which must be given;
+    with None the tool checks them itself. `required` has the names of flags that must be given. With `devices`, JAX
+    is started on the GPUs or else on all cores.
 
-    Each call has its own `FlagValues`, so that tools may share names and run within one process. UserError and OSError
-    are a user's: one line on stderr and code 1. Anything else is ours and keeps its traceback, with --debug any error
-    does. A flag or argument that begins with ~ is read as a path in a home folder.
+    UserError and OSError are errors that a user can correct: they are printed as one line on stderr, and the exit code
+    is 1. Any other error is a bug and keeps its traceback; with --debug every error does. A value that begins with ~ is
+    read as a path in a home folder. Each call has its own `FlagValues`, so that several tools can run in one process.
     """
     streams.open_closed()
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every file
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every file
     values = flags.FlagValues()
     define(values)
-    flags.DEFINE_boolean("help", False, "Show this and stop.", short_name="h", flag_values=values)
-    flags.DEFINE_boolean("debug", False, "Show the whole traceback of any error.", flag_values=values)
+    flags.DEFINE_boolean("help", False, "Print this help and stop.", short_name="h", flag_values=values)
+    flags.DEFINE_boolean("debug", False, "Show the whole traceback of an error.", flag_values=values)
     try:
-        arguments = values(list(argv))[1:]
+        arguments = _parse(values, argv)
         if values["help"].value:
             print(f"{doc.strip()}\n\nFlags:\n{_flag_help(values)}")
             return 0
@@ -57,47 +60,66 @@ def run(
             use_all_cores()
         work(values, [expand_home(argument) for argument in arguments])
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader, a pager perhaps, has seen enough
+    except BrokenPipeError:  # whatever reads stdout, e.g. a pager, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         return end_in_error(error, argv, _wrong_flag, _no_backend)
     return 0
 
 
+def _parse(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
+    """Set the flags from a command line and return its positional arguments.
+
+    For a renamed flag, raises UserError with the new name.
+    """
+    try:
+        return values(list(argv))[1:]
+    except flags.UnrecognizedFlagError as error:
+        new = [new for old, new in RENAMED_FLAGS if old == error.flagname and new in values]
+        if not new:
+            raise
+        raise UserError(f"--{error.flagname} was renamed to --{new[0]}") from None
+
+
 def check_arguments(given: Sequence[str], names: Sequence[str]) -> None:
-    """Raises UserError unless there is one argument for each name."""
+    """Raise UserError unless there is exactly one positional argument for each name.
+
+    A name in lower case is a subcommand, which the caller has already checked.
+    """
     if not names and given:
-        raise UserError(f"only flags are taken, --name=value, was given {given[0]!r} (--help lists the flags)")
+        raise UserError(f"only flags are allowed, --name=value, was given {given[0]!r} (--help lists the flags)")
     if len(given) != len(names):
-        fixed = sum(name.islower() for name in names)  # a command's own word
+        fixed = sum(name.islower() for name in names)  # subcommands
         raise UserError(f"the arguments are {' '.join(names)}, {len(given) - fixed} were given (--help explains)")
 
 
 def need(values: flags.FlagValues, *names: str) -> None:
-    """Raises UserError for the first flag without a value."""
+    """Raise UserError for the first of the named flags that has no value."""
     for name in names:
         if values[name].value in (None, ""):
             raise UserError(f"--{name} is needed, see --help")
 
 
 def use_all_cores() -> None:
-    """Makes a virtual device of every core where JAX has no GPU; before its first device is asked for."""
-    from apr_jax.devices import start_devices  # here: --help of other tools need not wait for JAX
+    """Make every core a virtual device if JAX has no GPU. Must be called before the first use of a JAX device."""
+    from apr_jax.devices import start_devices  # imported here, so that --help does not wait for JAX
 
     start_devices(os.cpu_count() or 1)
 
 
 def write_json(path: str | None, found: dict) -> None:
-    """Writes figures to a file, if one is named."""
+    """Write a tool's results to a JSON file; does nothing if `path` is None."""
     if path:
         write_text(Path(path), json.dumps(found, indent=1) + "\n")
 
 
 def _wrong_flag(error: Exception) -> str | None:
+    """Explain an absl error about flags in one line; None for any other error."""
     return f"{first_line(error)} (--help lists the flags)" if isinstance(error, flags.Error) else None
 
 
 def _no_backend(error: Exception) -> str | None:
+    """Explain in one line that JAX cannot start its devices; None for any other error."""
     if "jax" not in sys.modules:  # most tools do not need it
         return None
     from apr_jax.devices import no_backend
@@ -106,8 +128,9 @@ def _no_backend(error: Exception) -> str | None:
 
 
 def _flag_help(values: flags.FlagValues) -> str:
+    """Return one line per flag: name, help, default."""
     lines = []
-    for name in dict.fromkeys(values[name].name for name in values):  # short names left out
+    for name in dict.fromkeys(values[name].name for name in values):  # once per flag, without its short name
         flag = values[name]
         default = "" if flag.default in (None, False) else f" (default {flag.default})"
         shown = f"--{name}" if flag.boolean else f"--{name}=..."

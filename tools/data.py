@@ -1,16 +1,16 @@
-"""Makes data sets, tells what is in them, and reads and writes files of other programs.
+"""Makes data sets, prints statistics of them, and reads and writes files of other programs.
 
     python -m tools.data make --config=experiments/configs/paper.py --out=data/paper
     python -m tools.data make --config=experiments/configs/paper.py --out=data/paper --shard=3/16
     python -m tools.data stats data/paper --plot=lengths.png
-    python -m tools.data stats data/paper --tokenizer=FOLDER    # counted in another tokenizer's tokens, too
+    python -m tools.data stats data/paper --tokenizer=FOLDER    # also counts the tokens of another tokenizer
     python -m tools.data import --task=countdown train_apr.json train_sosp.json --held_out=val.json --out=data/authors
     python -m tools.data export data/paper/apr_train --out=train_apr.json
 
-`make` may be stopped and started again, with any number of processes, and ends in the same bytes. With
---shard=i/n it makes share i of n (0 to n - 1) in a folder that all shares see; whichever ends last writes the
-manifest. A run reads the data set where its folder is the run's data/ folder. `import` and `export` read and
-write the files that a task knows: for Countdown the authors' JSON files of traces.
+`make` can be stopped and started again, with any number of processes, and makes the same bytes. With --shard=i/n it
+makes part i of n (0 to n - 1) in a folder that all parts share; the part that ends last writes the manifest. A run
+uses the data set if its folder is the run's data/ folder. `import` and `export` read and write the file formats that
+the task supports: for Countdown these are the JSON files of traces of the paper's authors.
 """
 
 import re
@@ -65,8 +65,8 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
 
 def _make(values: flags.FlagValues) -> None:
     from experiments.command import change_settings, load_config
-    from experiments.data_stage import make_data
     from experiments.settings import read_settings
+    from experiments.stages.data import make_data
 
     command.need(values, "config")
     shard = read_shard(values["shard"].value)
@@ -127,7 +127,7 @@ def _export(folder: Path, out: Path) -> None:
 
 
 def read_shard(text: str) -> tuple[int, int]:
-    """(i, n) of "i/n". Raises UserError."""
+    """Parse "i/n" and return (i, n). Raises UserError unless 0 <= i < n."""
     match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
     if not match or not int(match[1]) < int(match[2]):
         raise UserError(f"--shard is i/n with i from 0 to n - 1, was given {text!r}")

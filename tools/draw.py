@@ -1,4 +1,4 @@
-"""A thread tree drawn: as indented text for a terminal, as one HTML page without anything from outside."""
+"""Draws a thread tree: as indented text for a terminal, or as one HTML page that loads no other files."""
 
 import dataclasses
 import html
@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 
 from apr_jax.threads import Block, Spawn, Thread, ThreadTree, metrics
 
-FAINT = 0.5  # in HTML, tokens drawn with less than this probability are underlined
+FAINT = 0.5  # in HTML, tokens that were sampled with a lower probability are underlined
 
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """A block on the time axis; time is sequential tokens, so children begin where their call ends."""
+    """A block on the time axis. Time is counted in sequential tokens, so children begin where their call ends."""
 
-    kind: str  # prompt, written, forced, call, join
+    kind: str  # prompt, written, forced, call or join
     start: int
     block: Block
 
@@ -25,15 +25,15 @@ class Span:
 
 @dataclasses.dataclass
 class Lane:
-    """One thread: its blocks in time, and the calls it waited for."""
+    """A thread on the time axis: its blocks, and the times when it waited for children."""
 
-    label: str  # root, 0, 0.1, ...: the place among all children of its parent
-    level: int
+    label: str  # root, 0, 0.1, ...: the number among the children of its parent, after the parent's label
+    level: int  # 0 for the root
     thread: Thread
     start: int
-    parent: int | None  # lane that spawned it
+    parent: int | None  # number of the parent's lane
     spans: list[Span] = dataclasses.field(default_factory=list)
-    waits: list[tuple[int, int]] = dataclasses.field(default_factory=list)  # from a call's end to its join
+    waits: list[tuple[int, int]] = dataclasses.field(default_factory=list)  # (end of a call, start of its join)
 
     @property
     def name(self) -> str:
@@ -48,8 +48,8 @@ class Lane:
         return sum(len(span.block) for span in self.spans)
 
 
-def lay_out(tree: ThreadTree) -> list[Lane]:
-    """The lanes of all threads, depth first; the last end is `sequential_tokens` of the tree."""
+def lanes_of(tree: ThreadTree) -> list[Lane]:
+    """Return the lanes of all threads, depth first. The latest end is `sequential_tokens` of the tree."""
     lanes: list[Lane] = []
 
     def place(thread: Thread, start: int, label: str, level: int, parent: int | None) -> int:
@@ -83,8 +83,7 @@ def lay_out(tree: ThreadTree) -> list[Lane]:
 
 
 class Drawing:
-    """A tree and how to read it: `decode` makes text of ids (None for a tree of text), `result` is the
-    protocol's."""
+    """Draws one tree. `decode` converts token ids to text (None for a tree of text); `result` is the protocol's."""
 
     def __init__(
         self,
@@ -93,13 +92,14 @@ class Drawing:
         result: Callable[[str], str | None],
     ):
         self.tree, self.decode, self.result = tree, decode, result
-        self.lanes = lay_out(tree)
+        self.lanes = lanes_of(tree)
         self.unit = "tokens" if decode else "characters"
 
     def text(self, block: Block) -> str:
         return self.decode(block.content) if self.decode else block.content
 
     def outcome(self, thread: Thread) -> str:
+        """Return a phrase that says whether a thread returned a result or failed."""
         if thread.failure is not None:
             return f"FAILED ({thread.failure})"
         content = [part for block in thread.context for part in block.content]
@@ -107,7 +107,7 @@ class Drawing:
         return "returned nothing" if found is None else "returned a path"
 
     def costs(self) -> str:
-        """The tree in one line of numbers."""
+        """Return one line with the tree's numbers of tokens and children."""
         tree, unit = self.tree, self.unit
         return (
             f"{metrics.total_tokens(tree):,} {unit} in all, {metrics.sequential_tokens(tree):,} one after another, "
@@ -117,8 +117,11 @@ class Drawing:
     # ------------------------------------------------------------------ terminal
 
     def terminal(self, lines: int = 8) -> str:
-        """Threads indented below their call. Lines behind ":" were put there by the system, those behind "|"
-        were written by the model; of each block at most `lines` are shown (0: all)."""
+        """Return the tree as text, with children indented below their call.
+
+        Lines after ":" were inserted by the system, lines after "|" were written by the model. At most `lines` lines of
+        each block are shown (0: all).
+        """
         return "\n".join(self._thread_lines(self.tree.root, "root", "", lines)) + "\n"
 
     def _thread_lines(self, thread: Thread, label: str, indent: str, lines: int) -> Iterator[str]:
@@ -150,15 +153,15 @@ class Drawing:
     # ------------------------------------------------------------------ HTML
 
     def page(self, title: str, verdict: str, right: bool) -> str:
-        """The whole page; threads are lanes over sequential tokens, a click opens a thread's text."""
+        """Return the HTML page. Threads are lanes over sequential tokens; a click on a lane opens the thread's text."""
         head = f"<h1>{html.escape(title)} <b class={'right' if right else 'wrong'}>{html.escape(verdict)}</b></h1>"
-        keys = "".join(f"<span class=key><i class={kind}></i>{said}</span>" for kind, said in _KEYS)
+        keys = "".join(f"<span class=key><i class={kind}></i>{label}</span>" for kind, label in _KEYS)
         texts = "".join(self._details(number, lane) for number, lane in enumerate(self.lanes))
         return (
             f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>"
             f"<style>{_STYLE}</style>{head}<p>{html.escape(self.costs())}</p><p>{keys}</p>{self._svg()}"
-            f"<p class=note>Click a thread to read it. Underlined: drawn with a probability below {FAINT:g}.</p>{texts}"
-            f"<script>{_SCRIPT}</script></html>\n"
+            f"<p class=note>Click a thread to read it. Underlined: sampled with a probability below {FAINT:g}.</p>"
+            f"{texts}<script>{_SCRIPT}</script></html>\n"
         )
 
     def _svg(self) -> str:
@@ -179,10 +182,10 @@ class Drawing:
                 parts.append(f'<path class=link d="M{x(lane.start)} {parent}V{y + row / 2}"/>')
         for number, lane in enumerate(self.lanes):
             y = top + row * number
-            said = self._said(lane)
+            summary = self._summary(lane)
             look = "wrong" if lane.thread.failure else "name"
             mark = "failed" if lane.thread.failure else f"{lane.size:,}"
-            parts.append(f'<a href="#t{number}" data-thread={number}><title>{html.escape(said)}</title>')
+            parts.append(f'<a href="#t{number}" data-thread={number}><title>{html.escape(summary)}</title>')
             parts.append(f"<rect class=hit x=0 y={y} width={width} height={row} />")
             parts.append(f"<text class={look} x={8 + 12 * min(lane.level, 6)} y={y + 16}>{lane.name}: {mark}</text>")
             for start, stop in lane.waits:
@@ -201,14 +204,17 @@ class Drawing:
             title = f"{span.kind}, {len(span.block):,} {self.unit}"
             blocks.append(f'<pre class={span.kind} title="{title}">{self._marked(span.block)}</pre>')
         opened = " open" if number == 0 else ""
-        summary = f"<summary>{html.escape(self._said(lane))}</summary>"
+        summary = f"<summary>{html.escape(self._summary(lane))}</summary>"
         return f'<details id="t{number}"{opened}>{summary}{"".join(blocks)}</details>'
 
-    def _said(self, lane: Lane) -> str:
+    def _summary(self, lane: Lane) -> str:
         return f"{lane.name}: {lane.size:,} {self.unit}, {self.outcome(lane.thread)}"
 
     def _marked(self, block: Block) -> str:
-        """The block's text, its surprising tokens marked; plain where tokens are not texts by themselves."""
+        """Return the block's text as HTML, with its unlikely tokens underlined.
+
+        Nothing is underlined in a block whose tokens, decoded one by one, do not give its text.
+        """
         whole = self.text(block)
         if self.decode is None or block.logprobs is None:
             return html.escape(whole)
@@ -223,11 +229,12 @@ class Drawing:
 
 
 def own_blocks(item: Block | Spawn) -> tuple[Block, ...]:
+    """Return the blocks of a thread's item without those of children: the block itself, or a spawn's call and join."""
     return (item,) if isinstance(item, Block) else (*item.call, item.join)
 
 
 def _ticks(end: int) -> range:
-    """About eight round times."""
+    """Return about eight round numbers from 0 to `end`, for the time axis."""
     step = 10 ** max(0, len(str(end)) - 2)
     step *= next(factor for factor in (1, 2, 5, 10, 20, 50) if end / (step * factor) <= 9)
     return range(0, end + 1, step)

@@ -1,19 +1,21 @@
-"""Measures the latency of thread trees, and draws accuracy against it (the paper's figure 6, right).
+"""Measures the latency of thread trees, and draws accuracy against latency (the paper's figure 6, right).
 
     tools/serve_sglang.sh install
     python -m tools.latency --config=experiments/configs/workstation.py          # the last models of that run
-    python -m tools.latency --model=exported --out=runs/latency    # of tools.export_hf; repeated: other variants
-    python -m tools.latency --out=runs/latency                     # only draws again
+    python -m tools.latency --model=exported --out=runs/latency    # a folder that tools.export_hf wrote
+    python -m tools.latency --out=runs/latency                     # only writes the report and figures again
     python -m tools.latency --engine=jax --model=exported          # no server: the JAX engine in this process
 
---config names a run by its preset (and --workdir, where it is not in runs/NAME): its last models are exported, and
-problems, window, depth and temperature are the run's own where no flag says otherwise. An exported folder says of which
-task and variant it is; its problems are held-out ones of that task, or those of --problems=FILE.
+--config is the preset of a run, whose folder is runs/NAME or --workdir. The run's last models are exported and
+measured, with the run's problems, window, depth and temperature; a flag overrides each of these. --model names an
+exported model instead, which says its task and variant. It is measured on held-out problems of that task, or on
+--problems=FILE. Repeat --model for other variants of the same task.
 
-Servers are started here, one or --servers=N of them, and started again when they die; with --servers=URL,URL
-they are somebody else's (one model a call then) and waited for. One problem is one sample, one line of
-OUT/samples.jsonl; a call that was stopped goes on where it was. --concurrency=1 is the paper's; further numbers make a
-curve of latency under load, and --engine=sglang,jax --concurrency=64 compares what the two get through on one machine.
+The tool starts one SGLang server, or --servers=N, and starts a server again when it dies. With --servers=URL,URL it
+uses servers that are already running, and waits for one that is down; such a call takes one model. Each problem is one
+sample, a line of OUT/samples.jsonl. An interrupted call, given again, measures only the missing samples.
+--concurrency=1 is the paper's setting. Several numbers give a curve of latency under load.
+--engine=sglang,jax --concurrency=64 compares the throughput of the two engines on one machine.
 """
 
 import asyncio
@@ -25,21 +27,22 @@ from collections.abc import Iterator, Sequence
 from absl import flags
 
 from apr_jax import interrupt
-from apr_jax.evaluate.latency.costs import known_costs
+from apr_jax.evaluate.latency.costs import stored_costs
 from apr_jax.evaluate.latency.engines import empty_caches, jax_engine, sglang_engine
-from apr_jax.evaluate.latency.passes import TRIES, measure, warm_up
+from apr_jax.evaluate.latency.passes import ATTEMPTS, measure, warm_up
 from apr_jax.evaluate.latency.sample import Setting, measured_samples, read_samples
 from apr_jax.evaluate.records import problem_rows
 from apr_jax.export.exported import Export
 from apr_jax.export.imported import import_hf
+from apr_jax.rollout.client import ServerError
 from apr_jax.rollout.measure import Measurements
 from apr_jax.rollout.servers import Servers, StartedServers
-from apr_jax.rollout.sglang import ServerError, SglangEngine
+from apr_jax.rollout.sglang import SglangEngine
 from apr_jax.threads.engine import Sampling
 from apr_jax.threads.run import Budget, TreeRunner
 from experiments.latency_report import write_report
 from tools import command
-from tools.latency_flags import WARM, Plan, define_flags, make_plan
+from tools.latency_flags import WARM_UP, Plan, define_flags, make_plan
 
 
 def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
@@ -51,7 +54,7 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
 
 
 def _measure_model(plan: Plan, engine: str, export: Export) -> None:
-    """All passes of one model through one engine that lack a sample."""
+    """Measure every setting of one model on one engine that has samples missing."""
     samples, rows = read_samples(plan.out / "samples.jsonl"), problem_rows(export.task, plan.problems)
     passes = [
         (setting, budget)
@@ -66,6 +69,7 @@ def _measure_model(plan: Plan, engine: str, export: Export) -> None:
 
 
 def _settings(plan: Plan, engine: str, export: Export) -> Iterator[tuple[Setting, Budget]]:
+    """Yield each setting of one model on one engine, and its budget."""
     servers = plan.servers if engine == "sglang" else 1
     for budget, condition in plan.conditions(export):
         for concurrency in plan.concurrency:
@@ -79,23 +83,25 @@ def _settings(plan: Plan, engine: str, export: Export) -> Iterator[tuple[Setting
 
 @contextlib.contextmanager
 def _servers(plan: Plan, export: Export) -> Iterator[Servers]:
+    """Give the running servers of the plan, or start servers of the export and stop them at the end."""
     if plan.urls:
         yield Servers(plan.urls, plan.patience)
         return
-    words = [*plan.launcher, "serve", str(export.folder)]
-    with StartedServers(words, plan.servers, plan.out / "servers", plan.environments, plan.patience) as servers:
+    launcher = [*plan.launcher, "serve", str(export.folder)]
+    with StartedServers(launcher, plan.servers, plan.out / "servers", plan.environments, plan.patience) as servers:
         yield servers
 
 
 async def _pass(plan: Plan, export: Export, setting: Setting, budget: Budget, servers: Servers | None) -> None:
-    """Measures the samples that one setting lacks."""
+    """Warm the engine up, measure its costs, and measure the missing samples of one setting."""
     measurements, sampling = Measurements(), Sampling(plan.temperature)
 
-    async def nothing() -> None:
+    async def no_recovery() -> None:
         raise RuntimeError("an engine in this process has no servers to wait for")
 
     if servers is None:
-        engine, recover = jax_engine(import_hf(export.folder, export.family), setting, sampling, measurements), nothing
+        model = import_hf(export.folder, export.family)
+        engine, recover = jax_engine(model, setting, sampling, measurements), no_recovery
     else:
         await servers.ready()
         engine = await sglang_engine(servers.urls, setting, export.vocab_size, measurements)
@@ -103,18 +109,22 @@ async def _pass(plan: Plan, export: Export, setting: Setting, budget: Budget, se
     runner = TreeRunner(engine, export.task.protocol(export.variant), export.tokenizer, budget, sampling)
     costs_of = f"{setting.task} {setting.variant} {setting.weights} {setting.engine}"
     try:
-        for tries in range(1, TRIES + 1):
+        for attempt in range(1, ATTEMPTS + 1):
             try:
-                await warm_up(runner, measurements, (plan.warm * setting.concurrency)[: max(WARM, setting.concurrency)])
-                costs = await known_costs(plan.out / "costs.json", costs_of, engine, measurements, export.vocab_size)
+                await warm_up(
+                    runner, measurements, (plan.warm_up * setting.concurrency)[: max(WARM_UP, setting.concurrency)]
+                )
+                costs = await stored_costs(plan.out / "costs.json", costs_of, engine, measurements, export.vocab_size)
                 break
             except ServerError as error:
-                if tries == TRIES:
+                if attempt == ATTEMPTS:
                     raise
-                print(f"warming up anew: {error}", file=sys.stderr)
+                print(f"warming up again: {error}", file=sys.stderr)
                 await recover()
         if servers is None:
-            engine.split = setting.concurrency == 1  # under load it would measure itself
+            engine.split = (
+                setting.concurrency == 1
+            )  # else first tokens come in calls of their own, which lowers the throughput
         else:
             await empty_caches(servers.urls)
         path = plan.out / "samples.jsonl"
@@ -129,7 +139,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    # So that servers are stopped before this process is gone.
+    # A SIGTERM raises SystemExit, so that the servers are stopped before this process ends.
     with interrupt.Interrupt(SystemExit(143), signal.SIGTERM):
         try:
             code = main(sys.argv)

@@ -1,10 +1,10 @@
-"""Copies what is worth keeping of a run into a small folder: its report and figures, and its last model.
+"""Copies the results of a run into a small folder: its report and figures, and with --model its last model.
 
     python -m tools.publish runs/workstation experiments/results/workstation --model
 
-The folder then holds report.md, summary.json, config.json, versions.json, manifest.json (what the data is),
-check.json (how the export compares) and figures/; with --model also tokenizer.json and checkpoints/STEP, the
-weights without the optimiser's state, a third of the size. tools.export_hf and `load_model` read them there.
+The folder then has report.md, summary.json, config.json, versions.json, manifest.json (of the data set), check.json (of
+the export) and figures/. With --model it also has tokenizer.json and checkpoints/STEP: the weights without the
+optimizer's state, a third of the size, for tools.export_hf and `load_model`.
 """
 
 import json
@@ -29,20 +29,20 @@ def _define(values: flags.FlagValues) -> None:
 def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     run, out = map(Path, arguments)
     if missing := [name for name in (*FILES, "figures") if not (run / name).exists()]:
-        raise FileNotFoundError(f"{run} is no finished run: it has no {missing[0]}")
+        raise FileNotFoundError(f"{run} is not a finished run: it has no {missing[0]}")
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"{out} is a file, a folder is needed")
     if run.resolve() in (out.resolve(), *out.resolve().parents) or any(
         (out / n).exists() for n in ("data", "metrics.jsonl")
     ):
-        raise UserError(f"{out} is a run's own folder, of which checkpoints would be replaced: give another one")
+        raise UserError(f"{out} is a run's own folder, whose checkpoints would be replaced: give another folder")
     if values["model"].value:
         from apr_jax.tasks.task import find_task
-        from apr_jax.train.checkpoint import last_model  # --help need not wait for JAX
+        from apr_jax.train.checkpoint import last_model  # here, so that --help does not wait for JAX
 
         spec = read_json(run / "config.json", "publish another run").get("task")
         if not isinstance(spec, str):
-            raise UserError(f"{run} is a run of an earlier version of this code")
+            raise UserError(f"{run} is a run of an earlier version: its config.json names no task")
         variant = find_task(spec).variants[0]
         model = last_model(run, variant)
         if model is None:
@@ -59,7 +59,7 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
 
 
 def _check_weights(run: Path, checkpoint: Path) -> None:
-    """Raises UserError where the run's export, and so perhaps its report, is of other weights."""
+    """Raise UserError if the run's export is of other weights than `checkpoint`: its report may be, too."""
     from apr_jax.train.checkpoint import CheckpointError, fingerprint, load_model
 
     try:
@@ -71,8 +71,8 @@ def _check_weights(run: Path, checkpoint: Path) -> None:
         present = fingerprint(load_model(checkpoint)[0])
     except CheckpointError as error:
         raise UserError(error) from None
-    if exported not in (None, present):  # exports of before do not tell
-        raise UserError(f"{run / 'export'} is of other weights than {checkpoint}: run the stages behind them again")
+    if exported not in (None, present):  # exports of earlier versions have no fingerprint
+        raise UserError(f"{run / 'export'} is of other weights than {checkpoint}: run the later stages again")
 
 
 def _publish_model(checkpoint: Path, tokenizer: Path, out: Path) -> None:

@@ -1,4 +1,4 @@
-"""The last models of a run in Hugging Face format, exported anew where there are newer weights."""
+"""Exports the last models of a run to Hugging Face format, and again when there are newer weights."""
 
 import os
 import subprocess
@@ -14,24 +14,30 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def export_last_models(run: Path, spec: str) -> list[Path]:
-    """Folders ``latency/exports/VARIANT`` of a run on a task: for each variant that was trained the last model of GRPO,
-    of SFT where it had none; the main variant comes last. Raises FileNotFoundError where nothing was trained."""
+    """Export a run's last model of each trained variant, and return the folders ``latency/exports/VARIANT``.
+
+    `spec` is the run's task. A variant's last model is that of GRPO, or else that of SFT. The main variant comes last.
+    Raises FileNotFoundError if nothing was trained.
+    """
     last = {}
     for variant in reversed(find_task(spec).variants):
         if checkpoint := last_model(run, variant):
             last[variant] = checkpoint
     if not last:
-        raise FileNotFoundError(f"no checkpoint under {run}: run --stage=sft of it first")
+        raise FileNotFoundError(f"no checkpoint under {run}: run its --stage=sft first")
     return [_exported(checkpoint, run / "latency" / "exports" / variant) for variant, checkpoint in last.items()]
 
 
 def _exported(checkpoint: Path, folder: Path) -> Path:
-    """The checkpoint in Hugging Face format. By another process: JAX would keep a GPU's memory from the servers."""
-    stamp, of = folder.with_suffix(".txt"), f"{checkpoint.absolute()} {checkpoint.stat().st_mtime_ns}\n"
-    if not (folder / "config.json").is_file() or not stamp.is_file() or stamp.read_text() != of:
-        words = [f"--checkpoint={checkpoint.absolute()}", f"--out={folder.absolute()}", "--check=0"]
+    """Export a checkpoint to `folder`, unless `folder` has an export of it already. Return `folder`.
+
+    Another process exports it: JAX in this one would occupy the GPU memory that the servers need.
+    """
+    stamp, state = folder.with_suffix(".txt"), f"{checkpoint.resolve()} {checkpoint.stat().st_mtime_ns}\n"
+    if not (folder / "config.json").is_file() or not stamp.is_file() or stamp.read_text() != state:
+        arguments = [f"--checkpoint={checkpoint.absolute()}", f"--out={folder.absolute()}", "--check=0"]
         made = subprocess.run(
-            [sys.executable, "-m", "tools.export_hf", *words], cwd=ROOT, capture_output=True,
+            [sys.executable, "-m", "tools.export_hf", *arguments], cwd=ROOT, capture_output=True,
             text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"},
         )  # fmt: skip
         if made.returncode:
@@ -39,5 +45,5 @@ def _exported(checkpoint: Path, folder: Path) -> Path:
             if not sign or "Traceback" in made.stderr:
                 raise RuntimeError(f"{checkpoint} could not be exported:\n{made.stderr}")
             raise UserError(why)
-        write_text(stamp, of)
+        write_text(stamp, state)
     return folder

@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# SGLang 0.5.23 for an exported checkpoint (python -m tools.export_hf).
+# Installs SGLang 0.5.23, and serves an exported checkpoint (python -m tools.export_hf) with it.
 #
-#   tools/serve_sglang.sh install                       its environment, apart from the project's; taken up again if cut
-#   tools/serve_sglang.sh serve CHECKPOINT PORT [...]   a server on 127.0.0.1:PORT; further words go to SGLang
-#   tools/serve_sglang.sh where                         the environment's folder, if it is installed
+#   tools/serve_sglang.sh install                       install SGLang in an environment of its own; can be resumed
+#   tools/serve_sglang.sh serve CHECKPOINT PORT [...]   start a server on 127.0.0.1:PORT, with more SGLang arguments
+#   tools/serve_sglang.sh where                         print the environment's folder, if it is installed
 #
-# On a machine with an NVIDIA GPU this is plain SGLang; elsewhere SGLang runs on the CPU, in float32, with torch's own
-# attention, which needs no AMX. APR_SGLANG_DEVICE=cuda or cpu decides it by hand; APR_SGLANG_ENV names the folder.
-# A server takes a minute or two to start (GET /health answers then) and ends with SIGTERM. On a CPU it computes in one
-# thread (OMP_NUM_THREADS=N: more) and caches APR_SGLANG_TOKENS tokens (those of 512 MiB, 16384 at least).
-# The CPU build of torch: UV_TORCH_BACKEND=cpu, or PIP_FIND_LINKS=folder-of-wheels that holds torch 2.13.0+cpu.
+# On a machine with an NVIDIA GPU this is plain SGLang. Elsewhere SGLang runs on the CPU, in float32, with torch's own
+# attention, which needs no AMX. APR_SGLANG_DEVICE=cuda or cpu overrides the choice. APR_SGLANG_ENV is the folder of the
+# environment. A server takes a minute or two to start (then GET /health succeeds) and ends with SIGTERM. On a CPU it
+# computes in one thread (OMP_NUM_THREADS=N: in N) and caches APR_SGLANG_TOKENS tokens (default: those that fit 512 MiB,
+# at least 16384). For the CPU build of torch, set UV_TORCH_BACKEND=cpu, or PIP_FIND_LINKS to a folder with the wheel of
+# torch 2.13.0+cpu.
 set -euo pipefail
 
 VERSION=0.5.23
@@ -34,7 +35,7 @@ device() {
 DEVICE=$(device)
 FOLDER=${APR_SGLANG_ENV:-${XDG_CACHE_HOME:-${HOME:?no HOME: name a folder with APR_SGLANG_ENV}/.cache}/apr_jax/sglang-$VERSION-$DEVICE}
 PYTHON=$FOLDER/bin/python
-STAMP=$FOLDER/.installed # written last: an install that was cut short is not taken for one
+STAMP=$FOLDER/.installed # written last, so that an interrupted install does not count
 
 installed() {
   [[ -f $STAMP && $(<"$STAMP") == "$VERSION $DEVICE" ]]
@@ -47,19 +48,19 @@ install() {
   fi
   local uv=${UV:-$HERE/../.venv/bin/uv}
   [[ -x $uv ]] || uv=$(command -v uv) || die "uv is needed: pip install uv"
-  # uv goes by names of its own for what pip is told through the environment.
+  # Passes pip's environment variables on to uv, which has its own names for them.
   local links=${UV_FIND_LINKS:-${PIP_FIND_LINKS:-}}
   [[ -z $links ]] || export UV_FIND_LINKS=${links// /,}
   [[ -n ${SSL_CERT_FILE:-} || -z ${PIP_CERT:-} ]] || export SSL_CERT_FILE=$PIP_CERT
   export UV_HTTP_TIMEOUT=${UV_HTTP_TIMEOUT:-180}
   [[ -x $PYTHON ]] || "$uv" venv --quiet --python 3.11 "$FOLDER"
-  # The lists are whole: what follows from what must not be looked up again, or CUDA comes to the CPU's.
+  # The lock files are complete. Resolving dependencies again would add CUDA packages to the CPU environment.
   "$uv" pip install --quiet --python "$PYTHON" --no-deps -r "$HERE/sglang/$DEVICE.lock"
   echo "$VERSION $DEVICE" >"$STAMP"
   echo "SGLang $VERSION for $DEVICE is in $FOLDER"
 }
 
-# How many tokens' keys and values, in float32, fit into 512 MiB.
+# Prints the number of tokens whose keys and values, in float32, fit into 512 MiB; at least 16384.
 cached_tokens() {
   "$PYTHON" - "$1" <<'END'
 import json, sys
@@ -75,13 +76,13 @@ serve() {
   (($# >= 2)) || die "serve CHECKPOINT PORT, was given ${*:-nothing}"
   local checkpoint=$1 port=$2
   shift 2
-  [[ -f $checkpoint/config.json ]] || die "$checkpoint holds no config.json: it is no exported checkpoint"
+  [[ -f $checkpoint/config.json ]] || die "$checkpoint is not an exported checkpoint: it has no config.json"
   [[ $port =~ ^[0-9]+$ ]] || die "a port is a number, was given $port"
   installed || die "SGLang $VERSION for $DEVICE is not in $FOLDER: $0 install"
   local -a flags=(
     --model-path "$checkpoint" --host 127.0.0.1 --port "$port"
-    # Children that begin alike are scheduled so that the second finds what the first left in the cache; the server
-    # tells how long requests waited.
+    # lpm schedules children with a common prefix so that later ones find it in the cache. The metrics include how long
+    # requests wait in the queue.
     --schedule-policy lpm --enable-metrics
   )
   export HF_HUB_OFFLINE=1
@@ -92,7 +93,7 @@ serve() {
     flags+=(
       --device cpu --dtype float32 --attention-backend torch_native --sampling-backend pytorch --grammar-backend none
       --disable-overlap-schedule --skip-server-warmup
-      # Else the cache takes most of the memory, and an idle server a core.
+      # By default the cache would take most of the memory, and an idle server would keep a core busy.
       --max-total-tokens "$tokens" --sleep-on-idle
     )
   fi

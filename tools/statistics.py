@@ -1,4 +1,4 @@
-"""What is in a data set: lengths, children, solve rates, tokens with and without shared prefixes."""
+"""Statistics of a data set: lengths, children, solve rates, tokens with and without shared prefixes."""
 
 import dataclasses
 from pathlib import Path
@@ -22,29 +22,33 @@ QUANTITIES = {
 
 @dataclasses.dataclass(frozen=True)
 class Described:
-    """One kind of tree of a data set, as "apr_train": its manifest's counts, and a sample's quantities."""
+    """One part of a data set, such as "apr_train": the manifest's counts, and quantities of a sample of n trees."""
 
     name: str
     counts: dict[str, int]
-    sample: dict[str, np.ndarray]  # quantity -> [trees looked at]
-    characters: np.ndarray  # of all threads of each tree [trees looked at]
-    other_tokens: np.ndarray | None  # in another tokenizer [trees looked at]
+    sample: dict[str, np.ndarray]  # key of `QUANTITIES` -> [n]
+    characters: np.ndarray  # [n], in all threads of a tree
+    other_tokens: np.ndarray | None  # [n], tokens of another tokenizer in all threads of a tree
 
 
 def describe(folder: Path, most: int, other=None) -> list[Described]:
-    """Raises FileNotFoundError where there is no finished data set, ValueError where it is broken."""
+    """Return the statistics of each part of a data set, from at most `most` trees each, evenly spaced.
+
+    If given, `other` is a second tokenizer whose tokens are counted, too. Raises FileNotFoundError if there is no
+    finished data set, and UserError if it is broken.
+    """
     manifest = read_manifest(folder)
     if manifest is None:
         raise FileNotFoundError(f"no finished data set at {folder}: it has no manifest.json")
     own = manifest["config"]["tokenizer"]
-    words = load_tokenizer(own or str(folder / "tokenizer.json"))
+    tokenizer = load_tokenizer(own or str(folder / "tokenizer.json"))
     found = []
     for name in sorted(name for name, counts in manifest.items() if isinstance(counts, dict) and "trees" in counts):
         store = TreeStore(folder / name)
         trees = [store[i] for i in np.unique(np.linspace(0, len(store) - 1, min(most, len(store)), dtype=int)).tolist()]
         sample = {title: np.array([count(tree) for tree in trees]) for title, count in QUANTITIES.items()}
         blocks = [
-            [words.decode(block.content) for thread in tree.threads() for block in thread.context] for tree in trees
+            [tokenizer.decode(block.content) for thread in tree.threads() for block in thread.context] for tree in trees
         ]
         characters = np.array([sum(map(len, texts)) for texts in blocks])
         counted = None if other is None else np.array([sum(len(other.encode(t)) for t in texts) for texts in blocks])
@@ -53,7 +57,7 @@ def describe(folder: Path, most: int, other=None) -> list[Described]:
 
 
 def table(found: list[Described]) -> str:
-    """One block of lines for each kind of tree."""
+    """Return the statistics as text, some lines for each part."""
     lines = []
     for kind in found:
         c = kind.counts
@@ -69,7 +73,7 @@ def table(found: list[Described]) -> str:
         if kind.other_tokens is not None:
             rows["tokens of the other tokenizer"] = kind.other_tokens
         for title, values in rows.items():
-            if not len(values):  # all were dropped
+            if not len(values):  # every tree was dropped
                 continue
             numbers = (values.mean(), np.median(values), np.quantile(values, 0.95), values.max())
             lines.append(f"  {title:<34} " + " ".join(f"{number:>9.1f}" for number in numbers))
@@ -77,7 +81,7 @@ def table(found: list[Described]) -> str:
 
 
 def draw(found: list[Described], path: Path) -> None:
-    """A histogram of every quantity, training trees only, one line a variant."""
+    """Draw a PNG with a histogram of each quantity of training trees, one line per variant."""
     from matplotlib.figure import Figure
 
     from experiments.figures.style import COLOURS, LINES

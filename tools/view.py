@@ -1,11 +1,11 @@
-"""Draws the thread tree of one evaluated problem: who spawned whom, what each thread wrote, what it cost.
+"""Draws the thread tree of one evaluated problem: which thread spawned which, their texts and their tokens.
 
     python -m tools.view runs/laptop/evaluate/sft_apr.jsonl --index=3
     python -m tools.view runs/laptop/evaluate/sft_apr.jsonl --index=3 --html=tree.html
 
-The file is one that the evaluate stage wrote, one problem a line. Without --html the tree is printed: lines
-behind ":" were put there by the system (prompts, joins), lines behind "|" were written by the model. With
---html it becomes one page to open in a browser, threads as lanes over time.
+The file is an output of the evaluate stage, with one problem per line. Without --html the tree is printed: lines after
+":" were inserted by the system (prompts, joins), lines after "|" were written by the model. With --html the tree is
+written as a page for a browser, with threads as lanes over time.
 """
 
 import sys
@@ -27,10 +27,10 @@ from tools.draw import Drawing, own_blocks
 
 
 def _define(values: flags.FlagValues) -> None:
-    flags.DEFINE_integer("index", 0, "Which problem, counted from 0.", lower_bound=0, flag_values=values)
-    flags.DEFINE_string("tokenizer", None, "A tokenizer.json; default: the one of the file's run.", flag_values=values)
+    flags.DEFINE_integer("index", 0, "Number of the problem, from 0.", lower_bound=0, flag_values=values)
+    flags.DEFINE_string("tokenizer", None, "A tokenizer.json. Default: that of the file's run.", flag_values=values)
     flags.DEFINE_string("html", None, "Write a page to this file instead of printing.", flag_values=values)
-    flags.DEFINE_integer("lines", 8, "Lines printed of each block; 0: all.", lower_bound=0, flag_values=values)
+    flags.DEFINE_integer("lines", 8, "Most lines to print of each block; 0: all.", lower_bound=0, flag_values=values)
 
 
 def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
@@ -43,7 +43,7 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     except UserError as error:
         raise UserError(f"{title}: {error}") from None
     if tree is None:
-        raise UserError(f"{title}: no tree, the run of it failed with {', '.join(record.failures)}")
+        raise UserError(f"{title}: no tree, its evaluation failed with {', '.join(record.failures)}")
     decode = None if _is_text(tree) else _decode(tree, path, values["tokenizer"].value)
     try:
         drawing = Drawing(tree, decode, task.protocol(record.variant).result)
@@ -52,7 +52,7 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
         else:
             text = f"{title}: {verdict}\n{drawing.costs()}\n\n{drawing.terminal(values['lines'].value)}"
     except RecursionError:
-        raise UserError(f"{title}: threads are nested too deep to be drawn") from None
+        raise UserError(f"{title}: threads are nested too deeply to be drawn") from None
     if values["html"].value:
         write_text(Path(values["html"].value), text)
         print(f"wrote {values['html'].value}")
@@ -61,7 +61,7 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
 
 
 def find_record(path: Path, index: int) -> Record:
-    """Raises FileNotFoundError or UserError, in one line."""
+    """Return the record of problem number `index`. Raises FileNotFoundError, or UserError if there is none."""
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     count = 0
@@ -77,8 +77,10 @@ def find_record(path: Path, index: int) -> Record:
 
 
 def find_task(record: Record, path: Path) -> Task:
-    """The task of a record, with the settings of the run that its file belongs to where they are found, else with its
-    defaults. Raises UserError."""
+    """Return the task of a record, with the settings of the file's run if they are found, else with its defaults.
+
+    Raises UserError for an unknown task.
+    """
     for folder in path.resolve().parents:
         manifest = folder / "data" / "manifest.json"
         if manifest.is_file():
@@ -90,19 +92,21 @@ def find_task(record: Record, path: Path) -> Task:
 
 
 def describe(record: Record, task: Task) -> str:
-    """The title of a record's drawing. Raises UserError where its problem is none of the task's."""
+    """Return the title of a record's drawing. Raises UserError if the record's problem does not fit the task."""
     return f"{record.name}, problem {record.index}: {task.describe(task.read_problem(record.problem))}"
 
 
 def _decode(tree: ThreadTree, path: Path, given: str | None) -> Callable[[Sequence[int]], str]:
-    """That of the tokenizer given, else of the run that the file at `path` belongs to. Raises FileNotFoundError, and
-    UserError where the tree has an id that the tokenizer has not."""
+    """Return the `decode` of the given tokenizer, or else of the tokenizer of the run of the file at `path`.
+
+    Raises FileNotFoundError if there is none, and UserError if the tree has an id that the tokenizer does not have.
+    """
     tokenizer = load_tokenizer(str(find_tokenizer(path, given)))
     blocks = [block for thread in tree.threads() for item in thread.blocks for block in own_blocks(item)]
     largest = max((token for block in blocks for token in block.content), default=0)
     if largest >= len(tokenizer):
         raise UserError(
-            f"the tree has the token {largest}, the tokenizer {len(tokenizer)} tokens: name its own by --tokenizer=FILE"
+            f"the tree has the token {largest}, the tokenizer {len(tokenizer)} tokens: give the right --tokenizer=FILE"
         )
     return tokenizer.decode
 

@@ -1,14 +1,15 @@
-"""Data sets: a task's problems, and each variant's demonstrations of them, made in streams by any number of processes.
+"""Makes data sets: the problems of a task, and demonstrations of them for each of the task's variants.
 
-A data set's bytes are a function of its config alone. Candidate problem i is drawn from (seed, split, i), the tree of
-problem i from (seed, split, variant, i), and work is cut into shards of fixed ranges of problems. So processes,
-machines (`shard`) and kills change nothing: what stands whole in the folder is kept, the rest is made.
+The bytes of a data set are a function of its config alone. Candidate problem i is drawn from (seed, split, i), and the
+tree of problem i from (seed, split, variant, i). The work is divided into shards, which are fixed ranges of problems.
+So the number of processes and machines, and kills, change no byte: complete files in the folder are kept, and only the
+missing ones are made.
 
-    manifest.json            written last: the config, what was kept, what was dropped and why, a content hash
-    config.json              written first; an import has none
-    tokenizer.json           where the tokenizer is the task's
-    train.jsonl held_out.jsonl       problems, one JSON object a line
-    VARIANT_train/ VARIANT_validation/   stores of trees (apr_jax.data.store)
+    manifest.json                        written last: the config, counts of kept and dropped trees, a content hash
+    config.json                          written first; an imported data set has none
+    tokenizer.json                       only if the tokenizer is the task's
+    train.jsonl held_out.jsonl           problems, one JSON object per line
+    VARIANT_train/ VARIANT_validation/   stores of trees (data/store.py)
 """
 
 import dataclasses
@@ -34,38 +35,43 @@ from apr_jax.data.demonstrations import (
     fits,
     no_counts,
 )
-from apr_jax.data.problems import LEAST_TRIED, ProblemFile, choose_problems, write_problems
+from apr_jax.data.problems import MIN_CANDIDATES, ProblemFile, choose_problems, write_problems
 from apr_jax.data.store import read_counts, write_shard
 from apr_jax.errors import UserError
 from apr_jax.io.files import remove_left, whole, write_text
 from apr_jax.io.paths import read_json
-from apr_jax.tasks.task import Task, find_task, load_task, read_settings
+from apr_jax.settings import from_json, shared
+from apr_jax.tasks.task import Task, find_task, load_task
 from apr_jax.text.hub import load_tokenizer
 from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.threads import ThreadTree
 
-SHARD_PROBLEMS = 2000  # problems of one shard: some seconds of work, and a few MB
-CANDIDATES = LEAST_TRIED  # problems drawn by one job
-VALIDATION = 64  # trees of a variant that measure the validation loss
+SHARD_PROBLEMS = 2000  # problems per shard: some seconds of work, and a few MB
+CANDIDATES = MIN_CANDIDATES  # candidates per job of a worker
+VALIDATION = 64  # problems per variant whose trees measure the validation loss
 PROBLEM_FILES = ("train.jsonl", "held_out.jsonl")
 FORMAT = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """A data set. `task` and `settings` as `load_task` takes them, `settings` an instance of the task's `Settings`.
-    `window` bounds the tokens of a thread's context, `row_length` those of a thread with its calls (0: no bound)."""
+    """The config of a data set, which determines its bytes.
 
-    task: str
-    settings: Any
-    train: int  # problems
-    held_out: int  # problems
-    window: int
-    row_length: int = 0
-    tokenizer: str = ""  # a Hugging Face tokenizer by folder or name; "": the task's
-    repeats: bool = False  # whether a training problem may come twice
-    validation: int = VALIDATION  # held-out problems whose trees measure the validation loss
-    seed: int = 0
+    `task` is a task's name or ``package.module:Class``; `settings` is an instance of its `Settings`. Trees are left out
+    if the context of a thread has more than `window` tokens, or if a thread with its calls and inheriting children has
+    more than `row_length` (0: no bound).
+    """
+
+    task: str = shared("task")
+    settings: Any = shared("task settings")
+    window: int = shared("window")
+    train: int = 6000  # number of training problems
+    held_out: int = 200  # number of distinct held-out problems, never in training
+    row_length: int = shared("sft.row_length", 0)
+    tokenizer: str = shared("tokenizer.name", "")  # folder or name of a Hugging Face tokenizer; "": the task's own
+    repeats: bool = False  # whether a training problem may occur twice
+    validation: int = shared("validation", VALIDATION)  # held-out problems whose trees measure the validation loss
+    seed: int = shared("seed", 0)
 
     BOUNDS = (at_least(1, "train", "held_out", "window"), at_least(0, "validation", "row_length"), *SEED)
 
@@ -75,17 +81,22 @@ class DataConfig:
             raise FieldError("settings", f"is {kind.__name__}, the task's, was given {str(self.settings)[:80]}")
 
     def described(self) -> dict[str, Any]:
-        """The config as JSON gives it back."""
-        return json.loads(json.dumps({"format": FORMAT, **dataclasses.asdict(self)}))
+        """Return the config as a JSON object, with the number of the data format and, for a task with files, their
+        digests."""
+        described = json.loads(json.dumps({"format": FORMAT, **dataclasses.asdict(self)}))
+        files = {str(path): _digest(path) for path in self.load_task().files()}
+        return described | ({"files": files} if files else {})
 
     def load_task(self) -> Task:
+        """Return the task with its settings."""
         return load_task(self.task, self.settings)
 
     def make_tokenizer(self) -> Tokenizer:
+        """Return the named Hugging Face tokenizer, or else the task's."""
         return load_tokenizer(self.tokenizer) if self.tokenizer else self.load_task().tokenizer()
 
 
-# ---------------------------------------------------------------------- making
+# ---------------------------------------------------------------------- the data set
 
 
 def make_dataset(
@@ -96,18 +107,25 @@ def make_dataset(
     shard: tuple[int, int] = (0, 1),
     progress: Callable[[str, int, str], Any] = lambda title, total, unit: _Silent(),
 ) -> dict | None:
-    """Makes what is missing under `folder` of share `shard` = (i, n); returns the manifest, None while other shares
-    are missing. Raises UserError where the folder holds a data set of another config."""
+    """Make the missing files of a data set in `folder`, and return its manifest.
+
+    With `shard` = (i, n) this call makes every n-th shard, from number i on, and returns None while shards of other
+    calls are missing. `progress(title, total, unit)` returns an object whose `update(done)` is called as work is done.
+
+    Raises UserError where the folder holds a data set of another config, and OSError where the operating system ends a
+    worker process.
+    """
     if (manifest := read_manifest(folder)) is not None:
-        if not manifest["config"].get("imported"):  # made elsewhere: what it was made of is not ours to compare
+        if not manifest["config"].get("imported"):  # an import has no config to compare with
             _check_same(manifest["config"], config, folder)
         return manifest
+    config.load_task().check(config.make_tokenizer())
     folder.mkdir(parents=True, exist_ok=True)
     begun = folder / "config.json"
     if begun.exists():
         theirs = read_json(begun, "delete it, if the data set was begun with these settings")
         _check_same(theirs, config, folder)
-    elif any((folder / name).exists() for name in PROBLEM_FILES):  # made behind a config.json
+    elif any((folder / name).exists() for name in PROBLEM_FILES):  # only imports have problems but no config.json
         raise UserError(f"{folder} holds data of an import whose manifest.json is gone: import it again, elsewhere")
     else:
         write_text(begun, json.dumps(config.described(), indent=1))
@@ -132,32 +150,43 @@ def make_dataset(
     return _finish(config, folder, jobs)
 
 
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def read_manifest(folder: Path) -> dict | None:
-    """None where the data set is not finished. Raises UserError where the file is broken."""
+    """Return the manifest of a data set, or None where the data set is not finished.
+
+    Raises UserError where the manifest is broken or of an earlier version.
+    """
     path = folder / "manifest.json"
     if not path.exists():
         return None
-    made = (folder / "config.json").exists()  # an import has none
-    mend = "delete it, and it is made again from what lies beside it" if made else "import the data set again"
-    found = read_json(path, mend)
+    made = (folder / "config.json").exists()  # false for an import
+    remedy = "delete it, and it is made again from the other files" if made else "import the data set again"
+    found = read_json(path, remedy)
     if not isinstance(found.get("config"), dict) or not isinstance(found.get("held_out_problems"), int):
-        raise UserError(f"{path} is broken: {mend}")
+        raise UserError(f"{path} is broken: {remedy}")
     if "task" not in found["config"]:
         raise UserError(f"{folder} holds a data set of an earlier version: give another folder")
     return found
 
 
 def _check_same(theirs: dict, config: DataConfig, folder: Path) -> None:
-    """Raises UserError where a data set was made with another config. A setting of the task that its config does not
-    name yet had its default then."""
+    """Raise UserError where a data set was made with another config.
+
+    `theirs` is the JSON form of the data set's config. A setting of the task that it does not contain is taken to have
+    its default: the setting was added after the data set was made.
+    """
     if theirs.get("format") != FORMAT:
         raise UserError(f"{folder} holds a data set of an earlier version: give another folder")
     mine = config.described()
     if theirs.get("task") == config.task:
         try:
-            settings = read_settings(find_task(config.task).Settings, theirs["settings"])
+            settings = from_json(find_task(config.task).Settings, theirs["settings"])
             theirs = {**theirs, "settings": json.loads(json.dumps(dataclasses.asdict(settings)))}
-        except (UserError, KeyError, TypeError):  # it is another one, then
+        except (UserError, KeyError, TypeError):  # not readable as settings, so compared as it is
             pass
     if different := [name for name in mine if mine[name] != theirs.get(name)]:
         raise UserError(
@@ -166,6 +195,7 @@ def _check_same(theirs: dict, config: DataConfig, folder: Path) -> None:
 
 
 def _make_problems(config: DataConfig, folder: Path, run, progress) -> None:
+    """Choose and write the problems of both splits, unless both files exist."""
     if all((folder / name).exists() for name in PROBLEM_FILES):
         return
     task = config.load_task()
@@ -185,7 +215,7 @@ def _make_problems(config: DataConfig, folder: Path, run, progress) -> None:
 
 
 def _finish(config: DataConfig, folder: Path, jobs: Sequence["_Job"]) -> dict | None:
-    """The manifest, where every shard of every share is there."""
+    """Write and return the manifest, or return None where a shard is missing."""
     counts: dict[str, dict[str, Any]] = {}
     content = hashlib.sha256()
     for job in jobs:
@@ -195,11 +225,11 @@ def _finish(config: DataConfig, folder: Path, jobs: Sequence["_Job"]) -> dict | 
         content.update(own.pop("sha256").encode())
         add_counts(counts.setdefault(f"{job.variant}_{job.part}", {}), own)
     for name, count in counts.items():
-        if name.endswith("_train") and not count["trees"] and count[TOO_LONG]:  # a task may have none, for GRPO alone
+        if name.endswith("_train") and not count["trees"] and count[TOO_LONG]:  # GRPO alone needs none
             raise UserError(
                 f"none of {config.train} {name.removesuffix('_train')} demonstrations is left to train on: "
-                f"{count[TOO_LONG]} do not fit a window of {config.window} tokens, of {count[NO_DEMONSTRATION]} "
-                "problems there are none"
+                f"{count[TOO_LONG]} do not fit a window of {config.window} tokens, {count[NO_DEMONSTRATION]} "
+                "problems have none"
             )
     for name in PROBLEM_FILES:
         with open(folder / name, "rb") as file:
@@ -218,12 +248,12 @@ def _finish(config: DataConfig, folder: Path, jobs: Sequence["_Job"]) -> dict | 
     return manifest
 
 
-# ---------------------------------------------------------------------- what workers do
+# ---------------------------------------------------------------------- worker processes
 
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """One shard of a variant's demonstrations."""
+    """The work of making one shard of a variant's demonstrations."""
 
     folder: str
     part: str  # "train" or "validation"
@@ -243,13 +273,13 @@ class _Job:
         return Path(self.folder) / f"{self.variant}_{self.part}" / f"{self.number:05d}"
 
 
-_CONFIG: DataConfig  # a worker's own, set when it starts
+_CONFIG: DataConfig  # set in each worker process when it starts, as the next two
 _TASK: Task
 _TOKENIZER: Tokenizer
 
 
 def _start_process(config: DataConfig) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's to tell of
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles an interrupt
     _start_worker(config)
 
 
@@ -264,7 +294,7 @@ def _draw(job: tuple[str, int]) -> list[Any]:
 
 
 def _make_shard(job: _Job) -> int:
-    """Makes one shard; returns how many problems it went through."""
+    """Make one shard, and return its number of problems."""
     problems = ProblemFile(_TASK, Path(job.folder) / f"{'train' if job.part == 'train' else 'held_out'}.jsonl")
     counts = no_counts()
 
@@ -289,13 +319,19 @@ def _make_shard(job: _Job) -> int:
 
 
 class _Silent:
+    """A progress bar that shows nothing."""
+
     def update(self, done: int) -> None:
         pass
 
 
 class _workers:
-    """``with _workers(n, config) as run``: run(function, tasks, ordered) yields results, in n processes or, where n
-    is 1, in this one. At most a few results wait, however many tasks there are."""
+    """A context manager for worker processes: ``with _workers(n, config) as run``.
+
+    ``run(function, tasks, ordered)`` yields the result of each task, in n processes or, if n is 1, in this one. If
+    `ordered`, results have the order of the tasks. At most 2 n tasks are pending, so `tasks` may be infinite. Raises
+    OSError where the operating system ends a worker.
+    """
 
     def __init__(self, processes: int, config: DataConfig):
         self._processes, self._config, self._pool = processes, config, None
@@ -309,7 +345,7 @@ class _workers:
         if self._processes == 1:
             yield from map(function, tasks)
             return
-        if self._pool is None:  # not forked: the caller may have threads of JAX
+        if self._pool is None:  # "spawn", since forking is unsafe while threads of JAX run in this process
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(self._processes, context, _start_process, (self._config,))
         tasks = iter(tasks)
@@ -322,7 +358,7 @@ class _workers:
                 yield waiting.pop(at).result()
                 waiting += [self._pool.submit(function, task) for task in itertools.islice(tasks, 1)]
         except BrokenProcessPool:
-            raise OSError("a worker process was ended, perhaps for want of memory; start again to go on") from None
+            raise OSError("a worker process was ended, perhaps for lack of memory: start again to resume") from None
 
     def __exit__(self, *_):
         if self._pool is not None:

@@ -1,4 +1,4 @@
-"""From a task's demonstration of text to the tree of ids that is trained on, or the reason why there is none."""
+"""Encodes a task's demonstrations as trees of token ids, decides which fit the model, and counts them."""
 
 import dataclasses
 from collections import Counter
@@ -11,18 +11,24 @@ from apr_jax.threads import ThreadTree, encode_tree
 from apr_jax.threads.metrics import longest_context, sequential_tokens, total_tokens
 
 _CALL = (CALL_FORCED, CALL_SAMPLED)
-NO_DEMONSTRATION, TOO_LONG = DROPPED = ("no_demonstration", "too_long")  # why a problem has no tree, as first seen
-SEEN = ("problems", "solved_by_solver", *DROPPED)
-COUNTED = ("trees", "solved", "children", "tokens", "sequential_tokens", "unshared_tokens", "longest")
+# Counts in a data set's manifest. A problem without a tree in the data set counts under the first of these reasons.
+NO_DEMONSTRATION, TOO_LONG = DROPPED = ("no_demonstration", "too_long")
+PROBLEM_COUNTS = ("problems", "solved_by_solver", *DROPPED)
+TREE_COUNTS = ("trees", "solved", "children", "tokens", "sequential_tokens", "unshared_tokens", "longest")
 
 
 def encode_demonstration(
     task: Task, problem: Any, variant: str, index: int, text: ThreadTree, tokenizer: Tokenizer
 ) -> ThreadTree:
-    """The tree of ids of a demonstration, with its condition (`Task.condition_of`) first on the root's prompt.
+    """Encode a solver's tree of text as a tree of token ids, and insert its condition.
 
-    Its info is the demonstration's and `solved` (its root has the right answer), `index`, `found` (the numbers of its
-    threads, depth first, that returned a result) and, where there is one, `condition`.
+    The condition is text at the start of the root's prompt that states the budget of the tree (`Task.condition_of`). If
+    `text.info` has a `condition` already, the prompt is not changed. The returned tree's info is `text.info` with these
+    entries added:
+    `solved`: whether the root's answer is correct.
+    `index`: the number of the problem.
+    `found`: the numbers of the threads that returned a result, counted depth first from 0, the root.
+    `condition`: the condition, only where it is not empty.
     """
     protocol = task.protocol(variant)
     found = [at for at, thread in enumerate(text.threads()) if protocol.result(thread.text) is not None]
@@ -30,7 +36,7 @@ def encode_demonstration(
     info = text.info | {"solved": solved, "index": index, "found": found}
     tree = encode_tree(ThreadTree(text.root, info), tokenizer.encode, tokenizer.bos, tokenizer.eos)
     if "condition" in info or not (condition := task.condition_of(tree, variant)):
-        return tree  # where the demonstration tells its condition, its prompt has it already
+        return tree
     prompt, *rest = tree.root.blocks
     bos, *ids = prompt.content
     prompt = dataclasses.replace(prompt, content=(bos, *tokenizer.encode(condition), *ids))
@@ -38,7 +44,11 @@ def encode_demonstration(
 
 
 def fits(tree: ThreadTree, window: int, row_length: int = 0) -> bool:
-    """Whether every thread's context fits a window of so many tokens, and with its calls a row (0: any length does)."""
+    """Return whether a tree can be trained on.
+
+    Each thread's context must have at most `window` tokens. Each segment, a thread with its calls and inheriting
+    children, must have at most `row_length` tokens, unless `row_length` is 0.
+    """
     return longest_context(tree) <= window and (not row_length or _longest_segment(tree) <= row_length)
 
 
@@ -47,13 +57,16 @@ def _longest_segment(tree: ThreadTree) -> int:
 
 
 def no_counts() -> dict[str, Any]:
-    """The counts of no demonstration: sums by name, but for `longest`, the longest context, and `conditions`, trees by
-    their condition."""
-    return {**dict.fromkeys((*SEEN, *COUNTED), 0), "conditions": Counter()}
+    """Return the counts of a data set without trees: every count is zero.
+
+    Counts are sums over trees, with two exceptions: `longest` is the number of tokens of the longest context, and
+    `conditions` is the number of trees by condition.
+    """
+    return {**dict.fromkeys((*PROBLEM_COUNTS, *TREE_COUNTS), 0), "conditions": Counter()}
 
 
 def add_counts(total: dict[str, Any], more: dict[str, Any]) -> None:
-    """Adds counts to others."""
+    """Add the counts in `more` to `total`, in place; a count that `total` lacks starts at zero."""
     for name, count in more.items():
         if name == "longest":
             total[name] = max(total.get(name, 0), count)
@@ -64,7 +77,7 @@ def add_counts(total: dict[str, Any], more: dict[str, Any]) -> None:
 
 
 def count_tree(counts: dict[str, Any], tree: ThreadTree) -> None:
-    """Adds a kept tree to the counts of its data set."""
+    """Add a tree that the data set keeps to `counts`, in place."""
     counts["trees"] += 1
     counts["solved"] += tree.info["solved"]
     counts["children"] += sum(1 for _ in tree.threads()) - 1
@@ -76,8 +89,10 @@ def count_tree(counts: dict[str, Any], tree: ThreadTree) -> None:
 
 
 def unshared_tokens(tree: ThreadTree) -> int:
-    """Tokens where a thread's prefix is written out again for every call, as the authors train: each call with
-    all before it is a sequence, and so is the thread's end."""
+    """Return the tokens of a tree if no prefix were shared, as the paper's authors train.
+
+    Each call and each end of a thread is then a sequence of its own, which repeats all context before it.
+    """
     total = 0
     for thread in tree.threads():
         context = call = 0

@@ -1,5 +1,6 @@
-"""Data sets of demonstrations that another program made, as the authors' published ones."""
+"""Makes data sets of demonstrations that another program wrote, such as those that the paper's authors published."""
 
+import hashlib
 import json
 from collections.abc import Hashable, Iterable
 from pathlib import Path
@@ -25,16 +26,17 @@ def import_dataset(
     window: int,
     tokenizer: str = "",
 ) -> dict:
-    """Makes a data set of (problem, variant, tree of text); returns the manifest. In memory are the trees of one shard
-    of each variant, and the problems.
+    """Make a data set of demonstrations (problem, variant, tree of text), and return its manifest.
 
-    Trees of held-out problems and trees that do not fit the window are dropped and counted. Of the rest the first
-    `VALIDATION` problems of a variant measure the validation loss, the others are trained on. No held-out problem, and
-    no validation problem of a variant, is among the training trees of it; `train.jsonl`, which GRPO draws from, has no
-    held-out problem.
+    Trees of held-out problems, and trees that do not fit the window, are dropped and counted. Among the other trees of
+    a variant, those of its first `VALIDATION` problems measure the validation loss, and the rest are trained on. So a
+    variant's training trees contain no held-out problem and none of its validation problems. `train.jsonl`, from which
+    GRPO draws problems, contains no held-out problem.
 
-    The folder is there when all is done; an error leaves nothing. Raises UserError where it is there already, where
-    there is no held-out problem, and where a variant has too few trees.
+    Memory holds all problems, and the trees of one shard of each variant.
+
+    The folder is created when everything is done; an error leaves nothing. Raises UserError where the folder exists,
+    where there is no held-out problem, and where a variant has no tree left to train on.
     """
     if folder.exists():
         raise UserError(f"{folder} is there already: give another folder")
@@ -46,7 +48,7 @@ def import_dataset(
 
 
 def _import(task: Task, demonstrations, held_out, folder: Path, window: int, tokenizer: str) -> dict:
-    words = load_tokenizer(tokenizer) if tokenizer else task.tokenizer()
+    encoder = load_tokenizer(tokenizer) if tokenizer else task.tokenizer()
     held = _distinct(task, held_out)
     if not held:
         raise UserError("there is no held-out problem: evaluation needs some, as a file given to --held_out")
@@ -54,8 +56,9 @@ def _import(task: Task, demonstrations, held_out, folder: Path, window: int, tok
     pending: dict[str, list[ThreadTree]] = {}
     counts: dict[str, dict[str, Any]] = {}
     shards: dict[str, int] = {}
-    training: dict[Hashable, Any] = {}  # the problems of `train.jsonl`, each once however many trees it has
-    validating: dict[str, set[Hashable]] = {}  # a variant's validation problems
+    training: dict[Hashable, Any] = {}  # the problems of train.jsonl; each once, however many trees it has
+    validating: dict[str, set[Hashable]] = {}  # by variant, its validation problems
+    content = hashlib.sha256()
 
     def count_of(name: str) -> dict[str, Any]:
         return counts.setdefault(name, no_counts() | {"held_out": 0})
@@ -66,11 +69,12 @@ def _import(task: Task, demonstrations, held_out, folder: Path, window: int, tok
             count_tree(own, tree)
         number = shards[name] = shards.get(name, -1) + 1
         written = write_shard(folder / name / f"{number:05d}", pending.pop(name), own)
+        content.update(written["sha256"].encode())
         add_counts(counts[name], own | {"threads": written["threads"]})
 
     for index, (problem, variant, text) in enumerate(demonstrations):
         key = task.key(problem)
-        tree = encode_demonstration(task, problem, variant, index, text, words)
+        tree = encode_demonstration(task, problem, variant, index, text, encoder)
         dropped = "held_out" if key in held else None if fits(tree, window) else TOO_LONG
         first = validating.setdefault(variant, set())
         if dropped is None and len(first) < VALIDATION:
@@ -102,7 +106,9 @@ def _import(task: Task, demonstrations, held_out, folder: Path, window: int, tok
     write_problems(folder / "train.jsonl", task, training.values())
     write_problems(folder / "held_out.jsonl", task, held.values())
     if not tokenizer:
-        words.save(folder / "tokenizer.json")
+        encoder.save(folder / "tokenizer.json")
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        content.update(path.read_bytes())
     config = {
         "imported": True, "task": task.spec, "settings": settings_json(task), "window": window, "tokenizer": tokenizer,
     }  # fmt: skip
@@ -110,15 +116,16 @@ def _import(task: Task, demonstrations, held_out, folder: Path, window: int, tok
         "config": config,
         "train_problems": len(training),
         "held_out_problems": len(held),
-        "vocabulary": len(words),
+        "vocabulary": len(encoder),
         **counts,
+        "sha256": content.hexdigest(),
     }
     write_text(folder / "manifest.json", json.dumps(manifest, indent=1))
     return manifest
 
 
 def _distinct(task: Task, problems: Iterable[Any]) -> dict[Hashable, Any]:
-    """Problems by key, each once."""
+    """Return distinct problems by `Task.key`."""
     found: dict[Hashable, Any] = {}
     for problem in problems:
         found.setdefault(task.key(problem), problem)

@@ -1,16 +1,17 @@
-"""Packing thread trees into rows, each shared prefix once.
+"""Packs thread trees into rows of tokens for training, with each shared prefix stored once.
 
-A thread's blocks form a small tree of tokens: a spawn's call and what follows the join both continue the
-same prefix. In the flat form, depth first, every token carries
+The blocks of a thread form a small tree of tokens: a spawn's call continues a prefix, and the spawn's join continues
+the same prefix. The *path* of a token runs from the first token of that tree to the token itself. `flatten_thread`
+writes the tree depth first as a *segment*. Each token of a segment has
 
 * its position on its path,
-* the index of its predecessor on the path, whose logits predict it (-1 for a first token),
-* the entry and exit number of its block in the walk: token i sees token j where
-  ``enter[j] <= enter[i] < exit[j]`` and j is not later.
+* the index of its predecessor, the token before it on its path, whose logits predict it (-1 for a first token),
+* the entry number and the exit number of its block in the depth-first walk. Token i attends to token j where
+  ``enter[j] <= enter[i] < exit[j]`` and j <= i.
 
-A child that inherits its parent's context is one more branch of the prefix. A child that begins with a context of
-its own is a segment by itself, and the same rule packs the segments of any trees into one row: one mask, one loss, no
-special case.
+A child that inherits its parent's context is another branch of the same segment. A child with a fresh context is a
+segment of its own. A row holds segments of any trees. The same attention rule separates branches and segments, so one
+mask and one loss serve all cases.
 
     prompt P, written W, call C, join J, written X  ->  row   P W C J X
     enter                                                     0 1 2 3 4
@@ -31,43 +32,50 @@ from apr_jax.threads import Block, Thread, ThreadTree
 Array = np.ndarray | jax.Array
 _INTEGERS = ("tokens", "positions", "predecessors", "enter", "exit", "role")
 _FLOATS = ("logprobs", "loss_weight", "kl_weight", "advantage")
-_ADDED = ("reference_logprobs", "old_logprobs")
+_OPTIONAL = ("reference_logprobs", "old_logprobs")
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PackedBatch:
-    """B rows of T tokens, each row some segments and then padding. A pytree of arrays [B, T]: NumPy's where it is
-    packed, JAX's inside a compiled function."""
+    """B rows of T tokens; a row has some segments, then padding.
+
+    A pytree of arrays [B, T]: NumPy arrays from `pack_rows`, JAX arrays inside a compiled function.
+    """
 
     tokens: Array  # [B, T] int32
-    positions: Array  # [B, T] int32, on the token's path; 0 in padding
+    positions: Array  # [B, T] int32, position on the token's path; 0 in padding
     predecessors: Array  # [B, T] int32, index in the row of the token before it on its path; -1: none
     enter: Array  # [B, T] int32, number of its block in the row; -1 in padding
-    exit: Array  # [B, T] int32, number of the first block that no longer sees it; -1 in padding
-    role: Array  # [B, T] int32, who wrote it and where, a role of data.store; -1 in padding
-    logprobs: Array  # [B, T] float32, under the distribution it was drawn from; 0 where forced or unknown
-    loss_weight: Array  # [B, T] float32, weight of a trained token (1 in SFT, GRPO's aggregation); 0 in padding
-    kl_weight: Array  # [B, T] float32, the same for the divergence from a reference
-    advantage: Array  # [B, T] float32, GRPO's; 0 in SFT
-    reference_logprobs: Array | None = None  # [B, T] float32, of the model that GRPO began with, where there is a kl
-    old_logprobs: Array | None = None  # [B, T] float32, of the trainer before the update, where weights are capped
+    exit: Array  # [B, T] int32, number of the first block that no longer attends to it; -1 in padding
+    role: Array  # [B, T] int32, role of its block (data/store.py); -1 in padding
+    logprobs: Array  # [B, T] float32, under the distribution it was sampled from; 0 where forced or unknown
+    loss_weight: Array  # [B, T] float32, weight in the loss if the token is trained on (1 in SFT); 0 in padding
+    kl_weight: Array  # [B, T] float32, weight in the KL divergence from the reference model; 0 in padding
+    advantage: Array  # [B, T] float32, GRPO's advantage; 0 in SFT
+    reference_logprobs: Array | None = None  # [B, T] float32, under the model that GRPO began with; only with a KL term
+    old_logprobs: Array | None = None  # [B, T] float32, under the trainer before the update; only with tis_clip
 
     @property
     def real(self) -> Array:
-        """[B, T] bool: the token is no padding."""
+        """[B, T] bool: whether a token is not padding."""
         return self.exit > self.enter
 
     def check(self) -> None:
-        """Raises ValueError where an invariant does not hold: arrays have one shape and their types; padding sees
-        nothing (nothing sees it, its intervals being empty), has no role and no weight; intervals are nested; a token's
-        predecessor is the last token before it that it sees, and its position is how many tokens it sees before
-        itself."""
+        """Raise ValueError that names the first broken invariant.
+
+        * All arrays have the same shape and their documented dtypes.
+        * Padding attends to nothing, and has no role and no weight. No token attends to padding, since padding has
+          empty intervals.
+        * The intervals [enter, exit) of tokens that attend to each other are nested.
+        * The predecessor of a token is the last earlier token that it attends to.
+        * The position of a token is the number of earlier tokens that it attends to.
+        """
         shape = np.shape(self.tokens)
-        for names, dtype in ((_INTEGERS, np.int32), (_FLOATS + _ADDED, np.float32)):
+        for names, dtype in ((_INTEGERS, np.int32), (_FLOATS + _OPTIONAL, np.float32)):
             for name in names:
                 values = getattr(self, name)
-                if values is None and name in _ADDED:
+                if values is None and name in _OPTIONAL:
                     continue
                 if (values.shape, values.dtype) != (shape, dtype) or len(shape) != 2:
                     raise ValueError(f"{name} is {values.dtype} {values.shape}, not {np.dtype(dtype)} {shape}")
@@ -76,11 +84,11 @@ class PackedBatch:
                 raise ValueError(f"row {row} of a batch: {broken}")
 
     def _broken(self, row: int) -> str | None:
-        """The first invariant that a row breaks; None: it keeps all."""
+        """Return the first invariant that a row breaks, or None."""
         enter_T, exit_T, predecessors_T = (np.asarray(x)[row] for x in (self.enter, self.exit, self.predecessors))
         T = len(enter_T)
         real_T = np.asarray(self.real)[row]
-        sees_TxT = (enter_T <= enter_T[:, None]) & (enter_T[:, None] < exit_T)  # a token (first axis) sees another
+        sees_TxT = (enter_T <= enter_T[:, None]) & (enter_T[:, None] < exit_T)  # first axis: the token that attends
         before_TxT = sees_TxT & np.tri(T, k=-1, dtype=bool)
         last_T = np.where(before_TxT.any(axis=1), T - 1 - before_TxT[:, ::-1].argmax(axis=1), -1)
         role_T, positions_T = np.asarray(self.role)[row], np.asarray(self.positions)[row]
@@ -98,30 +106,31 @@ class PackedBatch:
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """One thread, flat, with the children that inherit from it: n tokens; `nodes` counts its blocks."""
+    """One thread and the children that inherit its context, flattened to n tokens."""
 
     tokens: np.ndarray  # [n] int32
     positions: np.ndarray  # [n] int32
     predecessors: np.ndarray  # [n] int32, index within the segment, -1 for the first
     enter: np.ndarray  # [n] int32
     exit: np.ndarray  # [n] int32
-    role: np.ndarray  # [n] int32, who wrote it and where, a role of data.store
-    logprobs: np.ndarray  # [n] float32, under the distribution it was drawn from; 0 where forced or unknown
-    loss_weight: np.ndarray  # [n] float32, weight of each of its trained tokens (1 in SFT, GRPO's aggregation)
-    kl_weight: np.ndarray  # [n] float32, the same for the divergence from a reference
-    advantage: np.ndarray  # [n] float32, GRPO's, 0 in SFT
-    nodes: int
+    role: np.ndarray  # [n] int32, role of its block (data/store.py)
+    logprobs: np.ndarray  # [n] float32, under the distribution it was sampled from; 0 where forced or unknown
+    loss_weight: np.ndarray  # [n] float32, weight in the loss if the token is trained on (1 in SFT)
+    kl_weight: np.ndarray  # [n] float32, weight in the KL divergence from the reference model
+    advantage: np.ndarray  # [n] float32, GRPO's advantage; 0 in SFT
+    nodes: int  # number of blocks
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     @property
     def sampled(self) -> np.ndarray:
-        """[n] bool: the model wrote it (or would have: a solver's thread)."""
+        """[n] bool: whether a token was written by the model, or by a solver in the model's place."""
         return np.isin(self.role, SAMPLED_ROLES)
 
 
-# (thread, number of a request of it, as in `Thread.request_tokens`) -> a value of the tokens that it wrote
+# (thread, number of one of its requests) -> a value for the tokens of that request. A thread makes a new request to the
+# engine after each join (`Thread.request_tokens`).
 PerRequest = Callable[[Thread, int], float]
 
 
@@ -131,8 +140,11 @@ def flatten_thread(
     advantage: float = 0.0,
     kl_weight: PerRequest | None = None,
 ) -> Segment:
-    """The segment of one thread of ids and the children that inherit from it. `loss_weight` gives the weight of the
-    tokens of each of their requests, `kl_weight` (default: the same) that of the divergence; all have one advantage."""
+    """Flatten a thread of token ids, with the children that inherit its context, to a segment.
+
+    `loss_weight` and `kl_weight` (default: as `loss_weight`) give the weights of the tokens of each request. All
+    tokens have the same `advantage`.
+    """
     rows = list(block_rows(thread))
     tokens = [token for _, block, _, _ in rows for token in block.content]
     logprobs = [p for _, block, _, _ in rows for p in (block.logprobs or [0.0] * len(block))]
@@ -147,8 +159,8 @@ def flatten_thread(
 
 
 def _writers(rows: Iterable[tuple[Thread, Block, int, int]]) -> Iterator[tuple[Thread, int]]:
-    """Of each of `block_rows` its thread and the number of the request that the block belongs to."""
-    requests = [0]  # of the thread, and above it of those whose child it is
+    """Yield, for each entry of `block_rows`, its thread and the number of the request that the block belongs to."""
+    requests = [0]  # a stack: the request number of each open ancestor, then of the current thread
     for whose, _, role, _ in rows:
         if role == BRANCH:
             requests.append(0)
@@ -160,15 +172,18 @@ def _writers(rows: Iterable[tuple[Thread, Block, int, int]]) -> Iterator[tuple[T
 
 
 def flatten_blocks(tokens: np.ndarray, blocks: np.ndarray, logprobs: np.ndarray | None = None) -> Segment:
-    """The segment of a thread's own ids [n] and blocks [blocks, 3] (role, tokens, children; see data.store)."""
+    """Flatten a thread to a segment from its ids [n] and its blocks [blocks, 3] of (role, tokens, children).
+
+    See data/store.py for the roles. All weights are 1 and all advantages 0.
+    """
     n, nodes = len(tokens), len(blocks)
     roles, lengths = blocks[:, 0], blocks[:, 1]
     stays = (roles != CALL_FORCED) & (roles != CALL_SAMPLED)
     first = np.cumsum(lengths) - lengths
     start, last, closes = (np.zeros(nodes, np.int32) for _ in range(3))
-    position = next_position = 0  # where the context, and the open call, go on
-    path_end = call_end = -1  # index of the last token on the context's path, and on the open call's
-    parents: list[tuple[int, int]] = []  # of open branches: where the parent's context goes on, and its path's end
+    position = next_position = 0  # the next position on the context's path, and on the open call's path
+    path_end = call_end = -1  # index of the last token on the context's path, and on the open call's path
+    parents: list[tuple[int, int]] = []  # a stack: (position, path_end) of the parent of each open branch
     for node, (role, length, at, stay) in enumerate(zip(*(x.tolist() for x in (roles, lengths, first, stays)))):
         if role == BRANCH:
             parents.append((position, path_end))
@@ -181,8 +196,8 @@ def flatten_blocks(tokens: np.ndarray, blocks: np.ndarray, logprobs: np.ndarray 
         call_end = at + length - 1 if length else call_end
         if stay:
             position, path_end = next_position, call_end
-    after = nodes  # where the context goes on after a call
-    ends = [nodes]  # of the whole, and of the branches around a node
+    after = nodes  # the first later block that is not part of a call: a call's tokens are not visible from there on
+    ends = [nodes]  # a stack: the end of the thread, then of each branch around the node
     for node in range(nodes - 1, -1, -1):
         if roles[node] == BRANCH:
             ends.pop()
@@ -210,13 +225,15 @@ def flatten_blocks(tokens: np.ndarray, blocks: np.ndarray, logprobs: np.ndarray 
 
 
 def flatten_tree(tree: ThreadTree) -> list[Segment]:
-    """The segments of a tree, its root's first."""
+    """Flatten a tree to its segments, the root's first."""
     return [flatten_thread(thread) for thread in tree.threads() if not thread.inherits]
 
 
 class StoredSegments(Sequence[Segment]):
-    """Threads of a store, made flat when they are asked for: their ids stay on disk. `threads` picks some of them by
-    number; None: all."""
+    """The threads of a store as segments. Each is read from disk and flattened when it is indexed.
+
+    `threads` selects threads by number; None selects all. `lengths` are the tokens of each segment.
+    """
 
     def __init__(self, store: TreeStore, threads: np.ndarray | None = None):
         self.store = store
@@ -231,7 +248,7 @@ class StoredSegments(Sequence[Segment]):
 
 
 class MixedSegments(Sequence[Segment]):
-    """The segments of several sequences as one: those of the first, then those of the next."""
+    """A concatenation of several sequences of segments. `lengths` are the tokens of each segment."""
 
     def __init__(self, parts: Sequence[Sequence[Segment]]):
         self._parts = parts
@@ -247,18 +264,21 @@ class MixedSegments(Sequence[Segment]):
 
 
 def segment_lengths(segments: Sequence[Segment]) -> np.ndarray:
-    """Tokens of each segment [segments], without reading the ids that lie on disk."""
+    """Return the number of tokens of each segment, int64 [segments], without reading stored ids from disk."""
     if isinstance(segments, StoredSegments | MixedSegments):
         return segments.lengths
     return np.array([len(segment) for segment in segments], np.int64)
 
 
 def first_fit(lengths: Sequence[int], row_length: int, open_rows: int = 32) -> list[list[int]]:
-    """Rows of indices into `lengths`, each row's sum at most `row_length`; at most `open_rows` are looked
-    at for a place. Raises ValueError for an item longer than a row: filter, and count, those before."""
+    """Assign items to rows by first-fit bin packing; return, for each row, the indices of its items.
+
+    The lengths in a row sum to at most `row_length`. Only the last `open_rows` rows are searched for space. Raises
+    ValueError for an item longer than a row: the caller filters, and counts, such items.
+    """
     rows: list[list[int]] = []
     room: list[int] = []
-    lowest = 0  # rows before it are closed
+    lowest = 0  # rows with a lower number are closed
     for index, length in enumerate(lengths):
         if length > row_length:
             raise ValueError(f"item {index} has {length} tokens, a row holds {row_length}")
@@ -275,7 +295,7 @@ def first_fit(lengths: Sequence[int], row_length: int, open_rows: int = 32) -> l
 
 
 def pack_rows(rows: Iterable[Sequence[Segment]], row_length: int, row_count: int | None = None) -> PackedBatch:
-    """Rows of segments as one batch; `row_count` adds rows of padding."""
+    """Pack rows of segments into one batch. `row_count`, if given, is the number of rows: the rest are padding."""
     rows = list(rows)
     shape = (row_count or len(rows), row_length)
     padding = {"tokens": 0, "positions": 0} | dict.fromkeys(("predecessors", "enter", "exit", "role"), -1)
@@ -295,9 +315,11 @@ def pack_rows(rows: Iterable[Sequence[Segment]], row_length: int, row_count: int
 
 
 class PackedBatches:
-    """Batches of packed rows: `batches[step]` is a pure function of (segments, seed, step), so that
-    resuming needs no state but the step. Every epoch packs a new order. Segments longer than a row are left out, and
-    counted in `too_long`: whoever trains on these says so."""
+    """Training batches by step: `batches[step]` is a pure function of (segments, seed, step).
+
+    So a resumed run needs no state but its step. Each epoch packs the segments in a new order. Segments longer than a
+    row are left out, and `too_long` counts them. Raises UserError where no segment fits a row.
+    """
 
     def __init__(self, segments: Sequence[Segment], row_length: int, batch_rows: int, seed: int):
         self.row_length, self.batch_rows, self.seed = row_length, batch_rows, seed
@@ -305,7 +327,7 @@ class PackedBatches:
         self._segments, self._lengths = segments, lengths.tolist()
         self._fitting = np.flatnonzero(lengths <= row_length).tolist()
         self.too_long = len(segments) - len(self._fitting)
-        self.tokens = int(lengths[lengths <= row_length].sum())  # of one epoch
+        self.tokens = int(lengths[lengths <= row_length].sum())  # in one epoch
         if not self._fitting:
             raise UserError(
                 f"no thread fits a row of {row_length} tokens: the shortest of {len(segments)} has "
@@ -317,7 +339,7 @@ class PackedBatches:
         return self.pack(self.rows(step))
 
     def rows(self, step: int) -> list[list[int]]:
-        """The rows of a batch, as numbers of segments."""
+        """Return the rows of batch number `step`, each as a list of segment numbers."""
         if step < self._first_step:
             self._epoch, self._first_step, self._rows = -1, 0, []
         while step >= self._first_step + len(self._rows) // self.batch_rows:
@@ -327,7 +349,7 @@ class PackedBatches:
         return self._rows[row : row + self.batch_rows]
 
     def steps_for(self, tokens: int, most: int) -> int:
-        """How many batches it takes, from the first on, to have so many tokens, or `most`."""
+        """Return how many batches, from the first on, together have at least `tokens` tokens; at most `most`."""
         step = 0
         while tokens > 0 and step < most:
             tokens -= sum(self._lengths[i] for indices in self.rows(step) for i in indices)
@@ -335,7 +357,7 @@ class PackedBatches:
         return step
 
     def pack(self, rows: Sequence[Sequence[int]]) -> PackedBatch:
-        """Some rows as a batch."""
+        """Pack rows of segment numbers into a batch."""
         return pack_rows([[self._segments[i] for i in indices] for indices in rows], self.row_length)
 
     def _open_epoch(self, epoch: int) -> None:
@@ -344,6 +366,6 @@ class PackedBatches:
         rng.shuffle(order)
         rows = first_fit([self._lengths[i] for i in order], self.row_length)
         rows = [[order[i] for i in row] for row in rows]
-        rng.shuffle(rows)  # the last rows opened are the emptiest: not all at an epoch's end
+        rng.shuffle(rows)  # otherwise each epoch would end with the emptiest rows, which are opened last
         rows += rows[: -len(rows) % self.batch_rows] if len(rows) > self.batch_rows else rows * self.batch_rows
         self._epoch, self._rows = epoch, rows

@@ -1,4 +1,4 @@
-"""The problems of a data set: which candidates of a task become its training and held-out problems, and their files."""
+"""Chooses the training and held-out problems of a data set among a task's candidates; stores problems in files."""
 
 import hashlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -10,13 +10,17 @@ from apr_jax.io.files import whole
 from apr_jax.io.json_lines import JsonLines, to_line
 from apr_jax.tasks.task import Task
 
-MOST_REFUSED = 50  # candidates in a row of that many times the rest wanted, before the task counts as used up
-LEAST_TRIED = 500  # candidates that are looked at in any case
+# A task counts as exhausted after more than MAX_REJECTED * (problems found + MIN_CANDIDATES) candidates.
+MAX_REJECTED = 50
+MIN_CANDIDATES = 500
 
 
 class ProblemFile(Sequence[Any]):
-    """The problems of a file of JSON lines, read where they lie: memory does not grow with their number. Raises
-    FileNotFoundError, and UserError that names the line of one that is broken."""
+    """The problems in a file of JSON lines, as a read-only sequence.
+
+    A problem is read from disk when it is indexed, so memory does not grow with the number of problems. Raises
+    FileNotFoundError for a missing file. Indexing raises UserError, with the file and the line, for a broken line.
+    """
 
     def __init__(self, task: Task, path: Path):
         self.task, self.path, self._rows = task, path, JsonLines(path)
@@ -30,12 +34,13 @@ class ProblemFile(Sequence[Any]):
         try:
             return self.task.read_problem(self._rows[index])
         except UserError as error:
-            number = index + 1 if index >= 0 else len(self) + index + 1
-            raise UserError(error if str(self.path) in str(error) else f"{self.path}, line {number}: {error}") from None
+            if str(self.path) in str(error):
+                raise
+            raise UserError(f"{self.path}, line {self._rows.number(index)}: {error}") from None
 
 
 def write_problems(path: Path, task: Task, problems: Iterable[Any]) -> int:
-    """Writes a file of problems, whole or not at all; returns how many they are."""
+    """Write problems to a file of JSON lines, and return their number. An error leaves no partial file."""
     count = 0
     with whole(path) as part, part.open("w") as file:
         for problem in problems:
@@ -47,18 +52,21 @@ def write_problems(path: Path, task: Task, problems: Iterable[Any]) -> int:
 def choose_problems(
     task: Task, train: int, held_out: int, repeats: bool, candidates: Callable[[str], Iterator[Sequence[Any]]]
 ) -> Iterator[tuple[str, Iterator[Any]]]:
-    """(split, its problems), held-out ones first; each split is used up before the next is asked for.
+    """Yield ("held_out", its problems), then ("train", its problems).
 
-    Held-out problems are distinct. Training problems are the first candidates, in their order, that are not held out
-    and, unless `repeats` allows it, were not there before. `candidates(split)` gives them in batches, shorter than the
-    first one where there are no more. Raises UserError where a task has too few.
+    The problems of a split are the first suitable candidates, in order. Held-out problems are distinct by `Task.key`.
+    Training problems are not held out, and are distinct unless `repeats` is true. `candidates(split)` yields batches of
+    candidates; a batch shorter than the first one is the last.
+
+    The caller must exhaust the held-out problems before it asks for the training split. Iterating over a split raises
+    UserError where the task has too few problems.
     """
     held: set[Hashable] = set()
     seen: set[bytes] = set()
 
     def new(problem: Any) -> bool:
         key = task.key(problem)
-        short = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()  # there may be millions
+        short = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()  # saves memory: there may be millions
         return key not in held and short not in seen and not seen.add(short)
 
     def distinct(problem: Any) -> bool:
@@ -76,7 +84,7 @@ def choose_problems(
                 return
             tried += len(problems)
             size = size or len(problems)
-            if tried > MOST_REFUSED * (have + LEAST_TRIED) or len(problems) < size or not problems:
+            if tried > MAX_REJECTED * (have + MIN_CANDIDATES) or len(problems) < size or not problems:
                 raise UserError(
                     f"{count} {split.replace('_', '-')} problems were asked for, {task.spec} gives about {have}: widen "
                     "its problems, ask for fewer, or allow data.repeats"
@@ -87,7 +95,7 @@ def choose_problems(
     yield "train", chosen("train", train, keep)
 
 
-def shared(task: Task, *files: Iterable[Any]) -> int:
-    """How many problems two files have in common, by `Task.key`."""
-    one, two = ({task.key(problem) for problem in problems} for problems in files)
-    return len(one & two)
+def shared(task: Task, one: Iterable[Any], other: Iterable[Any]) -> int:
+    """Return how many distinct problems two collections have in common, by `Task.key`."""
+    keys, other_keys = ({task.key(problem) for problem in problems} for problems in (one, other))
+    return len(keys & other_keys)

@@ -1,15 +1,17 @@
-"""Thread trees of ids on disk: shards of zarr3 arrays, each written whole or not at all, read by index.
+"""Stores thread trees of token ids on disk and reads them by index.
 
-A shard's bytes are a function of its trees alone, so it does not matter which process wrote it, or after how many
-kills. A store is a folder of numbered shards; within one, a tree's threads follow each other depth first and a
-thread's own blocks lie together, so that a thread is read without the rest of its tree. A child that inherits its
-parent's context is no thread of its own here: it stands among its parent's blocks.
+A store is a folder of numbered shards. A shard is a folder of zarr3 arrays, written completely or not at all. Its bytes
+are a function of its trees alone: neither the process that writes it nor earlier kills change them.
 
-    00003/tokens    uint16 or uint32 [tokens]   the ids of all blocks, one after the other
-          blocks    int32 [blocks, 3]           role, tokens, children (of a join, else 0)
-          threads   int32 [threads, 2]          blocks, tokens
-          trees     int64 [trees, 2]            threads, bytes of info
-          info      uint8 [bytes]               each tree's `info` as JSON
+Within a shard, the threads of a tree are stored depth first. The blocks of a thread are stored together, so a thread
+can be read without the rest of its tree. A child that inherits its parent's context is not stored as a thread: its
+blocks are stored among its parent's blocks.
+
+    00003/tokens    uint16 or uint32 [tokens]   the ids of all blocks, concatenated
+          blocks    int32 [blocks, 3]           per block: role, tokens, children (of a join, else 0)
+          threads   int32 [threads, 2]          per thread: blocks, tokens
+          trees     int64 [trees, 2]            per tree: threads, info bytes
+          info      uint8 [bytes]               the `info` of each tree as JSON
           shard.json                            counts, and the sha256 of the arrays
 """
 
@@ -29,18 +31,22 @@ from apr_jax.errors import UserError
 from apr_jax.io.files import whole
 from apr_jax.threads.tree import Block, Spawn, Thread, ThreadTree
 
-# What a block is to its thread. A call leaves the thread's context where its join comes in. A child that inherits its
-# parent's context stands in the parent's rows, between the call and the join, from an empty BRANCH to an empty END.
+# The role of a block in its thread. A call is in the thread's context only until its join replaces it. A child that
+# inherits its parent's context is stored in the parent's rows, between the call and the join: an empty BRANCH block,
+# the child's blocks, an empty END block.
 FORCED, SAMPLED, CALL_FORCED, CALL_SAMPLED, JOIN, BRANCH, END = range(7)
 SAMPLED_ROLES = (SAMPLED, CALL_SAMPLED)
 ARRAYS = ("tokens", "blocks", "threads", "trees", "info")
-_CHUNK = 1 << 16  # elements read and decompressed together
-_CACHE_BYTES = 64 << 20  # of decompressed chunks kept while reading
+_CHUNK = 1 << 16  # elements that are read and decompressed together
+_CACHE_BYTES = 64 << 20  # size of the cache of decompressed chunks
 
 
 def block_rows(thread: Thread) -> Iterator[tuple[Thread, Block, int, int]]:
-    """The blocks of a thread and of the children that inherit from it, in the order they were written, as (whose,
-    block, role, children of a join that have a context of their own)."""
+    """Yield the blocks of a thread and of the children that inherit its context, in the order of writing.
+
+    Each entry is (thread that has the block, block, role, children). `children` is, for a join, the number of joined
+    children that start with a fresh context; 0 for any other role.
+    """
     for item in thread.blocks:
         if not isinstance(item, Spawn):
             yield thread, item, SAMPLED if item.sampled else FORCED, 0
@@ -59,11 +65,13 @@ _NOTHING = Block((), sampled=False)
 
 
 def write_shard(folder: Path, trees: Iterable[ThreadTree], counts: dict) -> dict:
-    """Writes a shard of trees of ids at `folder`; returns what its shard.json holds, `counts` among it (read when
-    `trees` has ended, so that a generator may count as it goes).
+    """Write trees of token ids as a shard at `folder`, and return the content of its shard.json.
 
-    Raises ValueError for a tree that a solver could not have made: the store keeps neither log-probabilities nor
-    failures. OSError or ValueError of a full disk leave nothing at `folder`.
+    The entries of `counts` are part of it. They are read after `trees` is exhausted, so a generator may update them
+    while it yields.
+
+    Raises ValueError for a tree with log-probabilities or failures, which a store cannot keep; a solver's tree has
+    none. After any error, such as OSError or ValueError from a full disk, nothing is left at `folder`.
     """
     tokens = array.array("I")
     blocks, threads, sizes, infos = [], [], [], []
@@ -71,14 +79,14 @@ def write_shard(folder: Path, trees: Iterable[ThreadTree], counts: dict) -> dict
         before = len(threads)
         for thread in tree.threads():
             if thread.failure is not None:
-                raise ValueError(f"a store keeps solvers' trees, was given a thread that failed: {thread.failure}")
+                raise ValueError(f"a store keeps trees without failures, was given a failure: {thread.failure}")
             if thread.inherits:
                 continue
             rows = list(block_rows(thread))
             start = len(tokens)
             for _, block, role, children in rows:
                 if block.logprobs is not None:
-                    raise ValueError("a store keeps solvers' trees, was given log-probabilities")
+                    raise ValueError("a store keeps trees without log-probabilities, was given a block with some")
                 tokens.extend(block.content)
                 blocks.append((role, len(block), children))
             threads.append((len(rows), len(tokens) - start))
@@ -106,7 +114,7 @@ def write_shard(folder: Path, trees: Iterable[ThreadTree], counts: dict) -> dict
 
 
 def read_counts(folder: Path) -> dict | None:
-    """A shard's shard.json, None where there is no whole shard."""
+    """Return the content of a shard's shard.json, or None where there is no complete shard."""
     try:
         return json.loads((folder / "shard.json").read_text())
     except (FileNotFoundError, ValueError):
@@ -115,7 +123,7 @@ def read_counts(folder: Path) -> dict | None:
 
 def _create(path: Path, values: np.ndarray) -> None:
     chunk = (max(1, _CHUNK // max(1, values[:1].size)), *values.shape[1:])
-    whole = (-(-max(1, len(values)) // chunk[0]) * chunk[0], *values.shape[1:])  # one file an array
+    file_shape = (-(-max(1, len(values)) // chunk[0]) * chunk[0], *values.shape[1:])  # one file holds the whole array
     inner = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "zstd", "configuration": {"level": 3}}]
     sharding = {"name": "sharding_indexed", "configuration": {"chunk_shape": chunk, "codecs": inner}}
     spec = {
@@ -124,7 +132,7 @@ def _create(path: Path, values: np.ndarray) -> None:
         "metadata": {
             "shape": values.shape,
             "data_type": values.dtype.name,
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": whole}},
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": file_shape}},
             "codecs": [sharding],
         },
     }
@@ -140,9 +148,10 @@ class _Shard:
 
 
 class TreeStore(Sequence[ThreadTree]):
-    """All trees of a store by number, and all its threads. In memory are two numbers a thread and two a tree.
+    """The trees of a store as a read-only sequence, and its threads by number.
 
-    Raises FileNotFoundError where there is no shard, ValueError where one is broken.
+    Token ids stay on disk; memory holds a few integers for each thread and each tree. Raises FileNotFoundError where
+    the folder has no shard, and UserError, also while reading, where a shard is broken.
     """
 
     def __init__(self, folder: Path):
@@ -165,27 +174,32 @@ class TreeStore(Sequence[ThreadTree]):
             trees.append(np.concatenate([_starts(own_trees), own_trees], axis=1))
             first_tree += len(own_trees)
             first_thread += len(own_threads)
-        self._threads = np.concatenate(threads)  # [threads, 3] first block and token in its shard, tokens
-        self._trees = np.concatenate(trees)  # [trees, 4] first thread and info byte in its shard, and how many
+        self._threads = np.concatenate(threads)  # [threads, 3]: first block and token in its shard; tokens
+        self._trees = np.concatenate(trees)  # [trees, 4]: first thread and info byte in its shard; threads, info bytes
         self._tree_shards = [shard.first_tree for shard in self._shards]
         self._thread_shards = [shard.first_thread for shard in self._shards]
-        self.tree_threads = np.concatenate([[0], np.cumsum(self._trees[:, 2])])  # a tree's first thread, [trees + 1]
+        # [trees + 1]: the number of each tree's first thread; the last entry is the number of all threads.
+        self.tree_threads = np.concatenate([[0], np.cumsum(self._trees[:, 2])])
 
     def __len__(self) -> int:
         return len(self._trees)
 
     @property
     def thread_tokens(self) -> np.ndarray:
-        """Own tokens of every thread [threads], calls and joins included: the length of its piece."""
+        """The number of tokens of each thread's segment, [threads]: its calls, joins and inheriting children count."""
         return self._threads[:, 2]
 
     def info(self, tree: int) -> dict:
+        """Return the `info` of tree number `tree` without reading its token ids."""
         shard = self._shards[np.searchsorted(self._tree_shards, tree, side="right") - 1]
         _, start, _, length = self._trees[tree].tolist()
         return json.loads(shard.arrays["info"][start : start + length].read().result().tobytes())
 
     def thread(self, thread: int) -> tuple[np.ndarray, np.ndarray]:
-        """A thread's own ids int32 [n] and its blocks int32 [blocks, 3]: role, tokens, children."""
+        """Return the token ids of a thread, int32 [n], and its blocks, int32 [blocks, 3] of (role, tokens, children).
+
+        Threads are numbered through the whole store. Raises UserError where the shard is broken.
+        """
         shard = self._shards[np.searchsorted(self._thread_shards, thread, side="right") - 1]
         block, token, length = self._threads[thread].tolist()
         last = thread + 1 - shard.first_thread == shard.arrays["threads"].shape[0]
@@ -239,5 +253,5 @@ def _broken(path: Path, error: ValueError) -> ValueError:
 
 
 def _starts(counts: np.ndarray) -> np.ndarray:
-    """Where each row's parts begin, of how many parts each row has: int64, as `counts` [n, k]."""
+    """Return the exclusive cumulative sum of `counts` [n, k] along its first axis, as int64."""
     return np.cumsum(counts, axis=0, dtype=np.int64) - counts

@@ -1,7 +1,7 @@
-"""Records of trees, and their files: one JSON object a line.
+"""Records of evaluated problems, and their files: JSON lines, one record a line.
 
-`TreeRecord` holds all that is counted of one problem's tree, whether it was evaluated (`Record`) or measured
-(`apr_jax.evaluate.latency.sample.Sample`).
+`TreeRecord` holds what is counted on one problem's tree. Two records build on it: an evaluation's `Record`, and a
+latency sample (`apr_jax.evaluate.latency.sample.Sample`).
 """
 
 import contextlib
@@ -29,18 +29,20 @@ from apr_jax.threads.tree_json import tree_from_json
 
 @dataclasses.dataclass(frozen=True)
 class TreeRecord:
-    """What is counted of the tree of one problem. Lengths are tokens."""
+    """One problem, and the counts of its rollout tree. All lengths are in tokens."""
 
-    index: int  # of the problem in its list
-    problem: dict[str, Any]  # `Task.problem_json`
-    task: str = ""  # a spec, as `load_task` reads it
-    variant: str = ""  # of the task
-    condition: str = ""  # first on the root's prompt
+    index: int  # the problem's position in the evaluated list
+    problem: dict[str, Any]  # JSON form of the problem, from `Task.problem_json`
+    task: str = ""  # name or "package.module:Class", as `load_task` takes it
+    variant: str = ""  # the task's variant, e.g. "apr"
+    condition: str = ""  # text at the start of the root's prompt
     correct: bool = False
     answered: bool = False  # the root returned a result, right or wrong
-    failures: dict[str, int] = dataclasses.field(default_factory=dict)  # threads: "length", "tokens", "malformed:KIND"
-    malformed: dict[str, int] = dataclasses.field(default_factory=dict)  # spawns by kind
-    suppressed_joins: int = 0  # join blocks that a thread began to write itself
+    failures: dict[str, int] = dataclasses.field(
+        default_factory=dict
+    )  # "length", "tokens" or "malformed:KIND": threads
+    malformed: dict[str, int] = dataclasses.field(default_factory=dict)  # malformed spawns by kind
+    suppressed_joins: int = 0  # join blocks that a thread began to write itself; the runner prevents them
     total_tokens: int = 0
     sampled_tokens: int = 0
     sequential_tokens: int = 0
@@ -50,12 +52,12 @@ class TreeRecord:
     depth: int = 0
 
     def line(self) -> str:
-        """The record as one line of JSON."""
+        """Return the record as one line of JSON."""
         return to_line(vars(self))
 
 
 def tree_counts(tree: ThreadTree) -> dict[str, Any]:
-    """The fields of a `TreeRecord` that a tree decides. The tree is a rollout: it has an outcome."""
+    """Return the fields of a `TreeRecord` that are computed from a rollout tree. The tree must have an `outcome`."""
     outcome = tree.outcome
     return {
         "correct": outcome.correct, "answered": outcome.answered, "failures": outcome.failures,
@@ -67,48 +69,51 @@ def tree_counts(tree: ThreadTree) -> dict[str, Any]:
 
 
 def problem_rows(task: Task, problems: Sequence[Any]) -> list[dict[str, Any]]:
-    """The JSON form of problems, as it comes back from a file: tuples are lists."""
+    """Return the JSON form of each problem, as it would be read from a file: tuples become lists."""
     return [json.loads(json.dumps(task.problem_json(problem))) for problem in problems]
 
 
-REQUIRED = ("index", "problem", "task", "variant", "correct", "answered", "failures")  # without one it is no answer
+REQUIRED = ("index", "problem", "task", "variant", "correct", "answered", "failures")  # every stored record has these
 
 
 @dataclasses.dataclass(frozen=True)
 class Record(TreeRecord):
-    """An evaluated problem: its tree, and whether it is right."""
+    """The evaluation of one problem: its tree, its counts, and whether the answer is right."""
 
-    name: str = ""  # what was evaluated
-    weights: str = ""  # whose tree it is: `fingerprint` of the model; "": not told
-    steps: int = 0  # that threads wrote themselves
-    steps_right: int = 0
-    tree: dict[str, Any] | None = None  # as `tree_to_json`; `thread_tree` reads it
+    name: str = ""  # the evaluated model, e.g. "sft_apr"
+    weights: str = ""  # `fingerprint` of the model's weights; "": unknown
+    steps: int = 0  # reasoning steps that the threads wrote themselves, counted by `TaskProtocol.steps`
+    steps_right: int = 0  # how many of these steps are right
+    tree: dict[str, Any] | None = None  # from `tree_to_json`; `thread_tree` reads it
 
     @property
     def thread_tree(self) -> ThreadTree | None:
+        """The problem's tree, None if the record has none. Raises UserError if the stored tree is broken."""
         return None if self.tree is None else tree_from_json(self.tree)
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> "Record":
-        """The record of a line's object. Raises UserError where it is none; its tree is read by `thread_tree`."""
+        """Build a record from a parsed JSON line. Raises UserError for a field that is missing, unknown or of another
+        type. The tree is not checked here; `thread_tree` checks it."""
         if missing := [name for name in REQUIRED if name not in row]:
             raise UserError(f"no record: {missing[0]} is missing")
         try:
             record = cls(**row)
-        except TypeError as error:  # other fields
+        except TypeError as error:  # unknown fields
             raise UserError(f"no record: {error}") from None
         for field in dataclasses.fields(cls):
             kind, value = get_origin(field.type) or field.type, getattr(record, field.name)
             if field.name != "tree" and not (isinstance(value, kind) and isinstance(value, bool) == (kind is bool)):
-                raise UserError(f"no record: {field.name} is {str(value)[:40]!r}, no {kind.__name__}")
+                raise UserError(f"no record: {field.name} is {str(value)[:40]!r}, must be of type {kind.__name__}")
         for name in ("failures", "malformed"):
             if not all(isinstance(count, int) for count in getattr(record, name).values()):
-                raise UserError(f"no record: {name} is {str(getattr(record, name))[:40]}, no counts by kind")
+                given = str(getattr(record, name))[:40]
+                raise UserError(f"no record: {name} is {given}, must be integers by kind")
         return record
 
 
 def read_records(path: str | Path) -> list[Record]:
-    """All records of a file. Raises FileNotFoundError, and UserError that names the line for one that is broken."""
+    """Read all records of a file. Raises FileNotFoundError, and UserError with the line's number for a broken line."""
     records = []
     for number, row in read_lines(path):
         try:
@@ -119,8 +124,8 @@ def read_records(path: str | Path) -> list[Record]:
 
 
 def whole_records(path: Path) -> list[Record]:
-    """The records of a file that a killed run may have left; no file, no records. A line that was cut short or has
-    other fields is left out, so that its problem is run again."""
+    """Read the intact records of a file that a killed run may have left. A missing file gives an empty list. A line
+    that was cut short or has unknown fields is skipped, so that its problem is evaluated again."""
     records = []
     for _, row in read_lines(path, cut_short=True):
         with contextlib.suppress(UserError):

@@ -1,11 +1,11 @@
-"""Runs problems through a runner and keeps exactly one record per problem.
+"""Evaluates problems with a `TreeRunner` and keeps exactly one record per problem.
 
-A failure of the model, such as a malformed spawn, is part of a record, which then counts as wrong. A failure of the
-system (out of memory, a dead server, a bug) is never a record: it ends the evaluation.
+A failure of the model, such as a malformed spawn, is stored in the problem's record, which then counts as wrong. A
+failure of the system (out of memory, a dead server, a bug) is never stored as a record: it ends the evaluation.
 
-An evaluation may end at any moment: records are appended to ``PATH.partial`` as trees end, and one started
-again runs only the problems that have none there. Draws depend on a tree's name alone, so the trees are the
-same however often the evaluation was stopped; log-probabilities may differ in their last place (`JaxEngine`).
+An evaluation may be killed at any time. Each record is appended to ``PATH.partial`` when its tree ends, and the same
+call resumes with the problems that have no record yet. Sampling depends on a tree's name alone, so the trees are the
+same however often the evaluation was interrupted. Log-probabilities may differ in their last digit (see `JaxEngine`).
 """
 
 import asyncio
@@ -23,8 +23,8 @@ from apr_jax.threads.run import TreeRunner, together
 from apr_jax.threads.tree import Block, Spawn, Thread, ThreadTree
 from apr_jax.threads.tree_json import tree_to_json
 
-NAME_TAG = -1  # first in the names of evaluated trees; training's begin with a step, which is never negative
-LOGPROB_DIGITS = 3  # in records: for the viewer, not for training
+NAME_TAG = -1  # begins the names of evaluated trees; names in training begin with the step, which is never negative
+LOGPROB_DIGITS = 3  # decimal places of log-probabilities in records: enough for the viewer, too few for training
 
 
 def evaluate(
@@ -40,15 +40,16 @@ def evaluate(
     progress_title: str | None = None,
     at_once: int = 256,
 ) -> list[Record]:
-    """The records of all problems, in their order, as they then stand in `path` (JSON lines).
+    """Evaluate all problems. Returns their records in the problems' order, and writes them to `path` (JSON lines).
 
-    `task` and `variant` say what the problems are and which protocol the runner has. `name` says what is evaluated, as
-    ``"sft_apr"`` (default: the file's stem). What an earlier run left at `path` is taken over where task, variant,
-    name, condition, problem and weights are the same, and only there. `weights` is the `fingerprint` of the model that
-    decodes: without it a path is for one checkpoint. `at_once` trees run side by side; it changes no record.
+    `task` and `variant` are those of the problems and of the runner's protocol. `name` is the name of the evaluated
+    model, e.g. ``"sft_apr"`` (default: the file's stem). `weights` is the `fingerprint` of its weights. A record that
+    an earlier run left at `path` is reused if task, variant, name, condition, weights and problem are all the same.
+    Without `weights`, a path must be used for one checkpoint only. At most `at_once` trees run side by side; the
+    number changes no record.
 
-    Raises what the runner raises for a tree, when the other trees have been cancelled. That problem then has no
-    record; those of finished trees stay in ``PATH.partial``, and the same call goes on.
+    An error that the runner raises for a tree is raised here, after the other trees have been cancelled. The failed
+    problem then has no record. The records of finished trees stay in ``PATH.partial``, and the same call resumes.
     """
     path = Path(path)
     name = path.stem if name is None else name
@@ -60,11 +61,11 @@ def evaluate(
     records: dict[int, Record] = {}
     for source in (path, partial):
         for record in whole_records(source):
-            if 0 <= record.index < len(blank) and _question(record) == _question(blank[record.index]):
+            if 0 <= record.index < len(blank) and _identity(record) == _identity(blank[record.index]):
                 records.setdefault(record.index, record)
     missing = [one for one in blank if one.index not in records]
     if missing:
-        # Written anew first: the last line may have been cut by a kill.
+        # Rewrite the file first, since a kill may have cut its last line.
         write_text(partial, "".join(record.line() for record in records.values()))
         with partial.open("a") as file:
             progress = Progress(progress_title or f"evaluate {name}", len(problems), "problems", len(records))
@@ -84,8 +85,8 @@ def evaluate(
     return ordered
 
 
-def _question(record: Record) -> tuple:
-    """What was asked of whom: a record counts for nothing else."""
+def _identity(record: Record) -> tuple:
+    """The fields of a stored record that must all be the same for it to be reused."""
     return record.task, record.variant, record.name, record.condition, record.weights, record.problem
 
 
@@ -100,7 +101,7 @@ async def _run(
                 tree = await runner.run(problems[blank.index], (NAME_TAG, blank.index), blank.condition)
                 record = _record(blank, tree, runner)
             except Exception as error:
-                error.add_note(f"({blank.name}, problem {blank.index}; the same command goes on from here)")
+                error.add_note(f"({blank.name}, problem {blank.index}; the same command continues from here)")
                 raise
             done(record)
 
@@ -117,7 +118,8 @@ def _record(blank: Record, tree: ThreadTree, runner: TreeRunner) -> Record:
 
 
 def _written(thread: Thread, decode: Callable[[list[int]], str]) -> list[str]:
-    """The texts that a thread wrote, each without a break by the system; calls hold no steps and are left out."""
+    """Return the texts that a thread wrote itself, split wherever the system inserted tokens. The texts of spawns are
+    left out, since they contain no steps."""
     runs: list[list[int]] = [[]]
     for item in thread.blocks:
         if isinstance(item, Block) and item.sampled:

@@ -1,4 +1,4 @@
-"""Evaluations in numbers: intervals, accuracy within a window or a number of tokens, one summary of all records."""
+"""Statistics of evaluations: confidence intervals, accuracy within a token budget, and a summary of records."""
 
 import math
 from collections import Counter
@@ -8,21 +8,21 @@ from apr_jax.evaluate.records import Record
 
 
 def wilson_interval(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """The Wilson score interval of a rate, (low, high) from 0 to 1; z = 1.96 covers 95 %.
+    """Return the Wilson score interval (low, high) of the rate right / total; z = 1.96 gives a 95 % interval.
 
-    (0, 1) where nothing was counted. Raises ValueError unless 0 <= right <= total.
+    Returns (0, 1) if `total` is 0. Raises ValueError unless 0 <= right <= total.
 
     >>> [round(end, 3) for end in wilson_interval(8, 10)]
     [0.49, 0.943]
     """
     if not 0 <= right <= total:
-        raise ValueError(f"right is from 0 to total, was given {right} of {total}")
+        raise ValueError(f"right must be from 0 to total, was given {right} of {total}")
     if total == 0:
         return 0.0, 1.0
     rate, spread = right / total, z * z / total
     centre = rate + spread / 2
     half = z * math.sqrt(rate * (1 - rate) / total + spread / (4 * total))
-    # At its ends the formula is exact only up to rounding.
+    # If right is 0 or total, one bound is exactly 0 or 1, which the formula would round.
     low = (centre - half) / (1 + spread) if right else 0.0
     return low, (centre + half) / (1 + spread) if right < total else 1.0
 
@@ -30,11 +30,14 @@ def wilson_interval(right: int, total: int, z: float = 1.96) -> tuple[float, flo
 def paired_difference(
     before: Sequence[Record], after: Sequence[Record], z: float = 1.96
 ) -> tuple[float, float, float, int, int]:
-    """How much more often `after` is right than `before` on the same problems: (difference, low, high, problems gained,
-    problems lost), rates from -1 to 1. The interval is that of a mean of paired differences, which is far narrower than
-    those of the two accuracies: most problems are answered the same. Raises ValueError where the problems differ.
+    """Return how much more often `after` is right than `before` on the same problems: (difference, low, high, number
+    of problems gained, number lost). The first three are rates from -1 to 1.
 
-    Example: of 100 problems 9 are gained and 4 lost: 0.05, from -0.02 to 0.12.
+    (low, high) is the normal interval, z standard errors wide on each side, of the mean of the per-problem differences.
+    It is far narrower than the intervals of the two accuracies, since most problems are answered the same both times.
+    Raises ValueError if the problems differ or there are none.
+
+    Example: of 100 problems 9 are gained and 4 lost. The difference is 0.05, from -0.02 to 0.12.
     """
     if not before or [record.problem for record in before] != [record.problem for record in after]:
         raise ValueError("a paired difference needs the same problems in the same order")
@@ -47,18 +50,18 @@ def paired_difference(
 
 
 def accuracy_by_window(records: Sequence[Record], windows: Iterable[int]) -> list[tuple[int, float]]:
-    """The paper's cumulative accuracy (figure 4b): for each window in tokens the share of all problems
-    answered right with every thread inside the window.
+    """Return (window, accuracy) for each window in tokens. The accuracy is the fraction of all problems that were
+    answered right by a tree whose threads all fit the window (the paper's cumulative accuracy, figure 4b).
 
-    Example: right answers with longest contexts 100 and 300 of 4 problems give [(200, 0.25), (400, 0.5)]
-    for windows 200 and 400.
+    Example: of 4 problems two are right, with longest contexts of 100 and 300 tokens. The windows 200 and 400 then give
+    [(200, 0.25), (400, 0.5)].
     """
     return _cumulative([record.longest_context for record in records if record.correct], len(records), windows)
 
 
 def accuracy_by_sequential(records: Sequence[Record], edges: Iterable[int]) -> list[tuple[int, float]]:
-    """For each edge the share of all problems answered right in at most so many sequential tokens
-    (the paper's figure 6)."""
+    """Return (edge, accuracy) for each edge. The accuracy is the fraction of all problems that were answered right
+    within `edge` sequential tokens (the paper's figure 6)."""
     return _cumulative([record.sequential_tokens for record in records if record.correct], len(records), edges)
 
 
@@ -67,15 +70,16 @@ def _cumulative(costs: Sequence[int], total: int, edges: Iterable[int]) -> list[
 
 
 def even_edges(values: Iterable[int], count: int = 8, step: int = 64) -> list[int]:
-    """At most `count` even edges, multiples of `step`, the last of which holds every value."""
+    """Return at most `count` evenly spaced edges, each a multiple of `step`. No value is larger than the last edge."""
     top = max([*values, 1])
     width = -(-top // (count * step)) * step
     return [width * i for i in range(1, -(-top // width) + 1)]
 
 
 def summarise(records: Sequence[Record]) -> dict:
-    """One evaluation in numbers, JSON-able; `ran` of `n` problems have a tree, and means are per tree. Every failure of
-    the model counts as wrong."""
+    """Summarise the records of one evaluation as a JSON-able dictionary. `n` is the number of records and `ran` the
+    number of those with a tree. Rates are from 0 to 1; token counts and children are means per tree. A tree in which
+    the model failed counts as wrong."""
     n, right = len(records), sum(record.correct for record in records)
     ran = [record for record in records if record.tree is not None]
     low, high = wilson_interval(right, n)

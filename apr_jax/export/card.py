@@ -1,4 +1,4 @@
-"""The model card of an export, its README.md."""
+"""Writes the model card of an export, its README.md."""
 
 import json
 import re
@@ -7,17 +7,17 @@ from apr_jax.model.family import Model, family_of, parameter_count
 from apr_jax.text.tokenizer import BOS, EOS
 
 ABOUT = """\
-A small {family} trained with apr_jax to work in threads (Adaptive Parallel Reasoning), on the task `{task}`, variant
-`{variant}`. It knows the language of that task's demonstrations, nothing else.
+A small {family} trained with apr_jax to reason in threads (Adaptive Parallel Reasoning), on the task `{task}`, variant
+`{variant}`. It was trained on demonstrations of that task and on no other text.
 
-Every thread's prompt begins with the token `{bos}`, which the tokenizer does not add by itself, and a thread ends with
-`{eos}`. After a spawn the program that drives the model has to run the child threads and put their results in the
-context of the parent; apr_jax does, with the task's protocol."""
-ABOUT_IMPORTED = "A {family} that apr_jax imported and exported again, without training it."
+Every thread's prompt begins with the token `{bos}`, which the tokenizer does not add by itself. A thread ends with
+`{eos}`. When the model spawns child threads, the program that runs it has to decode these threads and insert their
+results into the parent's context; apr_jax does this with the task's protocol."""
+ABOUT_IMPORTED = "A {family} that apr_jax imported and exported again without training it."
 
 
 def model_card(model: Model, name: str, meta: dict, dtype: str) -> str:
-    """README.md: what the model is, how to start it, its sizes, and all of `meta`."""
+    """Return the text of README.md: what the model is, how to run it, its sizes, and all of the checkpoint's `meta`."""
     config = model.config
     total, inner = parameter_count(model)
     family = family_of(config).title
@@ -51,7 +51,7 @@ tags: [{tags}]
 |---|---|
 {table}
 
-What the checkpoint says of itself:
+The checkpoint's metadata:
 
 ```json
 {details}

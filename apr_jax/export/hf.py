@@ -1,11 +1,11 @@
-"""Export to a Hugging Face folder, which transformers and SGLang load, and checks of what was exported.
+"""Exports a model to a Hugging Face folder, which transformers and SGLang load, and checks the export.
 
-    config.json, generation_config.json, model.safetensors      the model; past 5 GB the weights are in
-                                                                shards, which model.safetensors.index.json lists
+    config.json, generation_config.json, model.safetensors      the model; weights above 5 GB are split into
+                                                                shards, listed in model.safetensors.index.json
     tokenizer.json, tokenizer_config.json                       a PreTrainedTokenizerFast
     README.md                                                   the model card
 
-The names of tensors and sizes are those of the model's family. torch and transformers are needed by the checks alone.
+The model's family gives the names of tensors and the keys of config.json. Only the checks need torch and transformers.
 """
 
 import asyncio
@@ -43,10 +43,10 @@ from apr_jax.threads.tree import Thread, map_blocks
 from apr_jax.train.optimizer import path_name
 from apr_jax.train.step import data_mesh
 
-KEY = "apr_jax"  # of config.json: the family, and the task that the model was trained on
-SPARE_POSITIONS = 8  # SGLang refuses prompts within 6 tokens of the context and stops output 2 before it
+KEY = "apr_jax"  # key of config.json: the model's family, and the task that it was trained on
+SPARE_POSITIONS = 8  # added to the context: SGLang refuses prompts within 6 tokens of it, and stops 2 tokens before it
 DTYPES = ("float32", "bfloat16")
-SHARD_BYTES = 5 * 10**9  # of one file of weights, as transformers writes them
+SHARD_BYTES = 5 * 10**9  # most bytes of one file of weights, as in transformers
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FILES = (
     "config.json", "generation_config.json", WEIGHTS, INDEX, "tokenizer.json", "tokenizer_config.json", "README.md",
@@ -56,12 +56,12 @@ SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 class ExportError(UserError):
-    """An export that cannot be made or cannot be written; one line, and what was there before stays."""
+    """An export that cannot be made or written. The message is one line; an earlier export stays as it was."""
 
 
 def hf_name(family: Family, name: str) -> tuple[str, Change]:
-    """Hugging Face's name of a parameter, "{}" where the layer stands, and the change of one layer's array.
-    Raises ExportError where no rule names it."""
+    """Return a parameter's Hugging Face name, with "{}" in the place of the layer's number, and the conversion of one
+    layer's array. Raises ExportError if the family has no rule for the parameter."""
     for rule in family.hugging_face.names:
         if found := re.fullmatch(rule.ours, name):
             return found.expand(rule.theirs), rule.change
@@ -69,14 +69,14 @@ def hf_name(family: Family, name: str) -> tuple[str, Change]:
 
 
 def hf_arrays(model: Model, dtype: str = "float32") -> dict[str, np.ndarray]:
-    """All parameters by their Hugging Face names, layers unstacked. Tied: there is no lm_head.
-    Raises ExportError for a parameter that no rule names and for one with values that are no numbers."""
+    """Return all parameters by their Hugging Face names, with layers unstacked. With tied embeddings there is no
+    lm_head. Raises ExportError for a parameter without a rule, and for values that are not finite."""
     family, arrays = family_of(model.config), {}
     for path, value in jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(model, nnx.Param))):
         name = path_name(path)
         theirs, change = hf_name(family, name)
         if not bool(jnp.isfinite(value).all()):
-            raise ExportError(f"the parameter {name} holds values that are no numbers")
+            raise ExportError(f"the parameter {name} has values that are not finite")
         whole = np.asarray(value.astype(dtype))
         layers = whole if "{}" in theirs else whole[None]
         arrays |= {theirs.format(l): np.ascontiguousarray(change.theirs(layer)) for l, layer in enumerate(layers)}
@@ -86,15 +86,15 @@ def hf_arrays(model: Model, dtype: str = "float32") -> dict[str, np.ndarray]:
 def hf_config(
     model: Model, tokenizer: Tokenizer | HubTokenizer, dtype: str = "float32", positions: int | None = None
 ) -> dict[str, Any]:
-    """config.json. The dtype stands there twice: under today's key and that of older versions of transformers.
-    `positions`: the longest position, by default the context and the spare ones."""
+    """Return the contents of config.json. The dtype is stored under two keys, the current one and that of older
+    versions of transformers. `positions` is the longest position; default: the context and the spare positions."""
     config, ends = model.config, sorted(tokenizer.ends)
     form = family_of(config).hugging_face
     return {
         "architectures": [form.architecture],
         "model_type": form.model_type,
         **form.write_config(config),
-        # The embedding's rows and no other number: an id at or past it kills an SGLang server.
+        # Exactly the rows of the embedding: an id at or past vocab_size kills an SGLang server.
         "vocab_size": int(model.embed_VxD[...].shape[0]),
         "max_position_embeddings": positions or config.context + SPARE_POSITIONS,
         "bos_token_id": tokenizer.bos,
@@ -109,18 +109,18 @@ def export_hf(
     model: Model, tokenizer: Tokenizer | HubTokenizer, folder: Path | str, meta: dict | None = None,
     dtype: str = "float32", shard_bytes: int = SHARD_BYTES,
 ) -> None:  # fmt: skip
-    """Writes the folder, in place of an earlier export. `meta`, a JSON dictionary (a checkpoint's), goes on
-    the model card; a `max_position_embeddings` in it, an imported model's, goes into config.json. `dtype` is that of
-    the stored weights, of which no file holds more than `shard_bytes` but for one array that is larger.
+    """Write the export to `folder`, in place of an earlier one. Weights are stored as `dtype`, in files of at most
+    `shard_bytes`, except for a single array that is larger.
 
-    The family, and the task, its settings, the variant and the condition of `meta` go into config.json as the object
-    "apr_jax", where whoever serves the model finds them; other programs pass over it.
+    `meta` is a checkpoint's metadata. It goes on the model card. Its task, settings, variant and condition go into
+    config.json as the object "apr_jax", together with the model's family, for the programs here that run the export;
+    others ignore that object. An imported model's `max_position_embeddings` in `meta` goes into config.json, too.
 
-    Everything is written into a folder beside it and renamed, so that a failure leaves what was there.
-    Raises ExportError, also where `folder` holds files that are not an export's.
+    All files are written to a folder beside `folder`, which is then renamed, so that a failure leaves an earlier export
+    as it was. Raises ExportError, also if `folder` contains files that no export writes.
     """
     if dtype not in DTYPES:
-        raise ExportError(f"dtype is float32 or bfloat16, was given {dtype!r}")
+        raise ExportError(f"dtype must be float32 or bfloat16, was given {dtype!r}")
     if len(tokenizer) > model.config.vocab_size:
         raise ExportError(f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}")
     positions = (meta or {}).get("max_position_embeddings")
@@ -142,8 +142,8 @@ def export_hf(
 
 
 def trained_on(meta: dict, config: ModelConfig) -> dict[str, Any]:
-    """The model's family, and what a checkpoint's meta says of the task that it was trained on, and how it is asked:
-    the window is that of its run, else the model's context."""
+    """Return what config.json stores under `KEY`: the model's family, and the task, its settings, variant, condition
+    and window from a checkpoint's meta. Without a window in `meta` it is the model's context."""
     return {
         "family": config.family,
         "task": meta["task"],
@@ -155,7 +155,7 @@ def trained_on(meta: dict, config: ModelConfig) -> dict[str, Any]:
 
 
 def _foreign(folder: Path) -> str | None:
-    """A file of a folder that no export writes."""
+    """Return the name of a file in a folder that no export writes, or None."""
     names = {path.name for path in folder.iterdir()} - set(FILES)
     return min((name for name in names if not SHARD.fullmatch(name)), default=None)
 
@@ -174,11 +174,11 @@ def _write_weights(folder: Path, arrays: dict[str, np.ndarray], shard_bytes: int
     _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
 
 
-def _shards(arrays: dict[str, np.ndarray], most: int) -> Iterator[list[str]]:
-    """The names of the arrays, as many in a row together as `most` bytes hold."""
+def _shards(arrays: dict[str, np.ndarray], max_bytes: int) -> Iterator[list[str]]:
+    """Yield the arrays' names in groups of at most `max_bytes`, in their order. A larger array is a group alone."""
     names, size = [], 0
     for name, array in arrays.items():
-        if names and size + array.nbytes > most:
+        if names and size + array.nbytes > max_bytes:
             yield names
             names, size = [], 0
         names.append(name)
@@ -193,7 +193,7 @@ def _write_json(path: Path, content: dict) -> None:
 def _write_tokenizer(folder: Path, model: Model, tokenizer: Tokenizer | HubTokenizer, imported: bool) -> None:
     if isinstance(tokenizer, HubTokenizer):
         tokenizer.backend.save_pretrained(folder)
-        if imported:  # as it was
+        if imported:  # its tokenizer_config.json stays as it was
             return
         path = folder / "tokenizer_config.json"
         _write_json(path, json.loads(path.read_text()) | {"model_max_length": model.config.context})
@@ -205,8 +205,8 @@ def _write_tokenizer(folder: Path, model: Model, tokenizer: Tokenizer | HubToken
         "eos_token": EOS,
         "pad_token": PAD,
         "unk_token": UNKNOWN,
-        "clean_up_tokenization_spaces": False,  # it would take the space out of " ." and change the trace
-        "split_special_tokens": True,  # as ours: a "<s>" in text is text
+        "clean_up_tokenization_spaces": False,  # else decoding removes the space of " ." and changes the trace
+        "split_special_tokens": True,  # as in our tokenizer, a "<s>" in a text is text
         "model_max_length": model.config.context,
     }
     _write_json(folder / "tokenizer_config.json", config)
@@ -216,16 +216,20 @@ def _write_tokenizer(folder: Path, model: Model, tokenizer: Tokenizer | HubToken
 
 
 def check_export(model: Model, tokenizer: Tokenizer, folder: Path | str, sequences: Sequence[Sequence[int]]) -> dict:
-    """{"max_logit_difference": largest absolute difference over all sequences, positions and tokens,
-    "sequences": their number}: transformers against this model rounded to the export's dtype, both computing
-    in float32 on the CPU or, ours, on JAX's own device. Every sequence goes forward alone."""
+    """Compare the logits of transformers with those of this model, rounded to the export's dtype. Both compute in
+    float32, transformers on the CPU and ours on JAX's default device, one sequence at a time.
+
+    Returns {"max_logit_difference": the largest absolute difference over all sequences, positions and tokens,
+    "sequences": their number}.
+    """
     torch = import_torch()
 
     theirs, ours = load_transformers(folder), _as_exported(model, folder)
     graphdef, weights = nnx.split(ours)
     worst = 0.0
     for ids in (list(map(int, sequence)) for sequence in sequences):
-        padded = ids + [tokenizer.pad] * (-len(ids) % 64)  # few shapes to compile; no token sees what is behind it
+        # Padding leaves few shapes to compile. At the end of a sequence it changes no logit, since attention is causal.
+        padded = ids + [tokenizer.pad] * (-len(ids) % 64)
         a_TxV = _logits(graphdef, weights, jnp.asarray([padded]))[0, : len(ids)]
         with torch.inference_mode():
             b_TxV = theirs(torch.tensor([ids])).logits[0].numpy()
@@ -235,6 +239,7 @@ def check_export(model: Model, tokenizer: Tokenizer, folder: Path | str, sequenc
 
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(graphdef, weights, tokens_BxT: jax.Array) -> jax.Array:
+    """Return the logits [B, T, V] of whole sequences under causal attention."""
     B, T = tokens_BxT.shape
     mask_BxTxT = jnp.broadcast_to(jnp.tri(T, dtype=bool), (B, T, T))
     model = nnx.merge(graphdef, weights)
@@ -244,13 +249,13 @@ def _logits(graphdef, weights, tokens_BxT: jax.Array) -> jax.Array:
 
 
 def greedy_agreement(model: Model, folder: Path | str, prompts: Sequence[Sequence[int]], new_tokens: int) -> int:
-    """How many prompts transformers' `generate` and the JAX engine continue with the same tokens, greedily,
-    to the end token or for `new_tokens`. Raises UserError where a prompt and its continuation do not fit."""
+    """Return for how many prompts transformers' `generate` and the JAX engine decode the same tokens greedily, up to an
+    end token or `new_tokens`. Raises UserError if a prompt and `new_tokens` are longer than the model's context."""
     torch = import_torch()
 
     longest = max(map(len, prompts), default=0) + new_tokens
     if longest > model.config.context:
-        raise UserError(f"a prompt and {new_tokens} tokens are {longest}, the model holds {model.config.context}")
+        raise UserError(f"a prompt and {new_tokens} new tokens are {longest}, the context is {model.config.context}")
     theirs = load_transformers(folder)
     engine = _engine(_as_exported(model, folder), slots=min(len(prompts), 8) or 1, context=model.config.context)
     ends = theirs.config.eos_token_id
@@ -279,20 +284,20 @@ def check_trees(
     model: Model, tokenizer: Tokenizer, folder: Path | str, protocol: TaskProtocol, problems: Sequence, budget: Budget,
     progress_title: str = "check trees", condition: str = "",
 ) -> tuple[int, int]:  # fmt: skip
-    """(equal, total): how many problems' greedy trees are the same, token for token and thread for thread,
-    from the JAX engine and from transformers. `condition` stands first on every root's prompt."""
+    """Compare the greedy trees of the JAX engine with those of transformers. Returns (number of problems whose trees
+    have the same threads and tokens, number of problems). `condition` begins the root's prompt."""
     engines = (
         _engine(_as_exported(model, folder), slots=16, context=budget.context),
         TransformersEngine(load_transformers(folder), budget.context),
     )
     progress = Progress(progress_title, len(engines) * len(problems), "trees")
-    asked = (tokenizer, protocol, problems, budget, progress, condition)
-    ours, theirs = (_greedy_trees(engine, *asked) for engine in engines)
+    arguments = (tokenizer, protocol, problems, budget, progress, condition)
+    ours, theirs = (_greedy_trees(engine, *arguments) for engine in engines)
     return sum(a == b for a, b in zip(ours, theirs)), len(problems)
 
 
 def _greedy_trees(engine, tokenizer, protocol, problems, budget, progress: Progress, condition: str) -> list[Thread]:
-    """The trees' roots, without log-probabilities, which differ in the last digits."""
+    """Return the roots of the problems' greedy trees, without log-probabilities: their last digits differ by engine."""
     runner = TreeRunner(engine, protocol, tokenizer, budget, Sampling(temperature=0.0))
 
     async def one(index: int, problem):
@@ -309,7 +314,7 @@ def _engine(model: Model, slots: int, context: int) -> JaxEngine:
 
 
 def _as_exported(model: Model, folder: Path | str) -> Model:
-    """The model with its weights rounded as they were stored, computing in float32."""
+    """Return a copy of the model that computes in float32, with its weights rounded to the dtype of the export."""
     stored = json.loads((Path(folder) / "config.json").read_text())["dtype"]
     graphdef, weights = nnx.split(model)
     copy = nnx.merge(graphdef, jax.tree.map(lambda value: value.astype(stored).astype(jnp.float32), weights))
@@ -318,8 +323,8 @@ def _as_exported(model: Model, folder: Path | str) -> Model:
 
 
 def load_transformers(folder: Path | str):
-    """The export as a transformers model in float32 on the CPU. Raises ExportError where it cannot be read
-    or its weights are not exactly those that the model has."""
+    """Load the export as a transformers model in float32 on the CPU. Raises ExportError if it cannot be read, or if its
+    tensors are not exactly those that the model has."""
     torch = import_torch()
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -336,5 +341,5 @@ def load_transformers(folder: Path | str):
         if shown:
             logging.enable_progress_bar()
     if wrong := [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
-        raise ExportError(f"transformers finds {folder} incomplete, see {wrong[0]}")
+        raise ExportError(f"transformers finds a missing, unknown or misshapen tensor in {folder}: {wrong[0]}")
     return model.eval()

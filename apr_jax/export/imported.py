@@ -1,12 +1,12 @@
-"""Import of a Hugging Face folder: the way of `apr_jax.export.hf` back, by the same names.
+"""Imports a model from a Hugging Face folder. It undoes `apr_jax.export.hf`, with the same names of tensors.
 
-    config.json                                                          the family, its sizes
+    config.json                                                          the family and the model's sizes
     model.safetensors, or model.safetensors.index.json and its shards    weights of any float type
-    tokenizer_config.json                                                of an export of ours: its context
+    tokenizer_config.json                                                the context, if apr_jax exported the folder
 
-Nothing is skipped or guessed: what the folder has too much, too little or otherwise is refused by name, before weights
-are read. So is every key of config.json that is not known to leave the family's computation as it is. Pickled weights
-(pytorch_model.bin) are never opened: to read a pickle is to run it.
+Nothing is skipped or guessed. A tensor that is missing, unknown or misshapen is refused by name before any weights are
+read. So is every key of config.json that might change the family's computation. Pickled weights (pytorch_model.bin) are
+never opened: reading a pickle can run any code.
 """
 
 import contextlib
@@ -29,12 +29,12 @@ from apr_jax.model.family import BUILT_IN, Family, Model, ModelConfig, abstract_
 from apr_jax.model.hugging_face import Change, ConfigReader
 from apr_jax.train.optimizer import path_name
 
-FLOATS = ("F16", "BF16", "F32", "F64")  # as safetensors calls them
-ADAPTER = "adapter_config.json"  # transformers adds its weights to the model's
-# config.json goes by lists of the keys that are known: a family's own, these that are read for every family, and those
-# below. Any other key with a value is refused, since it may change the computation.
+FLOATS = ("F16", "BF16", "F32", "F64")  # dtypes by their names in safetensors
+ADAPTER = "adapter_config.json"  # transformers adds an adapter's weights to the model's
+# The keys of config.json are checked against three lists: a family's own keys, READ, which are read for every family,
+# and FREE. Any other key with a value is refused, since it may change the computation.
 READ = ("architectures", "model_type", "max_position_embeddings", "eos_token_id")
-# Keys that leave the logits as they are: where a model comes from, how it is stored, run and sampled from.
+# Keys that do not change the logits: a model's origin, its storage, and how it is run and sampled from.
 FREE = (
     "_name_or_path", "_commit_hash", "_attn_implementation", "_attn_implementation_autoset", "_flash_attn_2_enabled",
     "attn_implementation", "begin_suppress_tokens", "bad_words_ids", "bos_token_id", "decoder_start_token_id",
@@ -52,12 +52,12 @@ FREE = (
 
 
 class HfFolderError(UserError):
-    """A folder that holds no model of ours; one line that names the file and the key or tensor."""
+    """A folder that cannot be imported. The message is one line that names the file and the key or tensor."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """A tensor as a file's header tells of it."""
+    """A stored tensor, as the header of its file describes it."""
 
     file: Path
     dtype: str
@@ -66,18 +66,19 @@ class Stored:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a tensor goes: into one layer of a parameter of ours, or (None) all of it."""
+    """Where a stored tensor goes: into one layer of a parameter, or into the whole parameter if `layer` is None."""
 
-    parameter: str
+    parameter: str  # our name
     layer: int | None
-    shape: tuple[int, ...]  # ours, of one layer
+    shape: tuple[int, ...]  # our shape, of one layer
     change: Change
-    expected: tuple[int, ...]  # theirs
+    expected: tuple[int, ...]  # the stored tensor's shape
 
 
 def import_hf(folder: Path | str, family: str | None = None) -> Model:
-    """The folder's model, its weights as float32. `family` as `load_family` takes it; None: the built-in one that
-    config.json tells. Raises HfFolderError; UserError for a family that is none."""
+    """Return the model of a folder, with its weights as float32. `family` is a name that `load_family` takes; None: the
+    built-in family that config.json names. Raises HfFolderError if the folder cannot be imported, and UserError if
+    there is no such family."""
     folder = Path(folder)
     if not folder.is_dir():
         raise HfFolderError(f"no folder at {folder}")
@@ -89,10 +90,10 @@ def import_hf(folder: Path | str, family: str | None = None) -> Model:
     abstract = nnx.to_pure_dict(weights)
     shapes = {path_name(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(abstract)}
     stored = _stored_tensors(folder)
-    # Below, the tensors that are missing are named; of a wrong number there could be more than memory holds.
+    # A wrong number of layers could make more names of missing tensors below than fit into memory.
     if config.layers > max(len(stored), 1000):
         raise HfFolderError(
-            f"{folder / 'config.json'}: the number of layers is {config.layers}, the files hold fewer tensors"
+            f"{folder / 'config.json'}: the number of layers is {config.layers}, but the files hold fewer tensors"
         )
     places = _places(kind, shapes)
     embedding, head = (hf_name(kind, name)[0] for name in ("embed_VxD", "head_DxV"))
@@ -107,7 +108,7 @@ def import_hf(folder: Path | str, family: str | None = None) -> Model:
         ((_, table),) = _read(stored, {head})
         if not np.array_equal(table, arrays["embed_VxD"]):
             raise HfFolderError(
-                f"{stored[head].file}: {head} is not {embedding}, with which config.json ties it (tie_word_embeddings)"
+                f"{stored[head].file}: {head} differs from {embedding}, but config.json says tie_word_embeddings"
             )
     filled = jax.tree.map_with_path(lambda path, _: jnp.asarray(arrays.pop(path_name(path))), abstract)
     nnx.replace_by_pure_dict(weights, filled)
@@ -118,13 +119,13 @@ def import_hf(folder: Path | str, family: str | None = None) -> Model:
 
 
 def read_hf_config(folder: Path, family: str | None = None) -> ModelConfig:
-    """The sizes in config.json; keys that it may leave out mean what they mean to transformers. `family` and errors as
-    `import_hf`."""
+    """Read the model's config from config.json. A missing key has the default of transformers. `family` and the errors
+    are those of `import_hf`."""
     path = folder / "config.json"
     content = _read_json(path)
     own = load_family(family) if family else None
     try:
-        kind = own or _told_family(content)
+        kind = own or _named_family(content)
         form, reader = kind.hugging_face, ConfigReader(content, kind.title)
         if content.get("architectures") != [form.architecture]:
             raise reader.wrong("architectures", [form.architecture])
@@ -140,28 +141,30 @@ def read_hf_config(folder: Path, family: str | None = None) -> ModelConfig:
         raise HfFolderError(f"{path}: {error}") from None
 
 
-def _told_family(content: dict) -> Family:
-    """The built-in family of a config.json. Raises UserError."""
+def _named_family(content: dict) -> Family:
+    """Return the built-in family that a config.json names. Raises UserError if there is none."""
     families = [load_family(name) for name in BUILT_IN]
-    told, architectures = content.get("model_type"), content.get("architectures")
+    model_type, architectures = content.get("model_type"), content.get("architectures")
     for family in families:
         form = family.hugging_face
-        if told == form.model_type or (told is None and architectures == [form.architecture]):
+        if model_type == form.model_type or (model_type is None and architectures == [form.architecture]):
             return family
-    key, given = ("architectures", architectures) if told is None else ("model_type", told)
+    key, given = ("architectures", architectures) if model_type is None else ("model_type", model_type)
     known = [f.hugging_face.model_type if key == "model_type" else [f.hugging_face.architecture] for f in families]
     raise UserError(
-        f"{key} is {json.dumps(given)}, must be {' or '.join(map(json.dumps, known))}, or give the model's family"
+        f"{key} is {json.dumps(given)}, must be {' or '.join(map(json.dumps, known))}, or name the model's own family"
     )
 
 
 def read_positions(folder: Path, family: Family) -> int:
-    """The longest position of a config.json that `read_hf_config` accepts, as it stands there."""
+    """Return `max_position_embeddings` of a folder's config.json, or the family's default. Unlike the context, it
+    includes the spare positions of an export of ours. `read_hf_config` must have accepted the file."""
     return _read_json(folder / "config.json").get("max_position_embeddings") or family.hugging_face.positions
 
 
 def _context(folder: Path, positions: int) -> int:
-    """The longest position: of an export of ours without the spare ones, which its tokenizer does not count."""
+    """Return the model's context. It is `positions`, less the spare positions if apr_jax exported the folder, which
+    shows in the tokenizer's length."""
     path = folder / "tokenizer_config.json"
     longest = _read_json(path).get("model_max_length") if path.is_file() else None
     return longest if longest == positions - SPARE_POSITIONS else positions
@@ -173,9 +176,9 @@ def _read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise HfFolderError(f"{path} is no JSON: {error}") from None
+        raise HfFolderError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict):
-        raise HfFolderError(f"{path} is no JSON object")
+        raise HfFolderError(f"{path} is not a JSON object")
     return content
 
 
@@ -183,7 +186,7 @@ def _read_json(path: Path) -> dict:
 
 
 def _places(family: Family, shapes: dict[str, tuple[int, ...]]) -> dict[str, Place]:
-    """Every tensor that a folder must have, by its Hugging Face name, in the order of our parameters."""
+    """Return the place of each tensor that a folder must have, by Hugging Face name, in our parameters' order."""
     places = {}
     for parameter, shape in shapes.items():
         theirs, change = hf_name(family, parameter)
@@ -196,7 +199,8 @@ def _places(family: Family, shapes: dict[str, tuple[int, ...]]) -> dict[str, Pla
 
 
 def _stored_tensors(folder: Path) -> dict[str, Stored]:
-    """All tensors of the folder by name. A file of all weights goes before an index, as in transformers."""
+    """Return all tensors of the folder by name. A file with all weights takes precedence over an index, as in
+    transformers. Raises HfFolderError if there are no weights, or if index and files disagree."""
     if (folder / WEIGHTS).is_file():
         return _header(folder / WEIGHTS)
     if not (folder / INDEX).is_file():
@@ -215,10 +219,10 @@ def _stored_tensors(folder: Path) -> dict[str, Stored]:
     for file in dict.fromkeys(files.values()):
         for name, tensor in _header(folder / file).items():
             if files.get(name) != file:
-                raise HfFolderError(f"{folder / file} holds {name}, {INDEX} says {files.get(name, 'nothing of it')}")
+                raise HfFolderError(f"{folder / file} holds {name}, {INDEX} puts it in {files.get(name, 'no file')}")
             stored[name] = tensor
     if missing := files.keys() - stored.keys():
-        raise HfFolderError(f"{folder / files[min(missing)]} does not hold {min(missing)}, which {INDEX} says it does")
+        raise HfFolderError(f"{folder / files[min(missing)]} does not hold {min(missing)}, which {INDEX} puts there")
     return stored
 
 
@@ -242,7 +246,7 @@ def _opened(file: Path) -> Iterator[Any]:
 def _check(
     folder: Path, family: Family, config: ModelConfig, stored: dict[str, Stored], places: dict[str, Place]
 ) -> None:
-    """Raises HfFolderError for the first tensor that is missing, unknown, of another shape or no floats."""
+    """Raise HfFolderError for the first tensor that is missing, unknown, of another shape or not of floats."""
     expected = {name: place.expected for name, place in places.items()}
     if missing := [name for name in expected if name not in stored]:
         raise HfFolderError(
@@ -260,7 +264,7 @@ def _check(
         one = stored[name]
         if one.shape != shape:
             raise HfFolderError(
-                f"{one.file}: {name} has the shape {_shape(one.shape)}, by config.json it must be {_shape(shape)}"
+                f"{one.file}: {name} has the shape {_shape(one.shape)}, config.json asks for {_shape(shape)}"
             )
         if one.dtype not in FLOATS:
             raise HfFolderError(f"{one.file}: {name} is of type {one.dtype}, must be one of {', '.join(FLOATS)}")
@@ -271,12 +275,12 @@ def _shape(shape: Sequence[int]) -> str:
 
 
 def _read(stored: dict[str, Stored], names: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """The named tensors as float32, file by file."""
+    """Yield the named tensors as float32, file by file. Raises HfFolderError for values that are not finite."""
     for file in dict.fromkeys(stored[name].file for name in names):
         with _opened(file) as tensors:
             for name in (name for name in names if stored[name].file == file):
-                with np.errstate(over="ignore"):  # a float64 may be too large: told with those that are not finite
+                with np.errstate(over="ignore"):  # a float64 too large for float32 becomes inf, which is refused below
                     array = tensors.get_tensor(name).astype(np.float32)
                 if count := array.size - int(np.isfinite(array).sum()):
-                    raise HfFolderError(f"{file}: {name} holds {count} values that are no finite float32 numbers")
+                    raise HfFolderError(f"{file}: {name} holds {count} values that are not finite in float32")
                 yield name, array

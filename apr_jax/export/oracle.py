@@ -1,4 +1,4 @@
-"""Greedy decoding by transformers' batched `generate` behind the `Engine` protocol, to check and to measure against."""
+"""An `Engine` on transformers' batched `generate`, greedy: the reference for checks and timings of our engine."""
 
 import asyncio
 import dataclasses
@@ -9,7 +9,7 @@ from apr_jax.threads.engine import Decoded, Sampling
 
 
 def import_torch():
-    """torch, which nothing but comparisons with transformers needs. Raises UserError where it is not installed."""
+    """Return the module torch, which only comparisons with transformers need. Raises UserError if it is missing."""
     try:
         import torch
     except ImportError:
@@ -32,8 +32,9 @@ class _Request:
 
 
 class TransformersEngine:
-    """An `Engine` over a causal model of transformers. All who wait are one batch of `generate`, which ends with its
-    longest; a sequence is its ids and nothing else, so that no cache is ever cut or shared. Greedy, one stop set."""
+    """An `Engine` on a causal model of transformers. All waiting requests form one batch of `generate`, which lasts as
+    long as its longest request. A sequence is just its ids, so that no cache is ever cut or shared. Decoding is greedy,
+    and all requests must have the same stop tokens."""
 
     def __init__(self, model, context: int, batch: int = 64):
         self.model, self.context, self.batch = model, context, batch
@@ -56,7 +57,8 @@ class TransformersEngine:
         sequence.ids.extend(ids)
 
     async def decode(self, sequence: _Sequence, stop: frozenset[int], limit: int, sampling: Sampling) -> Decoded:
-        """Raises ValueError for any temperature but 0."""
+        """Decode greedily, until a stop token, `limit` new tokens or the end of the context. Raises ValueError for any
+        temperature but 0, and if the context is full."""
         if sampling.temperature != 0:
             raise ValueError(f"this engine is greedy: temperature is 0, was given {sampling.temperature}")
         limit = min(limit, self.context - len(sequence.ids))
@@ -70,11 +72,11 @@ class TransformersEngine:
         return await request.future
 
     def free(self, sequence: _Sequence) -> None:
-        """Nothing is held."""
+        """Do nothing: a sequence holds no resources."""
 
     async def _serve(self) -> None:
         while self._waiting:
-            for _ in range(4):  # lets the runners of what ended ask for what comes next
+            for _ in range(4):  # lets the runners of finished requests ask for the next ones, to fill the batch
                 await asyncio.sleep(0)
             requests, self._waiting = self._waiting[: self.batch], self._waiting[self.batch :]
             try:
@@ -114,7 +116,7 @@ class TransformersEngine:
         return [self._decoded(request, *row) for request, row in zip(requests, zip(tokens_BxT, logprobs_BxT))]
 
     def _decoded(self, request: _Request, tokens_T, logprobs_T) -> Decoded:
-        """What belongs to one request: up to its first stop token or its own limit."""
+        """Cut one request's row of the batch at its first stop token or its own limit."""
         ids = tokens_T[: request.limit].tolist()
         end = next((at + 1 for at, token in enumerate(ids) if token in self._stop), len(ids))
         logprobs = tuple(logprobs_T[:end].tolist())

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: a kill or a full disk leaves what was there before."""
+"""Atomic writes of files: after a kill or on a full disk the previous file is still there, unchanged."""
 
 import contextlib
 import os
@@ -8,19 +8,21 @@ import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-LEFT_AFTER = 24 * 3600  # seconds without a change after which a part file is a killed process'; one takes minutes
+# Seconds without a change after which a part file counts as left by a killed process. Writing one takes minutes.
+LEFT_AFTER = 24 * 3600
 
 
 def part_of(path: Path) -> Path:
-    """Where what becomes `path` is written first: a name beside it that no other process has, on any machine that sees
-    the folder, since process ids may be equal there."""
+    """Return the temporary path at which a new version of `path` is written, in the same folder. The name is unique
+    over all processes of all machines that share the folder; process ids would not be."""
     return path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
 
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """``with whole(path) as part``: the file or folder written at `part` becomes `path` when the block ends, in the
-    place of a file of that name. After an error nothing of it stays. Makes the folder that `path` lies in."""
+    """Write a file or folder atomically: ``with whole(path) as part`` renames `part` to `path` when the block ends. An
+    existing file at `path` is replaced. After an error `part` is deleted. Creates the folder of `path` where it is
+    missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = part_of(path)
     try:
@@ -34,16 +36,16 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a UTF-8 file whole or not at all, and makes its folder."""
+    """Write a text file in UTF-8 atomically. Creates its folder where it is missing."""
     with whole(path) as part:
         part.write_text(text, encoding="utf-8")
 
 
 def remove_left(parts: Iterable[Path]) -> None:
-    """Removes those part files and folders that killed processes left. A process that still runs has some, too: they
-    are not as old."""
+    """Remove the files and folders in `parts` that have not changed for `LEFT_AFTER` seconds, which killed processes
+    left. Younger ones may belong to a running process and stay."""
     for left in list(parts):
-        with contextlib.suppress(FileNotFoundError):  # another process removes it
+        with contextlib.suppress(FileNotFoundError):  # another process has removed it
             if time.time() - left.stat().st_mtime < LEFT_AFTER:
                 continue
             if left.is_dir():

@@ -1,4 +1,4 @@
-"""A folder that is there whole or not at all: written beside its place and renamed into it."""
+"""Atomic replacement of a folder: the new one is written beside the old one and then renamed."""
 
 import contextlib
 import shutil
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def whole_path(folder: Path | str) -> Path:
-    """The path without links. Raises OSError where they lead in a circle."""
+    """Return the absolute path with all symbolic links resolved. Raises OSError where the links form a circle."""
     try:
         return Path(folder).resolve()
     except RuntimeError as error:
@@ -16,27 +16,31 @@ def whole_path(folder: Path | str) -> Path:
 
 @contextlib.contextmanager
 def replaced(folder: Path | str, foreign: Callable[[Path], str | None], kind: str) -> Iterator[Path]:
-    """A new folder to write into, which takes the place of `folder` at the end of the block; an exception in the block
-    leaves what was there. What a killed process left is cleared first.
+    """Replace `folder` atomically: ``with replaced(...) as part`` gives an empty folder to write into, which becomes
+    `folder` when the block ends. After an exception in the block the old folder is still there. Parts that a killed
+    process left are removed first.
 
-    `foreign` names something in an existing folder that is no `kind`'s ("export"), or gives None. Raises OSError, also
-    where `folder` is a file or holds something foreign.
+    `kind` is the kind of content in words, such as "export". `foreign(folder)` returns the name of a file in an
+    existing folder that does not belong to this kind, else None. Raises OSError where `folder` has such a file, is a
+    file itself, is the root of the file system, or is inside a saved checkpoint.
     """
     folder = whole_path(folder)
     if not folder.name:
-        raise FileExistsError(f"{folder} cannot be replaced by an {kind}: give a folder in it")
+        raise FileExistsError(f"{folder} cannot be replaced by an {kind}: give a folder inside it")
     if any((outer / "_CHECKPOINT_METADATA").exists() for outer in folder.parents):
-        raise FileExistsError(f"{folder} lies in a saved step, which holds nothing else: give another folder")
+        raise FileExistsError(f"{folder} is inside a saved step, which can have no other files: give another folder")
     part, old = (folder.with_name(f".{folder.name}.{state}") for state in ("part", "old"))
     if old.exists() and not folder.exists():
-        old.rename(folder)  # killed between the two renames
+        old.rename(folder)  # an earlier process was killed between its two renames
     for rest in (part, old):
         if rest.exists():
             shutil.rmtree(rest)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file, the {kind} needs a folder")
     if folder.exists() and (other := foreign(folder)):
-        raise FileExistsError(f"{folder} holds files that are no {kind}'s, such as {other}: give another folder")
+        raise FileExistsError(
+            f"{folder} has files that do not belong to an {kind}, such as {other}: give another folder"
+        )
     try:
         part.mkdir(parents=True)
         yield part

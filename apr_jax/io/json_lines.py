@@ -1,4 +1,7 @@
-"""JSON lines: files that hold one JSON object a line, encoded as UTF-8. Blank lines are passed over."""
+"""JSON lines: files with one JSON object per line, in UTF-8. Blank lines are skipped.
+
+Shape letters of this module: X bytes of a file, R lines (rows) of a file.
+"""
 
 import json
 import os
@@ -14,22 +17,22 @@ NEWLINE = ord("\n")
 
 
 def to_line(row: dict[str, Any]) -> str:
-    """An object as one line, its end included."""
+    """Return an object as one line of JSON that ends in a newline."""
     return json.dumps(row, separators=(",", ":")) + "\n"
 
 
 def append(file: TextIO, row: dict[str, Any]) -> None:
-    """Writes one line to an open file and flushes it, so that a kill loses no line that was written."""
+    """Write an object as one line to an open file and flush it, so that a kill loses no earlier line."""
     file.write(to_line(row))
     file.flush()
 
 
 def read_lines(path: str | Path, cut_short: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a file, each with the number of its line, counted from 1.
+    """Yield (line number, object) for the lines of a file. Numbers start at 1.
 
-    Raises FileNotFoundError, and UserError that names the file and the line for a line that holds no JSON object.
-    With `cut_short` the file is one that a killed process may have left: a line that holds no whole object is left out,
-    and no file is no lines.
+    Raises FileNotFoundError. Raises UserError with the file and the line number for a line without a JSON object. With
+    `cut_short` a killed process may have left the file: a line without a whole object is skipped, and a missing file
+    has no lines.
     """
     path = Path(path)
     if cut_short and not path.exists():
@@ -48,41 +51,44 @@ def read_lines(path: str | Path, cut_short: bool = False) -> Iterator[tuple[int,
 
 
 class JsonLines(Sequence[dict[str, Any]]):
-    """The objects of a file by their index. The file is mapped into memory and a line is parsed when it is asked for:
-    memory does not grow with the number of lines. A slice is a list.
+    """The objects of a file as a sequence. The file is mapped into memory, and a line is parsed on each access, so only
+    two integers per line are kept. A slice is a list of objects.
 
-    Raises FileNotFoundError; an index or slice raises UserError that names the file and the line for a line that holds
-    no JSON object.
+    Raises FileNotFoundError. An access to a line without a JSON object raises UserError with the file and the line
+    number.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         size = os.stat(self.path).st_size
-        self._bytes_S = np.memmap(self.path, np.uint8, "r") if size else np.zeros(0, np.uint8)  # an empty map is none
-        breaks_N = np.flatnonzero(self._bytes_S == NEWLINE)
-        starts_N, ends_N = np.append(0, breaks_N + 1), np.append(breaks_N, size)
-        filled_N = ends_N > starts_N  # the end of the file, behind its last newline, among the others
-        self._starts_N, self._ends_N = starts_N[filled_N], ends_N[filled_N]
+        self._bytes_X = np.memmap(self.path, np.uint8, "r") if size else np.zeros(0, np.uint8)  # no empty memory maps
+        self._breaks_R = breaks_R = np.flatnonzero(self._bytes_X == NEWLINE)
+        starts_R, ends_R = np.append(0, breaks_R + 1), np.append(breaks_R, size)
+        filled_R = ends_R > starts_R  # false for blank lines, and after the last newline at the end of the file
+        self._starts_R, self._ends_R = starts_R[filled_R], ends_R[filled_R]
 
     def __reduce__(self):
-        return JsonLines, (self.path,)  # another process maps the file itself
+        return JsonLines, (self.path,)  # pickled as its path: another process maps the file again
 
     def __len__(self) -> int:
-        return len(self._starts_N)
+        return len(self._starts_R)
 
     def __getitem__(self, index: int | slice):
         if isinstance(index, slice):
             return [self[at] for at in range(*index.indices(len(self)))]
-        start, end = int(self._starts_N[index]), int(self._ends_N[index])
+        start, end = int(self._starts_R[index]), int(self._ends_R[index])
         try:
-            return _parsed(self._bytes_S[start:end].tobytes())
+            return _parsed(self._bytes_X[start:end].tobytes())
         except ValueError as error:
-            number = int(np.count_nonzero(self._bytes_S[:start] == NEWLINE)) + 1
-            raise _broken(self.path, number, error) from None
+            raise _broken(self.path, self.number(index), error) from None
+
+    def number(self, index: int) -> int:
+        """Return the number in the file, counted from 1, of the line at an index. Blank lines have no index."""
+        return int(np.searchsorted(self._breaks_R, self._starts_R[index])) + 1
 
 
 def _parsed(line: bytes) -> dict[str, Any]:
-    """Raises ValueError where a line holds no JSON object."""
+    """Return the JSON object of a line. Raises ValueError where the line is no JSON object."""
     try:
         row = json.loads(line)
     except UnicodeDecodeError:

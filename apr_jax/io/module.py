@@ -1,4 +1,4 @@
-"""Modules that a user names: of the installed packages, or beside them in the current folder."""
+"""Import of a module that a user names in a setting."""
 
 import importlib
 import sys
@@ -9,10 +9,10 @@ from apr_jax.errors import UserError
 
 
 def load_module(name: str) -> ModuleType:
-    """The module ``package.module``, looked for also in the current folder. Raises UserError where there is none; an
-    import that fails inside the module raises as it is."""
+    """Import the module ``package.module`` from the installed packages or from the current folder. Raises UserError
+    where there is no such module. An ImportError for a module that it imports is raised unchanged."""
     if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # last: a file there hides no module of anybody
+        sys.path.append(str(Path.cwd()))  # last, so that files of the current folder hide no installed module
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""Paths as users give them on a command line or in a setting, and the JSON files that lie there."""
+"""Paths that users give on a command line or in a setting, and reading of JSON files."""
 
 import json
 import os
@@ -9,8 +9,8 @@ from apr_jax.errors import UserError
 
 
 def expand_home(given: str) -> str:
-    """A path whose `~` or `~NAME` at the beginning is that user's home folder, which a shell does not do behind
-    ``--flag=``; any other text as it is. Raises UserError where NAME has no home folder."""
+    """Replace `~` or `~NAME` at the beginning of a path by that user's home folder, which a shell does not do after
+    ``--flag=``. Returns other paths unchanged. Raises UserError where NAME has no home folder."""
     found = os.path.expanduser(given)
     if found.startswith("~"):
         name = found.partition(os.sep)[0]
@@ -19,15 +19,16 @@ def expand_home(given: str) -> str:
 
 
 def user_path(given: str) -> Path:
-    """`expand_home` as a path."""
+    """Return a given path with the home folder in place of `~`. Raises UserError as `expand_home` does."""
     return Path(expand_home(given))
 
 
 def read_json(path: Path, mend: str) -> dict[str, Any]:
-    """The JSON object of a file. Raises UserError, with what to do (`mend`), where it holds none."""
+    """Return the JSON object in a file. Raises UserError where the file has none; the message ends in `mend`, the
+    advice to the user."""
     try:
         found = json.loads(path.read_text())
-    except (ValueError, RecursionError):  # no JSON, or no text
+    except (ValueError, RecursionError):  # the file is no JSON, no text, or nested too deep
         found = None
     if not isinstance(found, dict):
         raise UserError(f"{path} is broken: {mend}")

@@ -1,4 +1,4 @@
-"""One line of progress on stderr."""
+"""A progress line on stderr."""
 
 import contextlib
 import sys
@@ -8,7 +8,11 @@ from apr_jax import interrupt
 
 
 class Progress:
-    """One line with a rate and the time left: rewritten on a terminal, else printed now and then."""
+    """A line with the number done, the rate and the time left. On a terminal it is rewritten at most every 0.5 seconds;
+    elsewhere a new line is printed at most every 15 seconds. The last update is always shown.
+
+    `done` is the number of units that an earlier process had done; the rate is without them.
+    """
 
     def __init__(self, title: str, total: int, unit: str, done: int = 0):
         self.title, self.total, self.unit, self.done = title, total, unit, done
@@ -17,7 +21,8 @@ class Progress:
         self._live = sys.stderr.isatty()
 
     def update(self, done: int, note: str = "") -> None:
-        """Raises KeyboardInterrupt where a Ctrl-C was lost."""
+        """Show that `done` units are done. Raises the error of a signal whose exception was lost
+        (`apr_jax.interrupt`)."""
         interrupt.check()
         self.done = done
         now = time.monotonic()
@@ -30,5 +35,5 @@ class Progress:
         speed = f"{rate:.0f}" if rate >= 1000 else f"{rate:.3g}"
         line = f"{self.title}: {done}/{self.total} {self.unit}, {speed}/s, {clock} left{', ' + note if note else ''}"
         end = "\n" if not self._live or done >= self.total else ""
-        with contextlib.suppress(OSError):  # a closed terminal or a full disk behind it is no reason to end
+        with contextlib.suppress(OSError):  # a closed terminal or a full disk must not end the work
             print(f"\r\x1b[K{line}" if self._live else line, end=end, file=sys.stderr, flush=True)

@@ -1,16 +1,16 @@
-"""The standard streams of a process, which a caller may have closed (`>&-`, a daemon)."""
+"""Standard streams that the caller of a process has closed, with `>&-` in a shell or as a daemon."""
 
 import os
 import sys
 
 
 def open_closed() -> None:
-    """Sends what is written to a closed stdout or stderr to nowhere. Called before any file is opened: a file would
-    take the number of a closed stream, and what a library writes to stderr would land in it."""
+    """Open closed standard streams on the null device. Must be called before any file is opened: a file would get the
+    descriptor of a closed stream, and output of libraries to stderr would be written into that file."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor, which is `number`
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w" if number else "r"))

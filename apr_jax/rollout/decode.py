@@ -1,7 +1,7 @@
-"""The jitted parts of the JAX engine: prefill of some slots, copies between slots, and a decode loop over some of them.
+"""The compiled functions of the JAX engine: prefill of slots, copies between slots, and the decode loop.
 
-All run under `shard_map`: every device has its own slots and its own loop, with no collective inside, so that a device
-whose slots have all ended does not wait for the others.
+A slot is one row of the key/value cache (`apr_jax.model.cache`). Each function runs under `shard_map` and contains no
+collective: every device works on its own slots. So a device whose slots have all ended does not wait for the others.
 """
 
 import functools
@@ -10,45 +10,48 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh, PartitionSpec
 
 from apr_jax.model.cache import LayerCache, cached_attention, copy, put, take
 from apr_jax.model.family import Model
 
 Array = jax.Array
-NO_POSITION = jnp.iinfo(jnp.int32).max  # of a token that is none: past every width
+BY_DEVICE, REPLICATED = PartitionSpec("data"), PartitionSpec()
+NO_POSITION = jnp.iinfo(jnp.int32).max  # of padding and of slots that do not run: writes there are dropped
 
 
 class SlotInputs(NamedTuple):
-    """What the loop needs of its slots, [S] each. A slot with no steps left does not run."""
+    """The inputs of one decode call for its P slots. A slot whose `steps` are 0 does not run."""
 
-    rows: Array  # int32, the slot's row among its device's own; one past the last is no slot
-    tokens: Array  # int32, the last id, not yet in the cache
-    positions: Array  # int32, its position
-    steps: Array  # int32, most tokens to sample in this call
-    keys: Array  # uint32 [S, 2], the sequence's identity
+    rows: Array  # int32 [P], the slot's row in its device's cache; the number of rows stands for "no slot"
+    tokens: Array  # int32 [P], the sequence's last id, whose key and value are not in the cache yet
+    positions: Array  # int32 [P], the position of that id
+    steps: Array  # int32 [P], most tokens to sample in this call
+    keys: Array  # uint32 [P, 2], random key data that identifies the sequence
 
 
 class SlotOutputs(NamedTuple):
-    tokens: Array  # int32 [S, n]
-    logprobs: Array  # float32 [S, n], under the distribution drawn from
-    model_logprobs: Array  # float32 [S, n], under the model's own
-    counts: Array  # int32 [S], tokens sampled
+    """The tokens that one decode call sampled for P slots. T is the largest number of steps of a call. In a slot's row
+    the entries from its count on are 0."""
+
+    tokens: Array  # int32 [P, T]
+    logprobs: Array  # float32 [P, T], under the distribution that the token was drawn from
+    model_logprobs: Array  # float32 [P, T], under the model's softmax: temperature 1, all tokens
+    counts: Array  # int32 [P], tokens sampled
 
 
 class DecodeState(NamedTuple):
-    """What the loop carries from one token to the next."""
+    """The state that the decode loop carries from one token to the next."""
 
-    step: Array  # int32 [], tokens drawn so far: the column of `out` that comes next
-    cache: list[LayerCache]  # of the call's slots: by layer k and v [S, K, width, H]
-    tokens: Array  # int32 [S], the last id of each slot, not yet in the cache
-    active: Array  # bool [S], which slots go on
-    out: SlotOutputs  # [S, n] each, filled up to column `step`
+    step: Array  # int32 [], steps done so far: the next step writes this column of `out`
+    cache: list[LayerCache]  # of the call's slots: k and v [P, K, width, H] for each layer
+    tokens: Array  # int32 [P], the last id of each slot, whose key and value are not in the cache yet
+    active: Array  # bool [P], whether the slot samples another token
+    out: SlotOutputs  # filled up to column `step`
 
 
 class Distribution(NamedTuple):
-    """How a token is drawn, as numbers; `apr_jax.threads.engine.Sampling` says what they mean."""
+    """The values of a `Sampling` (apr_jax.threads.engine) as scalar arrays."""
 
     temperature: Array  # float32
     top_k: Array  # int32, at least 1
@@ -56,69 +59,75 @@ class Distribution(NamedTuple):
 
 
 def sample(
-    logits_SxV: Array, keys_Sx2: Array, positions_S: Array, how: Distribution, truncated: bool
+    logits_PxV: Array, keys_Px2: Array, positions_P: Array, how: Distribution, truncated: bool
 ) -> tuple[Array, Array, Array]:
-    """A token per row, its log-probability under the distribution drawn from and under the model. The draw depends on
-    the row's own key and position alone. Temperature 0 takes the largest logit and reports the model's own
-    log-probability. `truncated`: whether top-k and top-p are looked at, which costs a sort.
+    """Sample one token for each of P rows.
 
-    One uniform number a row, looked up in the cumulated probabilities: Gumbel noise would need a number per row and
-    word, which on the CPU took a tenth of a small model's step.
+    Returns three [P] arrays: the token, its log-probability under the distribution it was drawn from, and its
+    log-probability under the model. A draw depends on its row's key and position alone. Temperature 0 takes the largest
+    logit and returns the model's log-probability twice. Without `truncated` top-k and top-p are ignored, which saves a
+    sort.
+
+    Each row draws one uniform number and looks it up in the cumulative probabilities. Gumbel noise would need one
+    number per row and token of the vocabulary, which on the CPU took a tenth of a small model's step.
     """
     greedy = how.temperature == 0
-    scaled_SxV = logits_SxV / jnp.where(greedy, 1.0, how.temperature)
+    scaled_PxV = logits_PxV / jnp.where(greedy, 1.0, how.temperature)
     if truncated:
-        scaled_SxV = jnp.where(greedy, scaled_SxV, truncate(scaled_SxV, how))
-    normaliser_S = jax.nn.logsumexp(scaled_SxV, axis=1)
-    probabilities_SxV = jnp.exp(scaled_SxV - normaliser_S[:, None])
-    # Sums of different words are rounded differently, so a cumulated one may rise at a word of probability 0: such
-    # words are left out by name.
-    possible_SxV = probabilities_SxV > 0
-    cumulated_SxV = jnp.where(possible_SxV, jnp.cumsum(probabilities_SxV, axis=1), 0)
+        scaled_PxV = jnp.where(greedy, scaled_PxV, truncate(scaled_PxV, how))
+    normaliser_P = jax.nn.logsumexp(scaled_PxV, axis=1)
+    probabilities_PxV = jnp.exp(scaled_PxV - normaliser_P[:, None])
+    # Partial sums are rounded differently, so the cumulative sum may rise at a token of probability 0. Such tokens are
+    # excluded explicitly.
+    possible_PxV = probabilities_PxV > 0
+    cumulative_PxV = jnp.where(possible_PxV, jnp.cumsum(probabilities_PxV, axis=1), 0)
 
     def uniform(key, position):
         return jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(key), position))
 
-    u_S = jax.vmap(uniform)(keys_Sx2, positions_S) * jnp.max(cumulated_SxV, axis=1)
-    drawn_S = jnp.argmax(possible_SxV & (cumulated_SxV > u_S[:, None]), axis=1)
-    tokens_S = jnp.where(greedy, jnp.argmax(scaled_SxV, axis=1), drawn_S).astype(jnp.int32)
+    u_P = jax.vmap(uniform)(keys_Px2, positions_P) * jnp.max(cumulative_PxV, axis=1)
+    drawn_P = jnp.argmax(possible_PxV & (cumulative_PxV > u_P[:, None]), axis=1)
+    tokens_P = jnp.where(greedy, jnp.argmax(scaled_PxV, axis=1), drawn_P).astype(jnp.int32)
 
-    def chosen(x_SxV):
-        return jnp.take_along_axis(x_SxV, tokens_S[:, None], axis=1)[:, 0]
+    def chosen(x_PxV):
+        return jnp.take_along_axis(x_PxV, tokens_P[:, None], axis=1)[:, 0]
 
-    model_S = chosen(logits_SxV) - jax.nn.logsumexp(logits_SxV, axis=1)
-    return tokens_S, chosen(scaled_SxV) - normaliser_S, model_S
+    model_P = chosen(logits_PxV) - jax.nn.logsumexp(logits_PxV, axis=1)
+    return tokens_P, chosen(scaled_PxV) - normaliser_P, model_P
 
 
-def truncate(scaled_SxV: Array, how: Distribution) -> Array:
-    """Logits with all but the tokens that top-k and then top-p keep at minus infinity; `Sampling` defines both. At
-    least one token stays, whatever float32 makes of `top_p`, and `top_p` 1 takes none away."""
-    sorted_SxV = jnp.sort(scaled_SxV, axis=1, descending=True)
-    V = sorted_SxV.shape[1]
+def truncate(scaled_PxV: Array, how: Distribution) -> Array:
+    """Mask logits by top-k and then top-p: tokens that are cut get minus infinity. `Sampling` defines both.
+
+    At least one token stays, even where `top_p` rounds to 0 in float32. A `top_p` of 1 cuts none.
+    """
+    sorted_PxV = jnp.sort(scaled_PxV, axis=1, descending=True)
+    V = sorted_PxV.shape[1]
     inside_1xV = jnp.arange(V)[None] < how.top_k
-    probabilities_SxV = jax.nn.softmax(jnp.where(inside_1xV, sorted_SxV, -jnp.inf), axis=1)
-    # The mass of a token and of all behind it. A token goes where this fits into what may be left out; the small ones
-    # are added up first, as in transformers.
-    rest_SxV = jax.lax.cumsum(probabilities_SxV, axis=1, reverse=True)
-    kept_SxV = inside_1xV & ((how.top_p >= 1) | (rest_SxV > 1 - how.top_p))
-    count_S = jnp.maximum(jnp.sum(kept_SxV, axis=1), 1)
-    least_Sx1 = jnp.take_along_axis(sorted_SxV, count_S[:, None] - 1, axis=1)
-    above_SxV, tied_SxV = scaled_SxV > least_Sx1, scaled_SxV == least_Sx1
-    places_Sx1 = count_S[:, None] - jnp.sum(above_SxV, axis=1, keepdims=True)  # left for tokens that are tied
-    chosen_SxV = above_SxV | (tied_SxV & (jnp.cumsum(tied_SxV, axis=1) <= places_Sx1))
-    return jnp.where(chosen_SxV, scaled_SxV, -jnp.inf)
+    probabilities_PxV = jax.nn.softmax(jnp.where(inside_1xV, sorted_PxV, -jnp.inf), axis=1)
+    # The probability of a token and of all less likely ones together. A token is cut where this sum is at most
+    # 1 - top_p. The smallest probabilities are added first, as in transformers.
+    rest_PxV = jax.lax.cumsum(probabilities_PxV, axis=1, reverse=True)
+    kept_PxV = inside_1xV & ((how.top_p >= 1) | (rest_PxV > 1 - how.top_p))
+    count_P = jnp.maximum(jnp.sum(kept_PxV, axis=1), 1)
+    least_Px1 = jnp.take_along_axis(sorted_PxV, count_P[:, None] - 1, axis=1)
+    above_PxV, tied_PxV = scaled_PxV > least_Px1, scaled_PxV == least_Px1
+    places_Px1 = count_P[:, None] - jnp.sum(above_PxV, axis=1, keepdims=True)  # left for ties at the last place
+    chosen_PxV = above_PxV | (tied_PxV & (jnp.cumsum(tied_PxV, axis=1) <= places_Px1))
+    return jnp.where(chosen_PxV, scaled_PxV, -jnp.inf)
 
 
 @functools.cache
 def make_prefill(graphdef, mesh: Mesh, width: int):
-    """prefill(weights, cache, rows [B], tokens [B, T], first [B], counts [B]) -> cache: the first `counts` of `tokens`
-    stand at the positions from `first` on, all before `width`.
+    """Make the jitted function prefill(weights, cache, rows [B], tokens [B, T], first [B], counts [B]) -> cache.
 
-    B splits over the devices; `rows` count within a device's own slots, one past its last is no slot.
+    It computes the keys and values of B prompts into their slots: of `tokens` the first `counts`, at the positions
+    from `first` on. All positions must be below `width`. B is split over the devices; `rows` are the slots' rows in
+    their device's cache, and the number of rows stands for "no slot". The cache is donated.
     """
 
     @functools.partial(jax.jit, donate_argnums=1)
-    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P(), *(P("data"),) * 5), out_specs=P("data"))
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(REPLICATED, *(BY_DEVICE,) * 5), out_specs=BY_DEVICE)
     def prefill(weights, pool: list[LayerCache], rows_B, tokens_BxT, first_B, counts_B):
         model: Model = nnx.merge(graphdef, weights)
         T = tokens_BxT.shape[1]
@@ -132,11 +141,15 @@ def make_prefill(graphdef, mesh: Mesh, width: int):
 
 @functools.cache
 def make_copy(mesh: Mesh, width: int):
-    """copy(cache, sources [B], targets [B]) -> cache: slots' first `width` positions; B splits over the devices, rows
-    count within a device's own slots."""
+    """Make the jitted function copy(cache, sources [B], targets [B]) -> cache.
+
+    It copies the first `width` positions of slots to other slots of the same device. B is split over the devices;
+    `sources` and `targets` are rows in the device's cache, and a target equal to the number of rows is dropped. The
+    cache is donated.
+    """
 
     @functools.partial(jax.jit, donate_argnums=0)
-    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P("data"),) * 3, out_specs=P("data"))
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(BY_DEVICE,) * 3, out_specs=BY_DEVICE)
     def copy_slots(pool: list[LayerCache], sources_B, targets_B):
         return copy(pool, sources_B, targets_B, width)
 
@@ -145,41 +158,45 @@ def make_copy(mesh: Mesh, width: int):
 
 @functools.cache
 def make_decode(graphdef, mesh: Mesh, width: int, steps: int, truncated: bool):
-    """decode(weights, cache, inputs [S], leave [devices], stop [V], how) -> (cache, outputs): up to `steps` tokens a
-    slot, none of which may come to stand at position `width` or later.
+    """Make the jitted function decode(weights, cache, inputs, refill_at [devices], stop [V], how) -> (cache, outputs).
 
-    S splits over the devices and need not be all slots. A slot ends with a stop token (kept) or when its own
-    steps are spent; a device's loop ends when no more than its `leave` slots run.
+    It samples up to `steps` tokens for each of P slots, which need not be all slots. P is split over the devices. A
+    slot ends with a token that `stop` marks, which is kept, or after its own `inputs.steps` tokens. A device's loop
+    ends as soon as no more than its `refill_at` slots still run, so that the engine can refill the others. The
+    position of every sampled token must be below `width`. The cache is donated.
     """
 
     @functools.partial(jax.jit, donate_argnums=1)
     @functools.partial(
-        jax.shard_map, mesh=mesh, in_specs=(P(), P("data"), P("data"), P("data"), P(), P()), out_specs=P("data")
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(REPLICATED, BY_DEVICE, BY_DEVICE, BY_DEVICE, REPLICATED, REPLICATED),
+        out_specs=BY_DEVICE,
     )
-    def decode(weights, pool: list[LayerCache], inputs: SlotInputs, leave_1, stop_V, how: Distribution):
+    def decode(weights, pool: list[LayerCache], inputs: SlotInputs, refill_at_1, stop_V, how: Distribution):
         model: Model = nnx.merge(graphdef, weights)
-        S = inputs.tokens.shape[0]
-        zeros_Sxn = jnp.zeros((S, steps))
-        blank = SlotOutputs(zeros_Sxn.astype(jnp.int32), zeros_Sxn, zeros_Sxn, jnp.zeros(S, jnp.int32))
+        P = inputs.tokens.shape[0]
+        zeros_PxT = jnp.zeros((P, steps))
+        blank = SlotOutputs(zeros_PxT.astype(jnp.int32), zeros_PxT, zeros_PxT, jnp.zeros(P, jnp.int32))
         blank = jax.tree.map(lambda x: jax.lax.pcast(x, "data", to="varying"), blank)
 
         def running(state: DecodeState):
-            return (state.step < steps) & (jnp.sum(state.active) > leave_1[0])
+            return (state.step < steps) & (jnp.sum(state.active) > refill_at_1[0])
 
         def body(state: DecodeState) -> DecodeState:
-            step, cache, tokens_S, active_S, out = state
-            # A slot that does not run writes past the width, that is nowhere.
-            positions_S = jnp.where(active_S, inputs.positions + step, NO_POSITION)
-            positions_Sx1 = positions_S[:, None]
-            hidden_Sx1xD, cache = model.hidden(tokens_S[:, None], positions_Sx1, cached_attention(positions_Sx1), cache)
-            drawn = sample(model.logits(hidden_Sx1xD[:, 0]), inputs.keys, positions_S, how, truncated)
+            step, cache, tokens_P, active_P, out = state
+            # A slot that does not run gets NO_POSITION, so that its write to the cache is dropped.
+            positions_P = jnp.where(active_P, inputs.positions + step, NO_POSITION)
+            positions_Px1 = positions_P[:, None]
+            hidden_Px1xD, cache = model.hidden(tokens_P[:, None], positions_Px1, cached_attention(positions_Px1), cache)
+            drawn = sample(model.logits(hidden_Px1xD[:, 0]), inputs.keys, positions_P, how, truncated)
 
-            def noted(column_Sxn, value_S):
-                return column_Sxn.at[:, step].set(jnp.where(active_S, value_S, 0))
+            def write_step(out_PxT, value_P):
+                return out_PxT.at[:, step].set(jnp.where(active_P, value_P, 0))
 
-            out = SlotOutputs(*map(noted, out[:3], drawn), out.counts + active_S)
-            active_S = active_S & ~stop_V[drawn[0]] & (step + 1 < inputs.steps)
-            return DecodeState(step + 1, cache, drawn[0], active_S, out)
+            out = SlotOutputs(*map(write_step, out[:3], drawn), out.counts + active_P)
+            active_P = active_P & ~stop_V[drawn[0]] & (step + 1 < inputs.steps)
+            return DecodeState(step + 1, cache, drawn[0], active_P, out)
 
         begin = DecodeState(
             step=jnp.zeros((), jnp.int32),

@@ -1,15 +1,18 @@
-"""The JAX engine: a static pool of slots, decoded together, refilled as sequences end.
+"""The JAX engine: continuous batching over a fixed number of slots.
 
-`apr_jax.rollout.scheduler` says which sequence has which slot and what comes next; here are the methods of the `Engine`
-protocol, the weights, the cache and the calls of the compiled parts. Always true:
+A slot is one row of the key/value cache and serves one sequence at a time. `apr_jax.rollout.scheduler` decides which
+sequence gets which slot and what to compute next. This module implements the `Engine` protocol, owns the weights and
+the cache, and calls the compiled functions of `apr_jax.rollout.decode`. Always true:
 
-* The last id of a sequence is never needed in the cache, since the loop feeds it. Whatever lies further on in the slot
-  is garbage that no query sees.
-* A fork takes over its parent's slot when the parent is freed: truncation, no copy. Else it shares like anybody else
-  (`apr_jax.rollout.slots`): what a slot of its device holds is copied, not computed again.
-* Draws depend on (seed, name, position) alone, not on slots, order or batch composition. Logits do in their last bits:
-  a product rounds by its shape, and a context may be prefilled or decoded. In float32 a log-probability moves by up to
-  1e-5, and a token only where its draw lies that near to a border between two; in bfloat16 that happens.
+* The key and value of a sequence's last id are not needed in the cache: the decode loop takes that id as its input.
+  Positions after it may contain old values, which no query attends to.
+* When a sequence is freed, its latest fork takes over the slot, truncated, without a copy, unless the fork has a slot
+  already. Any other sequence copies the prefix that it shares with a slot of its device (`apr_jax.rollout.slots`)
+  instead of computing it again.
+* The random number behind a token depends on (seed, name, position) alone, not on slots, order or batch composition.
+  Logits depend on the batch composition in their last bits: a matrix product rounds by its shape, and a context may be
+  prefilled or decoded. In float32 a log-probability moves by up to 1e-5, and a token changes only if its random number
+  is that close to the border between two tokens. In bfloat16 this happens.
 """
 
 import asyncio
@@ -21,8 +24,7 @@ from collections.abc import Sequence as Ids
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from apr_jax import interrupt
 from apr_jax.errors import UserError
@@ -34,11 +36,11 @@ from apr_jax.rollout.shapes import ACCELERATOR_SHAPES, CPU_SHAPES, Shapes, fitti
 from apr_jax.rollout.slots import Sequence
 from apr_jax.threads.engine import Decoded, Sampling
 
-LEAVE = 0.25  # a decode call ends when no more of its slots run: the others can be refilled
+REFILL_AT = 0.25  # a decode call ends when this fraction of its slots still runs, so that the others are refilled
 
 
 class _Request(Request):
-    """With the tokens drawn so far, and the future of their `Decoded`."""
+    """A scheduler's request with the tokens sampled so far and a future for the result."""
 
     def __init__(self, sequence: Sequence, limit: int):
         super().__init__(sequence, limit)
@@ -48,7 +50,7 @@ class _Request(Request):
         self.future: asyncio.Future[Decoded] = asyncio.get_running_loop().create_future()
 
     def take(self, tokens: list[int], logprobs: list[float], model_logprobs: list[float]) -> None:
-        """Adds drawn tokens."""
+        """Append sampled tokens to the sequence and to the result."""
         self.sequence.ids.extend(tokens)
         self.ids.extend(tokens)
         self.logprobs.extend(logprobs)
@@ -57,9 +59,13 @@ class _Request(Request):
 
 
 class JaxEngine:
-    """An `Engine` on the devices of a mesh, each with slots and a copy of the weights. One stop set and one
-    `Sampling` at a time. `weights` may be replaced between decodes (`load`). `shapes` are by default
-    CPU_SHAPES on a CPU, else ACCELERATOR_SHAPES."""
+    """An `Engine` on the devices of a mesh. Each device has `slots` / devices slots and a copy of the weights.
+
+    All requests at one time must have the same stop set and the same `Sampling`. The weights may be replaced between
+    decodes (`load`). `context` is the most tokens of a sequence, `steps` the most tokens of a slot in one decode call.
+    `shapes` defaults to CPU_SHAPES on a CPU and to ACCELERATOR_SHAPES elsewhere. Raises UserError if `slots` is not a
+    multiple of the devices or `context` exceeds the model's.
+    """
 
     def __init__(
         self,
@@ -85,20 +91,20 @@ class JaxEngine:
         self._sizes, self._widths = shapes.sizes(self._per_device), shapes.widths(context)
         self._lengths, self._copy_widths = shapes.lengths(context), shapes.copy_widths(context)
         self._rows, self._rows_of = max(shapes.rows), shapes.rows_of
-        self._by_slot = NamedSharding(mesh, P("data"))
+        self._by_slot = NamedSharding(mesh, PartitionSpec("data"))
         self._graphdef, weights = nnx.split(model)
         self._scheduler = Scheduler(slots, devices, widths=self._widths, sizes=self._sizes, steps=steps)
         self.load(weights)
         self._cache = self._blank_cache()
         self._loop: asyncio.Task | None = None
-        self._how: tuple[frozenset[int], Sampling] | None = None  # of all requests that wait or run
-        self.sampled = self.slot_steps = 0  # tokens drawn and slots stepped: their ratio is the occupancy
-        self.prefilled = self.copied = 0  # tokens computed before they are attended to, and tokens copied instead
-        self.prefills = self.copies = 0  # calls
+        self._how: tuple[frozenset[int], Sampling] | None = None  # stop set and sampling of all current requests
+        self.sampled = self.slot_steps = 0  # tokens sampled, and steps times slots of the calls: the ratio is occupancy
+        self.prefilled = self.copied = 0  # prompt tokens that were computed, and those copied from another slot
+        self.prefills = self.copies = 0  # calls of the compiled functions
 
     def load(self, weights) -> None:
-        """Takes the weights of a model of the same shape (an `nnx.State`)."""
-        self._weights = jax.device_put(weights, NamedSharding(self._mesh, P()))
+        """Replace the weights by those of a model of the same shape (an `nnx.State`), and forget cached prefixes."""
+        self._weights = jax.device_put(weights, NamedSharding(self._mesh, PartitionSpec()))
         self._scheduler.slots.forget()
 
     def _blank_cache(self):
@@ -106,16 +112,19 @@ class JaxEngine:
         return jax.device_put(make_cache(self._config, slots, width_of(self.context)), self._by_slot)
 
     def compile(self, sampling: Sampling) -> int:
-        """Compiles ahead all that rollouts under `sampling` can need; returns how many shapes that were. Without it
-        each is compiled when it first comes up. Either way JAX's persistent compilation cache keeps them."""
+        """Compile ahead every shape that rollouts under `sampling` can need, and return how many there are.
+
+        Without this call a shape is compiled when it is first needed. JAX's persistent compilation cache keeps the
+        programs in both cases.
+        """
         shapes = 0
-        nowhere = np.full(self._devices * self._rows, self._per_device, np.int32)
+        no_slot_B = np.full(self._devices * self._rows, self._per_device, np.int32)
         for width in self._copy_widths:
-            self._run_copy(width, nowhere, nowhere)
+            self._run_copy(width, no_slot_B, no_slot_B)
             prefills = [(rows, T) for T in self._lengths if T <= width for rows in self._rows_of(T)]
             for rows, T in prefills:
                 B = self._devices * rows
-                self._run_prefill(width, nowhere[:B], np.zeros((B, T), np.int32), *np.zeros((2, B), np.int32))
+                self._run_prefill(width, no_slot_B[:B], np.zeros((B, T), np.int32), *np.zeros((2, B), np.int32))
             shapes += 1 + len(prefills)
         for width in self._widths:
             for size in self._sizes:
@@ -157,7 +166,7 @@ class JaxEngine:
         try:
             return await request.future
         finally:
-            self._scheduler.end(request)  # which is over, or cancelled
+            self._scheduler.end(request)  # does nothing unless this task was cancelled
 
     def free(self, sequence: Sequence) -> None:
         self._scheduler.slots.free(sequence)
@@ -165,7 +174,7 @@ class JaxEngine:
     # ------------------------------------------------------------------ the loop
 
     async def _serve(self) -> None:
-        """Admits, prefills, decodes, until nothing waits and nothing runs."""
+        """Give slots, fill caches and decode, until no request is left. An error is passed on to every request."""
         try:
             while self._scheduler.busy:
                 interrupt.check()
@@ -174,7 +183,7 @@ class JaxEngine:
                     self._prefill(prefills)
                 for group in list(self._scheduler.groups()):
                     self._decode(group)
-                for _ in range(4):  # lets the runners of what ended ask for what comes next
+                for _ in range(4):  # lets the owners of ended sequences make their next requests
                     await asyncio.sleep(0)
         except BaseException as error:
             for request in self._scheduler.end_all():
@@ -182,24 +191,24 @@ class JaxEngine:
                     stopped = RuntimeError(f"the engine stopped: {error!r}")
                     stopped.__cause__ = error
                     request.future.set_exception(stopped)
-            # Slots may not hold what they were to be filled with, and a donated cache may be gone.
+            # Some slots may not have been filled as planned, and a donated cache may be deleted.
             self._scheduler.slots.forget()
             if any(leaf.is_deleted() for leaf in jax.tree.leaves(self._cache)):
                 self._cache = self._blank_cache()
-            interrupt.check()  # which may have come out of JAX as another error
+            interrupt.check()  # JAX may have raised an interrupt as an error of another type
             raise
 
     def _copy(self, copies: list[Copy]) -> None:
-        """Copies between slots, in their order."""
+        """Copy prefixes between slots, in the given order."""
         for batch in self._by_device(copies, lambda copy: copy.source, self._rows):
-            places = np.full((2, self._devices * self._rows), self._per_device, np.int32)
+            slots_2xB = np.full((2, self._devices * self._rows), self._per_device, np.int32)
             for at, (source, target, count) in batch:
-                places[:, at] = source % self._per_device, target % self._per_device
+                slots_2xB[:, at] = source % self._per_device, target % self._per_device
                 self.copied += count
-            self._run_copy(fitting(self._copy_widths, max(count for _, (_, _, count) in batch)), *places)
+            self._run_copy(fitting(self._copy_widths, max(count for _, (_, _, count) in batch)), *slots_2xB)
 
     def _prefill(self, fills: list[Prefill]) -> None:
-        """Prefills, in calls of a few rows per device and one padded length."""
+        """Prefill sequences, shortest first, in calls of a few rows per device that are padded to one length."""
         fills = sorted(fills, key=lambda fill: len(fill.sequence.ids) - fill.first)
         most = max(Counter(self._device(sequence.slot) for sequence, _ in fills).values(), default=0)
         longest = max((len(sequence.ids) - 1 - first for sequence, first in fills), default=0)
@@ -208,18 +217,19 @@ class JaxEngine:
             longest = max(len(s.ids) - 1 - first for _, (s, first) in batch)
             T = fitting(self._lengths, longest)
             width = fitting(self._copy_widths, max(T, *(len(s.ids) for _, (s, _) in batch)))
-            places = np.full(self._devices * rows, self._per_device, np.int32)
-            tokens = np.zeros((len(places), T), np.int32)
-            firsts, counts = np.zeros((2, len(places)), np.int32)
+            rows_B = np.full(self._devices * rows, self._per_device, np.int32)
+            tokens_BxT = np.zeros((len(rows_B), T), np.int32)
+            first_B, counts_B = np.zeros((2, len(rows_B)), np.int32)
             for at, (sequence, first) in batch:
                 new = sequence.ids[first:-1]
-                places[at], firsts[at], counts[at] = sequence.slot % self._per_device, first, len(new)
-                tokens[at, : len(new)] = new
+                rows_B[at], first_B[at], counts_B[at] = sequence.slot % self._per_device, first, len(new)
+                tokens_BxT[at, : len(new)] = new
                 self.prefilled += len(new)
-            self._run_prefill(width, places, tokens, firsts, counts)
+            self._run_prefill(width, rows_B, tokens_BxT, first_B, counts_B)
 
     def _by_device(self, entries: list, slot_of, rows: int) -> Iterator[list[tuple[int, object]]]:
-        """Calls of up to `rows` entries a device, each with its place in the call; a device's keep their order."""
+        """Split entries into calls of up to `rows` entries per device, and yield each call as (index in the call's
+        arrays, entry) pairs. Entries of one device keep their order."""
         queues = [deque() for _ in range(self._devices)]
         for entry in entries:
             queues[self._device(slot_of(entry))].append(entry)
@@ -234,7 +244,7 @@ class JaxEngine:
         return self._scheduler.slots.device(slot)
 
     def _decode(self, group: Group) -> None:
-        """One call of the decode loop; hands back what ended."""
+        """Call the decode loop once for a group, and finish the requests that ended."""
         size = group.size
         places = [
             (device * size + row, request)
@@ -248,9 +258,9 @@ class JaxEngine:
             inputs.tokens[at], inputs.positions[at] = ids[-1], len(ids) - 1
             inputs.steps[at] = min(request.left, self.steps)
             inputs.keys[at] = request.sequence.key
-        leave = np.asarray([int(LEAVE * len(there)) for there in group.requests], np.int32)
+        refill_at = np.asarray([int(REFILL_AT * len(there)) for there in group.requests], np.int32)
         stop, sampling = self._how
-        outputs = self._run_decode(group.width, inputs, leave, stop, sampling)
+        outputs = self._run_decode(group.width, inputs, refill_at, stop, sampling)
         tokens, logprobs, model_logprobs, counts = jax.device_get(outputs)
         self.slot_steps += int(counts.reshape(self._devices, size).max(axis=1).sum()) * size
         self.sampled += int(counts.sum())
@@ -269,31 +279,31 @@ class JaxEngine:
     # ------------------------------------------------------------------ the compiled parts
 
     def _inputs(self, size: int) -> SlotInputs:
-        """Of no slots, to be filled in."""
-        S = self._devices * size
+        """Inputs of a decode call with `size` places per device, all of them "no slot"."""
+        P = self._devices * size
         return SlotInputs(
-            np.full(S, self._per_device, np.int32), *np.zeros((3, S), np.int32), np.zeros((S, 2), np.uint32)
+            np.full(P, self._per_device, np.int32), *np.zeros((3, P), np.int32), np.zeros((P, 2), np.uint32)
         )
 
-    def _run_decode(self, width: int, inputs: SlotInputs, leave, stop: frozenset[int], sampling: Sampling):
+    def _run_decode(self, width: int, inputs: SlotInputs, refill_at, stop: frozenset[int], sampling: Sampling):
         vocab_size = self._config.vocab_size
-        stops = np.zeros(vocab_size, bool)
-        stops[list(stop)] = True
+        stop_V = np.zeros(vocab_size, bool)
+        stop_V[list(stop)] = True
         how = Distribution(
             np.float32(sampling.temperature),
             np.int32(min(sampling.top_k or vocab_size, vocab_size)),
             np.float32(sampling.top_p),
         )
         decode = make_decode(self._graphdef, self._mesh, width, self.steps, sampling.truncated)
-        inputs, leave = jax.device_put((inputs, leave), self._by_slot)
-        self._cache, outputs = decode(self._weights, self._cache, inputs, leave, stops, how)
+        inputs, refill_at = jax.device_put((inputs, refill_at), self._by_slot)
+        self._cache, outputs = decode(self._weights, self._cache, inputs, refill_at, stop_V, how)
         return outputs
 
-    def _run_prefill(self, width: int, *arrays) -> None:
+    def _run_prefill(self, width: int, rows_B, tokens_BxT, first_B, counts_B) -> None:
         self.prefills += 1
-        arrays = jax.device_put(arrays, self._by_slot)
+        arrays = jax.device_put((rows_B, tokens_BxT, first_B, counts_B), self._by_slot)
         self._cache = make_prefill(self._graphdef, self._mesh, width)(self._weights, self._cache, *arrays)
 
-    def _run_copy(self, width: int, sources, targets) -> None:
+    def _run_copy(self, width: int, sources_B, targets_B) -> None:
         self.copies += 1
-        self._cache = make_copy(self._mesh, width)(self._cache, *jax.device_put((sources, targets), self._by_slot))
+        self._cache = make_copy(self._mesh, width)(self._cache, *jax.device_put((sources_B, targets_B), self._by_slot))

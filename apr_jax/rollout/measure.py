@@ -1,6 +1,7 @@
-"""What decoding cost on the clock: one `Measurement` per request, whichever engine did it.
+"""Timings of decoding: one `Measurement` per request, for any engine.
 
-Times are seconds of `time.perf_counter`: a change of the date leaves them alone, and only differences mean something.
+Times are in seconds of `time.perf_counter`. Only their differences have a meaning, and setting the system clock does
+not change them.
 """
 
 import dataclasses
@@ -13,34 +14,38 @@ from apr_jax.threads.engine import Decoded, Engine, Sampling, Sequence
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Which thread a sequence belongs to: the thread's own name, and how many threads are above it."""
+    """The thread that a sequence belongs to: the thread's name, and the number of its ancestors (0 for a root)."""
 
     name: tuple[int, ...]
     depth: int
 
 
 class Lineage:
-    """Tells roots, children and threads that go on apart by the names that a runner gives (`Engine.open`).
+    """Finds the thread of each sequence from the names that a runner gives (see `Engine.open`).
 
-    Example: (4, 7) is a root; (4, 7, 0, 2), opened while (4, 7) lives, is its child; (4, 7, 1), a fork of either of
-    (4, 7)'s sequences, is (4, 7) going on.
+    A child's name is its parent's name and two numbers. When a thread resumes after a join, its new sequence is a fork
+    whose name is the thread's name and one number. Example: (4, 7) is a root. (4, 7, 0, 2), opened while (4, 7) lives,
+    is its child. (4, 7, 1), a fork of a sequence of (4, 7), belongs to the thread (4, 7).
     """
 
     def __init__(self):
         self._live: Counter[Origin] = Counter()
-        self._depths: dict[tuple[int, ...], int] = {}  # by the names of threads that live
+        self._depths: dict[tuple[int, ...], int] = {}  # of live threads, by name
 
     def open(self, name: Ids[int]) -> Origin:
+        """Return the origin of a new sequence: a child of the live thread that its name extends, else a root."""
         name = tuple(name)
         above = self._depths.get(name[:-2])
         return self._add(Origin(name, 0 if above is None else above + 1))
 
     def fork(self, origin: Origin, name: Ids[int]) -> Origin:
+        """Return the origin of a fork of a sequence: the same thread, or a child that inherits its context."""
         name = tuple(name)
         same = len(name) == len(origin.name) + 1
         return self._add(origin if same else Origin(name, origin.depth + 1))
 
     def close(self, origin: Origin) -> None:
+        """Count a sequence as freed. A thread lives until all its sequences are freed."""
         self._live[origin] -= 1
         if self._live[origin] <= 0:
             del self._live[origin]
@@ -54,29 +59,28 @@ class Lineage:
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """One request of one thread. `asked`, `start`, `first` and `end` are points in time: of the decode, of the
-    request's first try on its server, of the answer's first token, of its end."""
+    """The timing of one request of one thread. Times are in seconds of `time.perf_counter`."""
 
-    thread: tuple[int, ...]
-    depth: int  # threads above it
+    thread: tuple[int, ...]  # the thread's name
+    depth: int  # the thread's number of ancestors
     server: str
     prompt_tokens: int
     output_tokens: int
-    asked: float
-    start: float
-    first: float | None  # None where it is not known
-    end: float
-    cached_tokens: int | None = None  # of the prompt, not computed again; None where it is not told
-    tries: int = 1
-    server_seconds: float | None = None  # from end to end, as the server tells it
-    server_queue: float | None = None  # seconds that it waited there, as the server tells it
+    asked: float  # when the engine was asked to decode
+    start: float  # when the first attempt was sent to the server
+    first: float | None  # when the first token arrived; None if unknown
+    end: float  # when the last token arrived
+    cached_tokens: int | None = None  # prompt tokens that the server had in its cache; None if not reported
+    attempts: int = 1
+    server_seconds: float | None = None  # duration of the request, reported by the server
+    server_queue: float | None = None  # seconds in the server's queue, reported by the server
 
 
 class Measurements(list[Measurement]):
-    """Those of many trees, in the order in which they ended."""
+    """The measurements of many trees, in the order in which the requests ended."""
 
     def take(self, tree: Ids[int]) -> list[Measurement]:
-        """Takes out those of one tree, whose root has this name."""
+        """Remove and return the measurements of the tree whose root has the name `tree`."""
         tree = tuple(tree)
         taken = [one for one in self if one.thread[: len(tree)] == tree]
         self[:] = [one for one in self if one.thread[: len(tree)] != tree]
@@ -84,6 +88,8 @@ class Measurements(list[Measurement]):
 
 
 class _Sequence:
+    """A sequence of the wrapped engine and the thread that it belongs to."""
+
     def __init__(self, inner: Sequence, origin: Origin):
         self.inner, self.origin = inner, origin
 
@@ -93,9 +99,12 @@ class _Sequence:
 
 
 class TimedEngine:
-    """Any engine, with a measurement of every decode. With `split` a decode is asked for as one token and then the
-    rest, which draws the same tokens (draws depend on name and position) and shows when the first one was there; it
-    costs an engine that decodes many at once some of its throughput."""
+    """An `Engine` that wraps another one and appends a `Measurement` of every decode to `measurements`.
+
+    `name` is the measurements' `server`. With `split` each decode is done in two parts, the first token and the rest,
+    so that the time of the first token is known. The tokens are the same, since an engine draws each by the sequence's
+    name and the position. The split costs an engine that batches requests some throughput.
+    """
 
     def __init__(self, engine: Engine, name: str, measurements: Measurements, split: bool = True):
         self.engine, self.name, self.measurements, self.split = engine, name, measurements, split

@@ -1,4 +1,4 @@
-"""Which of several servers a thread's requests go to. A thread stays where it began: its context is cached there."""
+"""Rules that assign threads to servers. A thread stays on its first server, which has its context cached."""
 
 from itertools import count
 from typing import Protocol
@@ -7,19 +7,21 @@ from apr_jax.rollout.measure import Origin
 
 
 class Placement(Protocol):
+    """A rule that assigns each new thread to a server."""
+
     def place(self, origin: Origin, servers: int) -> int:
-        """The index of the server for a thread that begins; `servers` is 1 or more."""
+        """Return the index of the server for a new thread, below `servers`, which is at least 1."""
 
 
 class AllToOne:
-    """Everything to the first server: one cache holds all, children share what they can."""
+    """All threads on the first server, so that its one cache serves parents and children."""
 
     def place(self, origin: Origin, servers: int) -> int:
         return 0
 
 
 class RoundRobin:
-    """Threads to one server after the other, roots and children alike."""
+    """Each new thread, root or child, on the next server in turn."""
 
     def __init__(self):
         self._next = count()
@@ -29,7 +31,7 @@ class RoundRobin:
 
 
 class RootsApart:
-    """The paper's: roots to the first server, children to the others, one after the other (it had 1 and 7)."""
+    """Roots on the first server, children on the other servers in turn. The paper used 1 server and 7."""
 
     def __init__(self):
         self._next = count()

@@ -1,14 +1,14 @@
-"""The scheduler of the JAX engine: which sequence gets a slot when, in what order caches are filled, and which slots
-decode in one call. Plain Python on ids and numbers: it calls no model.
+"""The scheduler of the JAX engine. It decides when a sequence gets a slot, in what order caches are filled, and which
+slots decode in one call. It is plain Python on ids and numbers and calls no model.
 
 Always true:
 
-* A sequence decodes only in a slot; a slot belongs to at most one sequence.
-* A sequence that waits (a parent for its children) may lose its slot to one that decodes, never the other way round. It
-  is prefilled again when it goes on. So every slot ends in the hands of a sequence that decodes, decoding ends, and
-  nothing deadlocks with any number of slots.
-* Longer names first: children and parents that go on come before new roots, so that trees end rather than pile up as
-  parents whose slots are taken from them.
+* A sequence decodes only in a slot, and a slot belongs to at most one sequence.
+* A sequence that does not decode (a parent that waits for its children) may lose its slot to one that asks to decode.
+  Its cache is filled again when it resumes. A decoding sequence never loses its slot to another one. So a sequence
+  that waits for a slot gets one at last, and there is no deadlock with any number of slots.
+* Requests with longer names are served first. Children and resuming parents have longer names than new roots, so trees
+  finish before new ones start, and few parents wait without a slot.
 """
 
 import heapq
@@ -20,12 +20,12 @@ from typing import NamedTuple
 from apr_jax.rollout.shapes import fitting
 from apr_jax.rollout.slots import Sequence, Slots, State
 
-FILLED = 0.75  # of a call's places that slots of its width take at least, but of the smallest call
-UNEVEN = 8  # slots that one device may run more than another when nothing waits
+FILLED = 0.75  # least fraction of a call's places that slots of its width fill, except in the smallest call
+UNEVEN = 8  # when no request waits, a device may run this many sequences more than another before some are moved
 
 
 class Request:
-    """One decode that a sequence asks for: `left` tokens at most. It is `over` when it has ended or is dropped."""
+    """A sequence's request to decode at most `left` more tokens. `over` is true once it has ended or is cancelled."""
 
     def __init__(self, sequence: Sequence, left: int):
         self.sequence, self.left = sequence, left
@@ -33,7 +33,7 @@ class Request:
 
 
 class Copy(NamedTuple):
-    """The first `tokens` positions of a slot's cache go to another slot of its device."""
+    """Copy the first `tokens` positions of slot `source` to slot `target` of the same device."""
 
     source: int
     target: int
@@ -41,54 +41,57 @@ class Copy(NamedTuple):
 
 
 class Prefill(NamedTuple):
-    """The ids of a sequence from number `first` on, all but the last, are computed into its slot's cache."""
+    """Compute keys and values of a sequence's ids from index `first` on, without the last id, into its slot."""
 
     sequence: Sequence
     first: int
 
 
 class Round(NamedTuple):
-    """Copies, in their order, and prefills after them."""
+    """Copies, to be done in their order, and prefills, to be done after the copies."""
 
     copies: list[Copy]
     prefills: list[Prefill]
 
 
 class Group(NamedTuple):
-    """One decode call."""
+    """The requests of one decode call."""
 
-    width: int  # tokens that its slots attend over
+    width: int  # cache positions that the call attends over
     size: int  # places for slots on each device
-    requests: list[list[Request]]  # of each device, `size` at most
+    requests: list[list[Request]]  # one list per device, each of at most `size` requests
 
 
 class Scheduler:
-    """Of `slots` slots, the same number on each device. `widths` and `sizes` are the shapes of decode calls
-    (`apr_jax.rollout.shapes`), ascending; a call draws up to `steps` tokens a slot."""
+    """Assigns `slots` slots, the same number on each device, to requests, and groups the running requests into calls.
+
+    `widths` and `sizes` are the allowed shapes of decode calls (`apr_jax.rollout.shapes`), in ascending order. A call
+    samples up to `steps` tokens for each slot.
+    """
 
     def __init__(self, slots: int, devices: int, *, widths: Ids[int], sizes: Ids[int], steps: int):
         self.slots = Slots(slots, devices)
         self._devices, self._widths, self._sizes, self._steps = devices, widths, sizes, steps
-        self._waiting: list[tuple[int, int, Request]] = []  # a heap: the longest name first, then the oldest request
+        self._waiting: list[tuple[int, int, Request]] = []  # a heap: longest name first, then oldest
         self._arrivals = 0
-        self._running: dict[int, Request] = {}  # by slot
+        self._running: dict[int, Request] = {}  # the running request of each slot
 
     @property
     def busy(self) -> bool:
         """Whether any request waits or runs."""
         return bool(self._running) or any(not request.over for *_, request in self._waiting)
 
-    # ------------------------------------------------------------------ requests come and go
+    # ------------------------------------------------------------------ requests
 
     def ask(self, request: Request) -> None:
-        """Puts a request in the queue. Raises ValueError where its sequence is freed or decodes already."""
+        """Queue a request. Raises ValueError if its sequence is freed or has a request already."""
         self.slots.ask(request.sequence)
         self._arrivals += 1
         heapq.heappush(self._waiting, (-request.sequence.depth, self._arrivals, request))
 
     def end(self, request: Request) -> None:
-        """The request waits and runs no more; its sequence keeps its slot while nobody needs it. Nothing happens where
-        the request is over."""
+        """End or cancel a request. Its sequence keeps its slot until another sequence needs it. Does nothing if the
+        request is over already."""
         if request.over:
             return
         request.over = True
@@ -97,18 +100,18 @@ class Scheduler:
         self.slots.rest(request.sequence)
 
     def end_all(self) -> list[Request]:
-        """Ends all requests, and returns them."""
+        """End all requests and return them."""
         ended = [request for *_, request in self._waiting if not request.over] + list(self._running.values())
         for request in ended:
             self.end(request)
         self._waiting.clear()
         return ended
 
-    # ------------------------------------------------------------------ slots are given
+    # ------------------------------------------------------------------ slots
 
     def admit(self) -> list[Round]:
-        """Gives slots to waiting requests, which then run. Returns how the caches of their slots are to be filled, in
-        the order of the rounds."""
+        """Give slots to waiting requests, which run from then on. Returns the rounds that fill the slots' caches, to be
+        done in their order. When no request waits, running sequences are moved to less busy devices instead."""
         plan = Plan()
         if not self._waiting:
             self._even_out(plan)
@@ -127,16 +130,16 @@ class Scheduler:
         return plan.rounds
 
     def _start(self, plan: "Plan", request: Request, source: int, shared: int) -> None:
-        """Lets a request run in its sequence's slot, after the plan has brought in what is missing there: the first
-        `shared` ids come from slot `source`."""
+        """Start a request in its sequence's slot, and plan to fill the slot's cache. The first `shared` ids are copied
+        from slot `source`, unless `source` is the slot itself."""
         sequence = request.sequence
         self._running[sequence.slot] = request
         plan.add(sequence, source, shared)
         self.slots.note(sequence, len(sequence.ids) - 1)
 
     def _even_out(self, plan: "Plan") -> None:
-        """When nothing waits: the shortest sequences of the device that runs most go to the one that runs least, as far
-        as it has free slots, and are prefilled there."""
+        """Move the shortest sequences of the busiest device to free slots of the least busy one, until the busiest runs
+        at most UNEVEN sequences more. The cache of a moved sequence is filled anew on the other device."""
         own: list[list[int]] = [[] for _ in range(self._devices)]
         for slot in self._running:
             own[self.slots.device(slot)].append(slot)
@@ -153,11 +156,11 @@ class Scheduler:
             least.append(request.sequence.slot)
             self._start(plan, request, *placed)
 
-    # ------------------------------------------------------------------ slots decode
+    # ------------------------------------------------------------------ decode calls
 
     def groups(self) -> Iterator[Group]:
-        """All running requests, in groups of about the same length, so that a short sequence does not pay for attending
-        over the width of a long one. Where a group leaves places, the next shorter ones take them."""
+        """Yield all running requests in groups of similar length, the longest first, so that a short sequence does not
+        attend over the width of a long one. Places that a group leaves empty go to the next shorter sequences."""
         ends = {
             slot: fitting(self._widths, len(request.sequence.ids) + min(self._steps, request.left))
             for slot, request in self._running.items()
@@ -175,7 +178,7 @@ class Scheduler:
     # ------------------------------------------------------------------ checks
 
     def check(self) -> None:
-        """Raises AssertionError where requests, states and slots do not fit together."""
+        """Raise AssertionError if requests, states and slots contradict each other."""
         self.slots.check()
         for slot, request in self._running.items():
             assert not request.over and request.sequence.slot == slot and request.sequence.state is State.RUNNING
@@ -187,17 +190,19 @@ class Scheduler:
 
 
 class Plan:
-    """In what order caches are filled: rounds, each of copies between slots and then prefills. A slot is copied from
-    when what it should hold is there, and not written to before those who copy from it have done so."""
+    """The order in which caches are filled: rounds of copies between slots, then prefills.
+
+    A slot is copied from only after the round that fills it, and written to only after all copies from its old content.
+    """
 
     def __init__(self):
         self.rounds: list[Round] = []
-        self._filled: dict[int, int] = {}  # by slot: the round after which it holds what it should
-        self._read: dict[int, int] = {}  # by slot: the last round that copies from it
+        self._filled: dict[int, int] = {}  # for each slot: the round that fills it
+        self._read: dict[int, int] = {}  # for each slot: the last round that copies from it
 
     def add(self, sequence: Sequence, source: int, shared: int) -> None:
-        """`shared` first ids come from `source`; where that is the sequence's own slot they are there. `cached` of the
-        sequence says how many need not be computed."""
+        """Plan to fill the slot of a sequence. Its first `shared` ids are copied from slot `source`, unless `source` is
+        its own slot. The ids from `sequence.cached` on are prefilled."""
         slot, first = sequence.slot, sequence.cached
         copies = shared > 0 and source != slot
         number = max(self._read.get(slot, 0), self._filled.get(source, -1) + 1 if copies else 0)

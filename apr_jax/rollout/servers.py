@@ -1,5 +1,5 @@
-"""Server processes: started, waited for, started again when they die, stopped; or servers that somebody else runs,
-which are only waited for."""
+"""SGLang servers: processes that are started, restarted when they die, and stopped, or servers that run elsewhere and
+are only waited for."""
 
 import asyncio
 import contextlib
@@ -17,42 +17,42 @@ from pathlib import Path
 import httpx
 
 from apr_jax.io.files import write_text
-from apr_jax.rollout.sglang import ServerError, make_client
+from apr_jax.rollout.client import ServerError, make_http_client
 
-PROBE = 20.0  # seconds that one look at a server's health may take; SGLang's own takes one at least
-STOP = 30.0  # seconds for a server to stop before it is made to
-RESTARTS = 5  # of one server
-MARK = "APR_JAX_SERVER"
+PROBE = 20.0  # seconds that one health check may take; SGLang answers it after one second at the earliest
+STOP = 30.0  # seconds that servers get to stop by SIGTERM before SIGKILL
+RESTARTS = 5  # most restarts of one server
+MARK = "APR_JAX_SERVER"  # environment variable of a started server; its value identifies the run
 
 
-def _tell(message: str) -> None:
+def _print_to_stderr(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
 class Servers:
-    """Servers by their addresses. `ready()` waits for all of them, `patience` seconds each time; `tell` gets one line
-    whenever it waits for something that takes long."""
+    """Servers at the addresses `urls`. `ready()` waits for all of them, at most `patience` seconds for each call. `log`
+    receives one line when a wait takes longer than a second, and one when it ends."""
 
-    def __init__(self, urls: Sequence[str], patience: float = 600.0, tell: Callable[[str], None] = _tell):
-        self.urls, self.patience, self.tell = list(urls), patience, tell
+    def __init__(self, urls: Sequence[str], patience: float = 600.0, log: Callable[[str], None] = _print_to_stderr):
+        self.urls, self.patience, self.log = list(urls), patience, log
 
     async def ready(self) -> None:
-        """Returns when every server answers. Raises ServerError."""
-        async with make_client() as client:
+        """Return when every server answers. Raises ServerError if one does not within `patience` seconds."""
+        async with make_http_client() as client:
             await asyncio.gather(*(self._ready(index, client) for index in range(len(self.urls))))
 
     async def _ready(self, index: int, client: httpx.AsyncClient) -> None:
-        url, began, told = self.urls[index], time.monotonic(), False
+        url, began, logged = self.urls[index], time.monotonic(), False
         while not await self._healthy(url, client):
-            self._look_after(index)
+            self._recover(index)
             if time.monotonic() - began > self.patience:
-                raise ServerError(f"{url}: not ready within {self.patience:g} s{self._where(index)}")
-            if not told and time.monotonic() - began > 1:
-                self.tell(f"waiting for the server at {url}")
-                told = True
+                raise ServerError(f"{url}: not ready within {self.patience:g} s{self._last_line(index)}")
+            if not logged and time.monotonic() - began > 1:
+                self.log(f"waiting for the server at {url}")
+                logged = True
             await asyncio.sleep(0.2)
-        if told:
-            self.tell(f"{url} is ready after {time.monotonic() - began:.0f} s")
+        if logged:
+            self.log(f"{url} is ready after {time.monotonic() - began:.0f} s")
 
     @staticmethod
     async def _healthy(url: str, client: httpx.AsyncClient) -> bool:
@@ -62,34 +62,36 @@ class Servers:
         except (httpx.RequestError, TimeoutError):
             return False
 
-    def _look_after(self, index: int) -> None:
-        """What is done about a server that does not answer."""
+    def _recover(self, index: int) -> None:
+        """Try to bring back a server that does not answer. Does nothing for servers that run elsewhere."""
 
-    def _where(self, index: int) -> str:
+    def _last_line(self, index: int) -> str:
+        """The end of an error message: the last line that the server printed. Empty for servers that run elsewhere."""
         return ""
 
     def stop(self) -> None:
-        """Ends what was started here."""
+        """Stop the servers that this object started."""
 
 
 class StartedServers(Servers):
-    """`count` processes on this machine, each ``command PORT`` on a free port of its own.
+    """`count` server processes on this machine, each started as ``command PORT`` with a free port of its own.
 
-    `environments`, one per server, are added to this process's. What a server prints goes to ``FOLDER/server_N.log``.
-    Use as a context: servers end with it. Where this process was killed before it could end them, the next one with the
-    same folder does: they are known by a mark in their environment, which ``FOLDER/server_N.json`` tells.
+    Server N gets this process's environment variables and those of ``environments[N]``, and prints to
+    ``FOLDER/server_N.log``. Use the object as a context manager, which stops the servers at its end. If this process is
+    killed before that, the next run with the same folder kills the servers that are left. It recognises them by a mark
+    in their environment, which ``FOLDER/server_N.json`` contains.
     """
 
     def __init__(
         self, command: Sequence[str], count: int, folder: Path, environments: Sequence[Mapping[str, str]] = (),
-        patience: float = 600.0, tell: Callable[[str], None] = _tell,
+        patience: float = 600.0, log: Callable[[str], None] = _print_to_stderr,
     ):  # fmt: skip
         ports = _free_ports(count)
-        super().__init__([f"http://127.0.0.1:{port}" for port in ports], patience, tell)
+        super().__init__([f"http://127.0.0.1:{port}" for port in ports], patience, log)
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob("server_*.json"):
             if (pid := _left_over(left)) is not None:
-                self.tell(f"ending a server that an earlier run left (process {pid})")
+                self.log(f"ending a server that an earlier run left (process {pid})")
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(pid, signal.SIGKILL)
             left.unlink()
@@ -106,16 +108,17 @@ class StartedServers(Servers):
     def __exit__(self, *_) -> None:
         self.stop()
 
-    def _look_after(self, index: int) -> None:
+    def _recover(self, index: int) -> None:
+        """Start a server that does not run. Raises ServerError if it cannot be run or has ended too often."""
         process = self._processes[index]
         if process is not None and process.poll() is None:
             return
         url = self.urls[index]
         if process is not None:
             if self._starts[index] > RESTARTS:
-                raise ServerError(f"{url}: ended {self._starts[index]} times{self._where(index)}")
-            _end(process, signal.SIGKILL)  # what its group has left
-            self.tell(f"the server at {url} ended (exit code {process.returncode}), starting it again")
+                raise ServerError(f"{url}: ended {self._starts[index]} times{self._last_line(index)}")
+            _end(process, signal.SIGKILL)  # child processes of the dead server may still run
+            self.log(f"the server at {url} ended (exit code {process.returncode}), starting it again")
         self._starts[index] += 1
         with self._logs[index].open("ab") as log:
             try:
@@ -125,16 +128,16 @@ class StartedServers(Servers):
                 )  # fmt: skip
             except OSError as error:
                 raise ServerError(f"{url}: {self._commands[index][0]} cannot be run: {error.strerror}") from None
-        known = {"pid": self._processes[index].pid, "mark": self._mark}
-        write_text(self._known(index), json.dumps(known))
+        started = {"pid": self._processes[index].pid, "mark": self._mark}
+        write_text(self._pid_file(index), json.dumps(started))
 
     async def _ready(self, index: int, client: httpx.AsyncClient) -> None:
         process = self._processes[index]
         if process is None or process.poll() is not None:
-            self._look_after(index)  # before the first look: another's server may answer on a port that was ours
+            self._recover(index)  # before the health check: another process may have taken a dead server's port
         await super()._ready(index, client)
 
-    def _where(self, index: int) -> str:
+    def _last_line(self, index: int) -> str:
         lines = self._logs[index].read_text(errors="replace").split("\n") if self._logs[index].exists() else []
         last = next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
         return f"; the last line of {self._logs[index]}: {last[:200]}"
@@ -151,22 +154,23 @@ class StartedServers(Servers):
             process.wait()
         self._processes = [None] * len(self._processes)
         for index in range(len(self.urls)):
-            self._known(index).unlink(missing_ok=True)
+            self._pid_file(index).unlink(missing_ok=True)
 
-    def _known(self, index: int) -> Path:
+    def _pid_file(self, index: int) -> Path:
         return self._folder / f"server_{index}.json"
 
 
 def _end(process: subprocess.Popen, how: signal.Signals) -> None:
-    """To its whole group: a server is several processes."""
+    """Send a signal to a server's process group: a server may consist of several processes."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, how)
 
 
-def _left_over(known: Path) -> int | None:
-    """The process that a file tells of, if it still runs and bears the file's mark. Without /proc: None."""
+def _left_over(pid_file: Path) -> int | None:
+    """Return the process id in `pid_file` if that process still runs and has the file's mark in its environment. None
+    also on systems without /proc."""
     try:
-        found = json.loads(known.read_text())
+        found = json.loads(pid_file.read_text())
         environment = Path(f"/proc/{found['pid']}/environ").read_bytes().split(b"\0")
         return found["pid"] if f"{MARK}={found['mark']}".encode() in environment else None
     except (OSError, ValueError, KeyError, TypeError):
@@ -174,6 +178,7 @@ def _left_over(known: Path) -> int | None:
 
 
 def _free_ports(count: int) -> list[int]:
+    """Return distinct ports that are free now. All are held open at once so that none is given out twice."""
     sockets = [socket.socket() for _ in range(count)]
     try:
         for one in sockets:

@@ -1,52 +1,60 @@
-"""In what shapes an engine calls its compiled parts: each is a program of its own to compile."""
+"""The array shapes in which the JAX engine calls its compiled functions. Each shape is a program to compile."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-SHORTEST = 64  # tokens: the least width that slots attend over; longer ones are in `width_of`
-PREFILL_TOKENS = 8192  # of a device's call, padding included, where fewer rows can be chosen: scores grow with them
+SHORTEST = 64  # tokens: the smallest width of an attention over the cache; `width_of` gives the larger ones
+# Most tokens of a device's prefill call, padding included: the memory of attention scores grows with them. A call with
+# the smallest number of rows may exceed it.
+PREFILL_TOKENS = 8192
 
 
 class Shapes(NamedTuple):
-    """The shapes as rules; the methods give them for a window and a number of slots per device, in ascending order.
-    Where nothing else is said they are doubles of the least, and the whole."""
+    """Rules that give the allowed shapes for a context length and a number of slots per device.
 
-    group: int | None  # slots of the smallest decode call; None: all slots, in every call
-    width: int  # tokens: the least that copies, prefills and, unless `fine`, decode calls attend over
-    fine: bool  # decode calls have all widths of `width_of`
-    rows: tuple[int, ...]  # prompts of a prefill call
+    Each method returns one dimension's allowed values in ascending order. Unless said otherwise they are a smallest
+    value, its doubles, and the full size. A width is the number of cache positions that a call attends over or copies.
+    """
+
+    group: int | None  # slots of the smallest decode call; None: every call has all slots
+    width: int  # smallest width of copies and prefills, and of decode calls unless `fine`
+    fine: bool  # whether decode calls may have every width of `width_of`
+    rows: tuple[int, ...]  # prompts of a prefill call, per device
     length: int  # tokens of the shortest prefill
 
     def sizes(self, slots: int) -> list[int]:
-        """Slots of a decode call."""
+        """Slots of a decode call, per device."""
         return _doubles(self.group or slots, slots)
 
     def widths(self, context: int) -> list[int]:
-        """Of decode calls."""
+        """Widths of decode calls, in tokens."""
         return sorted({width_of(n) for n in range(1, context + 1)}) if self.fine else self.copy_widths(context)
 
     def copy_widths(self, context: int) -> list[int]:
-        """Of copies and prefills, which are short."""
+        """Widths of copies and prefills, in tokens. There are few: these calls are short."""
         return _doubles(self.width, width_of(context))
 
     def lengths(self, context: int) -> list[int]:
-        """Tokens of a prefill."""
+        """Padded lengths of a prefill's prompts, in tokens."""
         return _doubles(self.length, width_of(context))
 
     def rows_of(self, length: int) -> list[int]:
-        """Prompts of a prefill of so many tokens."""
+        """Prompts of a prefill call of padded length `length`, per device."""
         return [rows for rows in self.rows if rows * length <= PREFILL_TOKENS] or [self.rows[0]]
 
 
-# A CPU's call takes as long as its arithmetic, so calls fit what they are for. On an accelerator every shape takes
-# longer to compile, and waste costs less: 95 shapes of a CPU took 173 s, 6 of an H200 10 s.
+# On a CPU the time of a call is the time of its arithmetic, so many shapes keep padding small. On an accelerator each
+# shape takes longer to compile and padding costs less. 95 shapes took 173 s on a CPU, 6 shapes 10 s on an H200.
 CPU_SHAPES = Shapes(group=4, width=SHORTEST, fine=True, rows=(1, 8), length=32)
 ACCELERATOR_SHAPES = Shapes(group=None, width=1024, fine=False, rows=(8, 32), length=128)
 
 
 def width_of(tokens: int) -> int:
-    """The width that a context of so many tokens is attended over, at its finest: eight multiples of SHORTEST, then
-    four to a doubling, so that at most a fifth of a long one is padding."""
+    """Return the smallest allowed width for a context of `tokens` tokens.
+
+    Allowed are the first eight multiples of SHORTEST, then four widths per doubling. So at most a fifth of a long
+    context is padding.
+    """
     step = SHORTEST
     while tokens > 8 * step:
         step *= 2
@@ -54,11 +62,12 @@ def width_of(tokens: int) -> int:
 
 
 def fitting(sizes: Sequence[int], needed: int) -> int:
-    """The first of ascending sizes that is large enough, the last where none is."""
+    """Return the first of the ascending `sizes` that is at least `needed`, or the last if all are smaller."""
     return next((size for size in sizes if size >= needed), sizes[-1])
 
 
 def _doubles(least: int, most: int) -> list[int]:
+    """`least` and its doubles below `most`, then `most`."""
     sizes = []
     while least < most:
         sizes.append(least)

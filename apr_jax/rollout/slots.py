@@ -1,30 +1,32 @@
-"""The slots of an engine: who owns each, what its cache still holds, and the state of every sequence.
+"""The slots of the JAX engine: the owner of each, the ids that its cache still holds, and the state of every sequence.
 
-A slot's content outlives its owner: until another sequence overwrites it, whoever begins with the same ids takes it
-over where it is, or copies it from where it is. So the prompt of a GRPO group is prefilled once on every device that
-has a part of the group, and children that inherit find their parent's context.
+A slot is one row of the key/value cache. Its content stays after its owner is gone, until another sequence overwrites
+it. A new sequence that begins with the same ids gets that slot, or copies the common prefix from it to a slot of the
+same device. So the prompt of a GRPO group is prefilled once on each device that runs a part of the group, and a child
+thread that inherits its parent's context does not compute it again.
 
-Rows are copied, never shared: in XLA an attention over pages gathers them at every token, a copied row is copied once.
+Prefixes are copied, not shared by page tables: with pages XLA would gather the whole context at every token, while a
+copy is made once.
 """
 
 import enum
 from collections.abc import Sequence as Ids
 from itertools import islice
 
-HEAD = 16  # tokens that must be the same before sharing is thought of
-CANDIDATES = 8  # slots with the same head that are compared, the longest filled first
-LONG = 256  # shared tokens for which a sequence goes to the device that has them
-UNEVEN = 8  # slots that a device may then have fewer free than another
+HEAD = 16  # shortest common prefix, in tokens, that is reused; slots are looked up by their first HEAD ids
+CANDIDATES = 8  # most slots with the same first ids whose common prefix is measured, oldest first
+LONG = 256  # a common prefix of this many tokens or more draws a sequence to the device that holds it
+UNEVEN = 8  # unless that device has more than this many fewer free slots than another
 
 
 class State(enum.Enum):
-    """Of a sequence. Every change of it is a method of `Slots`:
+    """The state of a sequence. Only these methods of `Slots` change it:
 
     ask     OUTSIDE -> WAITING, IDLE -> READY
-    place   WAITING -> RUNNING; of the owner that loses the slot IDLE -> OUTSIDE, READY -> WAITING
+    place   WAITING -> RUNNING; the sequence that loses its slot: IDLE -> OUTSIDE, READY -> WAITING
     run     READY -> RUNNING
-    rest    RUNNING -> IDLE, and where a request is dropped WAITING -> OUTSIDE, READY -> IDLE
-    free    OUTSIDE, IDLE -> FREED; of the heir that takes the slot over OUTSIDE -> IDLE, WAITING -> READY
+    rest    RUNNING -> IDLE; if the request is cancelled: WAITING -> OUTSIDE, READY -> IDLE
+    free    OUTSIDE, IDLE -> FREED; the fork that takes over the slot: OUTSIDE -> IDLE, WAITING -> READY
     """
 
     OUTSIDE = "has no slot and does not ask to decode: it is new, or it lost its slot"
@@ -35,47 +37,47 @@ class State(enum.Enum):
     FREED = "is done"
 
 
-_PLACED = (State.READY, State.RUNNING, State.IDLE)  # with a slot
-_WITH_SLOT = {State.OUTSIDE: State.IDLE, State.WAITING: State.READY}  # the state after it got a slot
-_WITHOUT_SLOT = {State.IDLE: State.OUTSIDE, State.READY: State.WAITING}  # after it lost its slot
-_ASKING = {State.OUTSIDE: State.WAITING, State.IDLE: State.READY}  # after it asked to decode
-_RESTING = {State.WAITING: State.OUTSIDE, State.READY: State.IDLE, State.RUNNING: State.IDLE}  # when that is over
+_PLACED = (State.READY, State.RUNNING, State.IDLE)  # the states of a sequence with a slot
+_WITH_SLOT = {State.OUTSIDE: State.IDLE, State.WAITING: State.READY}  # after gaining a slot
+_WITHOUT_SLOT = {State.IDLE: State.OUTSIDE, State.READY: State.WAITING}  # after losing its slot
+_ASKING = {State.OUTSIDE: State.WAITING, State.IDLE: State.READY}  # after asking to decode
+_RESTING = {State.WAITING: State.OUTSIDE, State.READY: State.IDLE, State.RUNNING: State.IDLE}  # when that ends
 
 
 class Sequence:
-    """A handle of the engine: the context so far, and where its keys and values are."""
+    """The engine's handle of one sequence: its ids, its state, and the slot that holds its keys and values."""
 
     def __init__(self, ids: Ids[int], key, depth: int):
         self.ids = list(ids)
-        self.key = key  # uint32 [2], of its name: decides its draws
-        self.depth = depth
+        self.key = key  # uint32 [2], random key data made from the seed and the sequence's name
+        self.depth = depth  # length of its name, by which requests are ordered
         self.state = State.OUTSIDE
-        self.slot: int | None = None  # of a READY, RUNNING or IDLE one
-        self.cached = 0  # how many of the first ids the slot's cache holds; the last one is never needed there
-        self.parent: Sequence | None = None  # of a fork, until it has a slot
-        self.shared = 0  # of a fork: how many first ids are its parent's
-        self.heir: Sequence | None = None  # a fork that may take the slot over
+        self.slot: int | None = None  # set in the states READY, RUNNING and IDLE
+        self.cached = 0  # how many of the first ids are in the slot's cache; the last id is never needed there
+        self.parent: Sequence | None = None  # the sequence that this one is a fork of, until this one gets a slot
+        self.shared = 0  # if this is a fork: how many of its first ids are the parent's
+        self.heir: Sequence | None = None  # the latest fork, which takes over the slot when this sequence is freed
 
 
 class Slots:
-    """`count` slots, the same number on each device, in the order of the devices."""
+    """The owners and contents of `count` slots. Each device has `count` / `devices` slots, with successive numbers."""
 
     def __init__(self, count: int, devices: int):
         self.owners: list[Sequence | None] = [None] * count
         self.per_device = count // devices
-        # By device the free slots; the slots whose owners do not run, those first that have not for longest.
-        self._free: list[dict[int, None]] = [
+        # Dictionaries serve as ordered sets.
+        self._free: list[dict[int, None]] = [  # the free slots of each device
             dict.fromkeys(range(first, first + self.per_device)) for first in range(0, count, self.per_device)
         ]
-        self._idle: dict[int, None] = {}
-        self._held: list[tuple[list[int], int]] = [([], 0)] * count  # ids, and how many of them are cached
-        self._heads: dict[tuple[int, ...], dict[int, None]] = {}  # slots by what they begin with, oldest first
+        self._idle: dict[int, None] = {}  # slots whose owner does not run, the longest idle first
+        self._held: list[tuple[list[int], int]] = [([], 0)] * count  # for each slot: ids, and how many are cached
+        self._heads: dict[tuple[int, ...], dict[int, None]] = {}  # slots by their first HEAD ids, oldest first
 
     def device(self, slot: int) -> int:
         return slot // self.per_device
 
     def forget(self) -> None:
-        """What the slots hold is of no use: the weights have changed, or it was never written."""
+        """Treat all slots' caches as empty. Needed after new weights, and after a failure while caches are filled."""
         for owner in self.owners:
             if owner is not None:
                 owner.cached = 0
@@ -83,7 +85,7 @@ class Slots:
         self._heads.clear()
 
     def note(self, sequence: Sequence, cached: int) -> None:
-        """The sequence's slot now holds so many of its first ids."""
+        """Record that the cache of the sequence's slot now holds the first `cached` of its ids."""
         slot, sequence.cached = sequence.slot, cached
         before, now = self._head(slot), tuple(sequence.ids[:HEAD]) if cached >= HEAD else None
         self._held[slot] = (sequence.ids, cached)
@@ -96,7 +98,7 @@ class Slots:
                 self._heads.setdefault(now, {})[slot] = None
 
     def ask(self, sequence: Sequence) -> None:
-        """The sequence asks to decode. Raises ValueError where it is freed or does so already."""
+        """Mark that the sequence asks to decode. Raises ValueError if it is freed or asks or decodes already."""
         if sequence.state not in _ASKING:
             raise ValueError(
                 "a freed sequence cannot decode" if sequence.state is State.FREED else "the sequence decodes already"
@@ -104,23 +106,25 @@ class Slots:
         sequence.state = _ASKING[sequence.state]
 
     def run(self, sequence: Sequence) -> None:
-        """A READY sequence decodes from now on in the slot that it has."""
+        """Mark that a READY sequence decodes from now on in its own slot."""
         del self._idle[sequence.slot]
         sequence.state = State.RUNNING
 
     def rest(self, sequence: Sequence) -> None:
-        """The sequence decodes no more and asks for nothing: it may lose its slot."""
+        """Mark that the sequence's request has ended or is cancelled. The sequence may lose its slot from now on."""
         sequence.state = _RESTING[sequence.state]
         if sequence.state is State.IDLE:
             self._idle[sequence.slot] = None
 
     def place(self, sequence: Sequence) -> tuple[int, int] | None:
-        """Gives a slot to a WAITING sequence, which decodes from now on: a free one on the device with most of them, or
-        on one that holds long parts of it, else the slot of the owner that has not run for longest, which loses it.
-        None where there is neither.
+        """Give a slot to a WAITING sequence, which decodes from now on.
 
-        Returns a slot of the same device and how many of the sequence's first ids can be copied from it; the sequence's
-        own slot where they are there already, and 0 where nothing is to be had.
+        A free slot is taken on the device with the most free slots, or on a device that holds a long prefix of the
+        sequence. Without a free slot, the owner that has been idle for longest loses its slot. Returns None if all
+        slots run.
+
+        Otherwise returns (source, shared): the first `shared` ids of the sequence are in the cache of slot `source` of
+        the same device. If `source` is the sequence's own slot, nothing need be copied. (-1, 0): no prefix was found.
         """
         held = self._match(sequence)
         if most := max(map(len, self._free)):
@@ -140,15 +144,16 @@ class Slots:
         return self._own(sequence, self.device(slot), held)
 
     def move(self, sequence: Sequence, device: int) -> tuple[int, int] | None:
-        """Gives a RUNNING sequence a free slot of another device in the place of its own; as `place`."""
+        """Give a RUNNING sequence a free slot of another device and release its own. Returns what `place` returns, and
+        None if the device has no free slot."""
         if not self._free[device]:
             return None
         self._release(sequence.slot)
         return self._own(sequence, device, self._match(sequence))
 
     def free(self, sequence: Sequence) -> None:
-        """The sequence is done: its slot goes to the fork that may take it over, or becomes free. Raises ValueError
-        where it decodes."""
+        """End the sequence. Its slot goes to its latest fork if that has none, and becomes free otherwise. Raises
+        ValueError if the sequence asks or decodes."""
         if sequence.state in _RESTING:
             raise ValueError("a sequence cannot be freed while it decodes")
         slot, heir = sequence.slot, sequence.heir
@@ -168,7 +173,8 @@ class Slots:
         self._free[self.device(slot)][slot] = None
 
     def _own(self, sequence: Sequence, device: int, held: dict[int, tuple[int, int]]) -> tuple[int, int]:
-        """Gives a free slot of a device, best the one that holds what the sequence begins with."""
+        """Give the sequence a free slot of a device, preferably the slot that holds its prefix. Returns what `place`
+        returns."""
         source, shared = held.get(device, (-1, 0))
         free = self._free[device]
         slot = source if source in free else next(iter(free))
@@ -178,11 +184,13 @@ class Slots:
         return source, shared
 
     def _head(self, slot: int) -> tuple[int, ...] | None:
+        """The first HEAD ids in a slot's cache; None if it holds fewer."""
         ids, cached = self._held[slot]
         return tuple(ids[:HEAD]) if cached >= HEAD else None
 
     def _match(self, sequence: Sequence) -> dict[int, tuple[int, int]]:
-        """By device the slot that holds most of a sequence's first ids, all but the last at most, and how many."""
+        """Find for each device the slot with the longest common prefix: {device: (slot, tokens)}. A prefix has at least
+        HEAD tokens, and never the sequence's last id, which the decode loop takes as input."""
         ids = sequence.ids
         if len(ids) <= HEAD:
             return {}
@@ -200,7 +208,7 @@ class Slots:
         return best
 
     def check(self) -> None:
-        """Raises AssertionError where states, owners and lists of slots do not fit together."""
+        """Raise AssertionError if states, owners and the sets of slots contradict each other."""
         for slot, owner in enumerate(self.owners):
             assert (owner is None) == (slot in self._free[self.device(slot)]), f"slot {slot} is owned and free, or lost"
             assert (slot in self._idle) == (owner is not None and owner.state in (State.IDLE, State.READY)), slot
@@ -214,7 +222,7 @@ class Slots:
 
 
 def _common(a: list[int], b: list[int], most: int) -> int:
-    """How many first ids are the same, up to `most`, at least HEAD of which are."""
+    """Return the length of the common prefix, `most` at the highest. The first HEAD ids must be equal."""
     low, high = HEAD, most
     while low < high:
         middle = (low + high + 1) // 2

@@ -1,7 +1,8 @@
-"""A streamed answer: server-sent events from bytes, and the parts of an answer of SGLang's put together.
+"""The parser of SGLang's streamed answers: server-sent events from bytes, and one answer from the events' parts.
 
-A part holds all ids so far, or (a server with incremental streaming) the new ones alone; `completion_tokens` tells
-which. Log-probabilities come either way, too, and not always the way of the ids.
+Each part contains all ids so far or, if the server streams incrementally, only the new ids. The field
+`completion_tokens`, the number of ids so far, distinguishes the two. Log-probabilities also come in either form, and
+not always in the same form as the ids.
 """
 
 import re
@@ -10,13 +11,16 @@ FIELDS = ("data", "event", "id", "retry")
 
 
 class StreamError(Exception):
-    """A stream that holds something else than parts of an answer, or parts that contradict each other: one line."""
+    """An invalid stream: not parts of an answer, or parts that contradict each other. The message is one line."""
 
 
 class Events:
-    """The data of the events in a stream of bytes, several lines of it joined; comments and other fields are left out.
-    Lines end as server-sent events allow it, and nowhere else: text may hold any other separator. What stands after
-    the last blank line is an event as well."""
+    """An incremental parser of server-sent events that returns the data of each event.
+
+    Several data lines of an event are joined by newlines; comments and other fields are dropped. A line ends only with
+    CR, LF or CRLF, as the specification says: text may contain other Unicode line separators. Data after the last blank
+    line counts as an event.
+    """
 
     def __init__(self):
         self._rest = b""
@@ -24,13 +28,13 @@ class Events:
         self._data: list[str] = []
 
     def feed(self, chunk: bytes) -> list[str]:
-        """The events that `chunk` ends. Raises StreamError for a line that is no field."""
-        # A carriage return at the end may be half of a line's end.
+        """Return the data of the events that `chunk` completes. Raises StreamError for a line that is not a field."""
+        # A carriage return at the end of a chunk may be the first half of CRLF, so it stays for the next chunk.
         *lines, self._rest = re.split(rb"\r\n|\n|\r(?=[^\n])", self._rest + chunk)
         return [event for line in lines for event in self._line(line)]
 
     def end(self) -> list[str]:
-        """The events that stood open when the stream ended."""
+        """Return the data of the event that was incomplete when the stream ended, if any."""
         lines = [*re.split(rb"\r\n|\n|\r", self._rest), b""]
         return [event for line in lines for event in self._line(line)]
 
@@ -49,28 +53,26 @@ class Events:
 
 
 class Answer:
-    """The parts of one answer, put together: `ids` and `meta`, the last part's with the log-probabilities of all.
-    `ended`: the server said that nothing comes any more."""
+    """One answer, joined from its streamed parts. `ids` are all its ids. `meta` is the last part's `meta_info` with the
+    log-probabilities of all ids. `ended` is true once the server has sent its end mark."""
 
     def __init__(self):
         self.ended = False
         self.ids: list = []
         self.meta: dict = {}
-        self._logprobs: list[list] = []  # of each part
+        self._logprobs: list[list] = []  # one list per part
 
     def add(self, event: dict) -> None:
-        """Raises StreamError."""
+        """Add one part. Raises StreamError if it lacks a field or contradicts the earlier parts."""
         ids, meta = event.get("output_ids"), event.get("meta_info")
         if not isinstance(ids, list) or not isinstance(meta, dict):
             raise StreamError("the answer holds no output_ids and meta_info as SGLang's does")
         count = meta.get("completion_tokens")
         if type(count) is not int:
-            count = len(ids)  # all ids so far, if what came before agrees
+            count = len(ids)  # assume all ids so far; the check below finds out if they are not
         if len(ids) == count:
             if ids[: len(self.ids)] != self.ids:
-                raise StreamError(
-                    f"the answer's first {len(self.ids)} tokens changed, or it tells no completion_tokens"
-                )
+                raise StreamError(f"the answer's first {len(self.ids)} tokens changed, or it has no completion_tokens")
             self.ids = list(ids)
         elif len(self.ids) + len(ids) == count:
             self.ids = self.ids + ids
@@ -78,12 +80,19 @@ class Answer:
             raise StreamError(
                 f"the answer has {len(self.ids)} tokens and {len(ids)} more, its completion_tokens say {count}"
             )
-        told = meta.get("output_token_logprobs")
-        self._logprobs.append(told if isinstance(told, list) else [])
+        logprobs = meta.get("output_token_logprobs")
+        self._logprobs.append(logprobs if isinstance(logprobs, list) else [])
         kept = {name: self.meta[name] for name in ("input_token_logprobs",) if name in self.meta}
         self.meta = {**kept, **meta, "output_token_logprobs": self._joined()}
 
     def _joined(self) -> list:
-        """Entries of the last part where those are all, else of all parts."""
+        """The log-probabilities of all ids: the last part's if they are complete, else those of all parts joined."""
         last = self._logprobs[-1]
         return last if len(last) == len(self.ids) else [entry for part in self._logprobs for entry in part]
+
+
+def nested(content, *names: str):
+    """Return the entry at a path of keys in nested dictionaries, and None if it does not exist."""
+    for name in names:
+        content = content.get(name) if isinstance(content, dict) else None
+    return content

@@ -1,12 +1,12 @@
-"""A task: all that a user writes to train models on it, and all that the rest of the code knows of it.
+"""The interface of a task: a user implements it to train models on a task, and all other code uses only this interface.
 
     class Task
-        name, variants, Settings    what it is called, the ways it is demonstrated, its settings
-        problems, key, ...          what is asked
+        name, variants, Settings    its name, the ways to demonstrate it, its section of settings
+        problems, key, ...          its problems
         demonstration               a solver's thread tree, to train on
-        protocol                    what a spawn means, and what is right
+        protocol                    what a spawn means, and which results are correct
 
-A task is chosen by name, or by ``package.module:Class`` for one of a user's own (`load_task`).
+A task is chosen by name or, for a user's own, by ``package.module:Class`` (`load_task`).
 """
 
 import abc
@@ -18,6 +18,8 @@ from typing import Any, ClassVar
 
 from apr_jax.errors import UserError
 from apr_jax.io.module import load_module
+from apr_jax.settings import from_json
+from apr_jax.text.hub import HubTokenizer
 from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.threads import TaskProtocol, ThreadTree
 
@@ -25,140 +27,177 @@ BUILT_IN = {
     "countdown": "apr_jax.tasks.countdown.task:Countdown",
     "factors": "apr_jax.tasks.tagged.factors:Factors",
     "sums": "apr_jax.tasks.tagged.sums:Sums",
+    "jsonl": "apr_jax.tasks.jsonl.task:Jsonl",
 }
 TRAIN, HELD_OUT = SPLITS = ("train", "held_out")
 
 
 @dataclasses.dataclass(frozen=True)
 class NoSettings:
-    """The settings of a task that has none."""
+    """The settings of a task without settings."""
 
 
 class Task(abc.ABC):
-    """A task with its settings. All methods are pure: two processes, or two days, get the same answer.
+    """A task with its settings. Except for file access, methods are pure functions of their arguments and the settings.
 
-    A *problem* is whatever the task likes, best a frozen dataclass. A *variant* is one way to demonstrate and to ask:
-    Countdown has threads ("apr") and one long thread ("sos_plus"). A model is trained on one variant.
+    A *problem* is an object of any type, preferably a frozen dataclass. A *variant* is one way to demonstrate a problem
+    and to prompt a model for it: Countdown has parallel threads ("apr") and one long thread ("sos_plus"). A model is
+    trained on one variant or on several together.
     """
 
-    name: ClassVar[str]  # of its section of settings; a Python identifier
-    variants: ClassVar[tuple[str, ...]]  # the main one first; Python identifiers
-    Settings: ClassVar[type] = NoSettings  # a frozen dataclass whose fields have defaults, nested where sections are
+    name: ClassVar[str]  # the name of the task and of its section of settings; a Python identifier
+    variants: ClassVar[tuple[str, ...]]  # at least one, the main one first; Python identifiers
+    edition: ClassVar[int] = (
+        1  # raise it when a change of the code changes problems or trees: runs make them again then
+    )
+    Settings: ClassVar[type] = NoSettings  # a frozen dataclass; each field has a default, a subsection is a dataclass
 
     def __init__(self, settings: Any = None):
-        """`settings`: an instance of `Settings`; None: its defaults."""
+        """`settings` is an instance of `Settings`; None stands for its defaults."""
         self.settings = self.Settings() if settings is None else settings
         kind = f"{type(self).__module__}:{type(self).__qualname__}"
-        self.spec = type(self).name if BUILT_IN.get(type(self).name) == kind else kind  # how `load_task` finds it again
+        self.spec = type(self).name if BUILT_IN.get(type(self).name) == kind else kind  # `load_task` accepts it
 
-    # ------------------------------------------------------------------ what is asked
+    # ------------------------------------------------------------------ problems
 
     @abc.abstractmethod
     def problems(self, seed: int, split: str, indices: Sequence[int]) -> list[Any]:
-        """Candidates number `indices` (from 0) of a split ("train", "held_out"), each a function of (seed, split,
-        index). None stands for a candidate that the split must not have. Fewer than asked for: there are no more.
+        """Return the candidates for problems of a split, "train" or "held_out", with the given numbers, from 0 on.
 
-        A data set takes the first ones that fit: it leaves out what is held out, and what came before (`key`)."""
+        Each candidate is a function of (seed, split, index). None stands for a candidate that must not be in the split.
+        A list shorter than `indices` means that the task has no more candidates.
+
+        A data set takes the first suitable candidates. It leaves out held-out problems from training, and problems
+        whose `key` occurred before.
+        """
 
     @abc.abstractmethod
     def read_problem(self, row: Mapping[str, Any]) -> Any:
-        """The problem of its JSON form. Raises UserError for any other object."""
+        """Return the problem whose `problem_json` is `row`. Raises UserError for any other object."""
 
     def problem_json(self, problem: Any) -> dict[str, Any]:
-        """A problem as a JSON object. Default: the fields of a dataclass."""
+        """Return a problem as a JSON object. Default: the fields of a dataclass."""
         return dataclasses.asdict(problem)
 
     def key(self, problem: Any) -> Hashable:
-        """What two problems have in common that are the same to the task. Default: they are equal."""
+        """Return a value that is equal for problems that the task regards as the same. Default: the problem itself."""
         return problem
 
     def describe(self, problem: Any) -> str:
-        """A problem in one line, for people. Default: its JSON form."""
+        """Return a problem as one line of text for people. Default: the names and values of its JSON form."""
         return ", ".join(f"{name} {value}" for name, value in self.problem_json(problem).items())
 
-    # ------------------------------------------------------------------ what is learned
+    # ------------------------------------------------------------------ training
 
     @abc.abstractmethod
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of models that begin with random weights."""
+        """Return the tokenizer for models that are trained from random weights."""
 
     @abc.abstractmethod
     def demonstration(self, problem: Any, variant: str, seed: int, split: str, index: int) -> ThreadTree | None:
-        """A solver's tree of text for problem number `index` of a split, a function of all arguments; None where there
-        is none to learn from. A solver may fail: its tree is then one of a search without an answer.
+        """Return a solver's tree of text for problem number `index`, or None where there is nothing to train on.
 
-        `split` is "train" or "validation": held-out problems whose demonstrations measure the loss. The tree's info is
-        JSON. `solved`, `index` and `found` in it are the data set's own; `condition` in it says that the root's prompt
-        begins with that text already."""
+        The tree is a function of all arguments. It may show a search that fails. `split` is "train" or "validation":
+        validation problems are held-out problems whose demonstrations measure the loss.
+
+        The tree's `info` is a JSON object. The data set overwrites its entries `solved`, `index` and `found`. An entry
+        `condition` states that the root's prompt begins with that condition already.
+        """
 
     def condition_of(self, tree: ThreadTree, variant: str) -> str:
-        """What a demonstration, encoded as `tree`, has first on its root's prompt, to tell the model what is asked of
-        it, such as a number of children. Default: nothing."""
+        """Return the condition of an encoded demonstration, or "" for none. Default: "".
+
+        A condition is text at the start of the root's prompt that asks the model for a budget, such as a number of
+        children. For a demonstration it states the budget that the tree uses.
+        """
         return ""
 
-    # ------------------------------------------------------------------ what is done
+    # ------------------------------------------------------------------ threads
 
     @abc.abstractmethod
     def protocol(self, variant: str) -> TaskProtocol:
-        """What threads of a variant mean. Raises UserError for an unknown variant."""
+        """Return the rules for threads of a variant. Raises UserError for an unknown variant."""
 
     def condition(self, variant: str, budget: int) -> str:
-        """What goes first on a root's prompt to ask for a budget, as `condition_of` gives it. Raises UserError where
-        the variant has no budgets."""
+        """Return the condition that asks for a budget, in the form of `condition_of`.
+
+        The unit of the budget is the variant's, such as children or tokens. Raises UserError where the variant has no
+        budgets.
+        """
         raise UserError(f"the {variant} models of {self.spec} cannot be asked for a budget")
 
     def levels(self, variant: str) -> int:
-        """Levels of children that demonstrations of a variant have; 0: no thread spawns. Default: 1."""
+        """Return how many levels of children the demonstrations of a variant have; 0: no thread spawns. Default: 1."""
         return 1
 
     def spawns(self, variant: str) -> bool:
-        """Whether threads of a variant have children."""
+        """Return whether threads of a variant have children."""
         return self.levels(variant) > 0
 
-    # ------------------------------------------------------------------ what is told
+    # ------------------------------------------------------------------ files of its own
+
+    def files(self) -> Sequence[Path]:
+        """Return the files that problems and demonstrations are read from, whose contents a data set depends on. Raises
+        UserError or FileNotFoundError where one is missing. Default: none."""
+        return ()
+
+    def check(self, tokenizer: Tokenizer | HubTokenizer) -> None:
+        """Check the files and names in the settings, before a data set is made in the tokens of `tokenizer`. Raises
+        UserError or FileNotFoundError. Default: nothing is checked."""
+
+    # ------------------------------------------------------------------ reports
 
     def title(self, variant: str) -> str:
-        """A variant's name for people."""
+        """Return a variant's name for people, as in tables and figures. Default: the variant itself."""
         return variant
 
     def published_changes(self, variant: str) -> Mapping[str, float]:
-        """By how much GRPO changed a quantity of a variant's trees ("children", "tokens a sequence") in a publication,
-        to be shown beside our own: 0.34 is 34 % more. Default: none is known."""
+        """Return how GRPO changed quantities of a variant's trees in a publication, for comparison in a report.
+
+        Keys are "children" and "tokens a sequence"; values are relative changes: 0.34 is 34 % more. Default: empty.
+        """
         return {}
 
-    # ------------------------------------------------------------------ files of others
+    # ------------------------------------------------------------------ files of other programs
 
     def read_problems(self, path: Path) -> Iterator[Any]:
-        """The problems of a file that another program wrote. Raises UserError, also where the task knows none."""
+        """Yield the problems in a file of another program. Raises UserError for a wrong file, and by default."""
         raise UserError(f"the task {self.spec} reads no files of other programs")
 
     def read_demonstrations(self, path: Path) -> Iterator[tuple[Any, str, ThreadTree]]:
-        """(problem, variant, tree of text) of a file that another program wrote. Raises as `read_problems`."""
+        """Yield (problem, variant, tree of text) for each demonstration in a file of another program.
+
+        Raises UserError for a wrong file, and by default.
+        """
         raise UserError(f"the task {self.spec} reads no files of other programs")
 
     def write_demonstrations(self, path: Path, trees: Iterable[ThreadTree], tokenizer: Tokenizer) -> None:
-        """Demonstrations, with the info that the task gave them, as a file that other programs read. Raises as
-        `read_problems`."""
+        """Write trees of text in the format of another program. Raises UserError by default.
+
+        The trees are demonstrations of this task, with the `info` that `demonstration` gave them.
+        """
         raise UserError(f"the task {self.spec} writes no files of other programs")
 
     # ------------------------------------------------------------------ checks
 
     def check_variant(self, variant: str) -> str:
-        """The variant. Raises UserError where the task has no such one."""
+        """Return `variant`. Raises UserError where the task has no such variant."""
         if variant not in self.variants:
             raise UserError(f"variants of {self.spec} are {', '.join(self.variants)}, was given {variant!r}")
         return variant
 
 
-MOST_LEFT_OUT = 1000  # candidates in a row that are no problems of a split, after which a task has no more
+MAX_LEFT_OUT = 1000  # after more consecutive candidates that are None, a task counts as exhausted
 
 
 def first_problems(task: Task, split: str, count: int, first: int = 0, seed: int = 0) -> tuple[list[Any], int]:
-    """The first `count` problems of a split from candidate number `first` on, and the number of the candidate behind
-    them. Fewer where the task has no more."""
+    """Return the first `count` problems of a split from candidate number `first` on, and the next candidate's number.
+
+    There are fewer problems if the task has no more. They may repeat: `Task.key` is not compared.
+    """
     found: list[Any] = []
     index, left_out = first, 0
-    while len(found) < count and left_out <= MOST_LEFT_OUT:
+    while len(found) < count and left_out <= MAX_LEFT_OUT:
         asked = range(index, index + count - len(found))
         candidates = task.problems(seed, split, asked)
         index += len(candidates)
@@ -171,8 +210,11 @@ def first_problems(task: Task, split: str, count: int, first: int = 0, seed: int
 
 
 def find_task(spec: str) -> type[Task]:
-    """The class of a task by its name or by ``package.module:Class``, looked for also in the current folder. Raises
-    UserError."""
+    """Return the class of a task by its name or by ``package.module:Class``.
+
+    Modules are looked up in the current folder, too. Raises UserError where there is no such class, or where it does
+    not implement `Task` correctly.
+    """
     module, sign, name = BUILT_IN.get(spec, spec).partition(":")
     allowed = f"task is one of {', '.join(BUILT_IN)} or package.module:Class"
     if not sign or not module or not name or module.startswith("."):
@@ -184,7 +226,7 @@ def find_task(spec: str) -> type[Task]:
     if not (isinstance(found, type) and issubclass(found, Task)):
         raise UserError(f"{allowed}, was given {spec!r}: {module} has no class {name} that is a Task")
     if inspect.isabstract(found):
-        raise UserError(f"{spec} is no whole task, it lacks {', '.join(sorted(found.__abstractmethods__))}")
+        raise UserError(f"{spec} is an incomplete task, it lacks {', '.join(sorted(found.__abstractmethods__))}")
     variants = getattr(found, "variants", ())
     if not isinstance(variants, tuple) or not variants:
         raise UserError(f"the variants of a task are a tuple of names, {spec} has {variants!r}")
@@ -195,35 +237,19 @@ def find_task(spec: str) -> type[Task]:
 
 
 def load_task(spec: str, settings: Any = None) -> Task:
-    """A task by its name or ``package.module:Class``. `settings`: an instance of its `Settings`, or their JSON form
-    (`settings_json`); None: defaults. Raises UserError."""
+    """Return a task by its name or by ``package.module:Class``.
+
+    `settings` is an instance of its `Settings` or their JSON form (`settings_json`); None stands for the defaults.
+    Raises UserError for a wrong task or setting.
+    """
     kind = find_task(spec)
     if isinstance(settings, Mapping):
-        settings = read_settings(kind.Settings, settings)
+        settings = from_json(kind.Settings, settings)
     task = kind(settings)
     task.spec = spec
     return task
 
 
 def settings_json(task: Task) -> dict[str, Any]:
-    """A task's settings as a JSON object."""
+    """Return a task's settings as a JSON object."""
     return dataclasses.asdict(task.settings)
-
-
-def read_settings(kind: type, values: Mapping[str, Any]) -> Any:
-    """A dataclass of settings from nested mappings, lists taken for tuples; a setting that is left out has its default.
-    Raises UserError where a value is wrong or no setting is called so."""
-    fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
-    if unknown := sorted(values.keys() - fields.keys() - {f.name for f in dataclasses.fields(kind)}):
-        raise UserError(f"{kind.__name__} has no {unknown[0]!r}, but {', '.join(fields)}")
-    given = {}
-    for name in fields.keys() & values.keys():
-        value, default = values[name], _default(fields[name])
-        if dataclasses.is_dataclass(default) and isinstance(value, Mapping):
-            value = read_settings(type(default), value)
-        given[name] = tuple(value) if isinstance(value, list) else value
-    return kind(**given)
-
-
-def _default(field: dataclasses.Field) -> Any:
-    return field.default_factory() if field.default is dataclasses.MISSING else field.default

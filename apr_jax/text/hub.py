@@ -1,7 +1,7 @@
-"""Any Hugging Face tokenizer in the place of ours, as Llama 2's where a user has it.
+"""Hugging Face tokenizers in place of our own, such as Llama 2's where a user has it.
 
-Text is encoded block by block (prompts, what a thread wrote, joins), in data and in rollouts alike, so that the ids
-of a prompt never depend on what follows it, whatever the tokenizer would merge over its end.
+Data and rollouts both encode text block by block: prompts, written blocks and joins. So the ids of a prompt never
+depend on the text after it, even for a tokenizer that would merge tokens across the end of the prompt.
 """
 
 import json
@@ -13,17 +13,17 @@ from apr_jax.errors import UserError
 from apr_jax.text.tokenizer import Tokenizer, check_ids
 
 FILE = "tokenizer.json"
-ABOVE = 4  # folders from a saved step up to the one that holds its run
+ABOVE = 4  # levels from the folder of a saved step up to the parent folder of its run
 GENERATION = "generation_config.json"
-# Roles of tokens that are no text. Other special tokens are text: a task's spawn tokens may be added as special ones.
+# The special tokens that `decode` leaves out. Others are text: a user may add a task's spawn tokens as special tokens.
 ROLES = ("bos", "eos", "pad", "unk")
 
 
 class HubTokenizer:
-    """The parts of `Tokenizer` that data and counting need, from a tokenizer of the transformers library.
+    """A tokenizer of the transformers library with the interface of `Tokenizer`.
 
-    `ends` are all ids that end a text, `eos` among them: a model may have several. Raises UserError for a tokenizer
-    without a token for the beginning or the end, with an id at or past its length, or with a wrong end.
+    `ends` are all ids that end a text, `eos` included; a model may have several. Raises UserError for a tokenizer
+    without a begin or end token, and for one with an id at or above its length.
     """
 
     def __init__(self, backend, ends: Sequence[int] = ()):
@@ -33,6 +33,7 @@ class HubTokenizer:
             raise UserError(f"the tokenizer {backend.name_or_path} has no token for the beginning or end of a text")
         check_ids(backend.get_vocab(), len(backend), f"the tokenizer {backend.name_or_path}")
         self.pad = self.eos if backend.pad_token_id is None else backend.pad_token_id
+        self.unknown = backend.unk_token_id  # None: every text has tokens
         self.ends = frozenset({self.eos, *ends})
         special = {index for index, token in backend.added_tokens_decoder.items() if token.special}
         self._hidden = {getattr(backend, f"{role}_token_id", None) for role in ROLES} | (self.ends & special)
@@ -41,15 +42,17 @@ class HubTokenizer:
         return len(self.backend)
 
     def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, without begin and end tokens."""
         return self.backend.encode(text, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Tokens for the beginning, the end, padding and the unknown are left out. Other special tokens are text."""
+        """Return the text of ids. Begin, end, padding and unknown tokens are left out; other special tokens are
+        text."""
         shown = [int(index) for index in ids if index not in self._hidden]
         return self.backend.decode(shown, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def token(self, text: str) -> int:
-        """The id of a text that must be one token; raises ValueError where it is not."""
+        """Return the id of a text that must be one token. Raises UserError where it is not."""
         ids = self.encode(text)
         if len(ids) != 1:
             raise UserError(f"{text!r} is {len(ids)} tokens of {self.backend.name_or_path}, rollouts need one: add it")
@@ -57,9 +60,12 @@ class HubTokenizer:
 
 
 def load_tokenizer(name: str) -> Tokenizer | HubTokenizer:
-    """Our tokenizer from its tokenizer.json, or any other by that file, its folder or its hub name. The ends of a text
-    that the model beside it names (`read_ends`) are taken over. Raises UserError, and FileNotFoundError for a whole
-    path that leads nowhere."""
+    """Load our tokenizer from its tokenizer.json, or a Hugging Face tokenizer from its tokenizer.json, its folder or
+    its name on the hub. The end ids of a model in the same folder (`read_ends`) are added to the tokenizer's `ends`.
+
+    Raises FileNotFoundError for an absolute path that does not exist, and UserError where nothing can be loaded or an
+    end id is wrong.
+    """
     path = Path(name)
     if path.is_absolute() and not path.exists():
         raise FileNotFoundError(f"no tokenizer at {path}")
@@ -72,19 +78,19 @@ def load_tokenizer(name: str) -> Tokenizer | HubTokenizer:
         else:
             return with_ends(tokenizer, path.parent)
         name = str(path.parent)
-    from transformers import AutoTokenizer  # here: it takes seconds
+    from transformers import AutoTokenizer  # imported here, because the import takes seconds
 
     try:
         backend = AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # the libraries raise bare Exception for many kinds of broken files
+    except Exception as error:  # the libraries raise a bare Exception for many kinds of broken files
         raise UserError(f"no tokenizer {name!r}: {str(error).strip().splitlines()[0]}") from None
     tokenizer = HubTokenizer(backend)
     return with_ends(tokenizer, Path(name)) if Path(name).is_dir() else tokenizer
 
 
 def with_ends(tokenizer: Tokenizer | HubTokenizer, folder: Path) -> Tokenizer | HubTokenizer:
-    """The tokenizer with the further ends of a text that the model in `folder` has. Raises UserError for one that is no
-    id of the tokenizer."""
+    """Return the tokenizer with the end ids of the model in `folder` added to its `ends`. Raises UserError for an end
+    id that the tokenizer does not have."""
     path, ends = read_ends(folder)
     if others := [index for index in ends if not 0 <= index < len(tokenizer)]:
         raise UserError(
@@ -94,8 +100,9 @@ def with_ends(tokenizer: Tokenizer | HubTokenizer, folder: Path) -> Tokenizer | 
 
 
 def read_ends(folder: Path) -> tuple[Path, tuple[int, ...]]:
-    """(file, ids): the `eos_token_id` of a model's folder, one id or a list, from generation_config.json or else
-    config.json, as transformers reads it; no ids where neither says any. Raises UserError."""
+    """Read the `eos_token_id` (one id or a list) of a model's folder: from generation_config.json, else from
+    config.json, as transformers does. Returns (the file, its ids); no ids where neither file has the key. Raises
+    UserError for a broken file or a value of another type."""
     for path in (folder / GENERATION, folder / "config.json"):
         try:
             content = json.loads(path.read_bytes()) if path.is_file() else None
@@ -112,9 +119,9 @@ def read_ends(folder: Path) -> tuple[Path, tuple[int, ...]]:
 
 
 def find_tokenizer(near: Path, given: str | None = None) -> Path:
-    """The tokenizer of a file or folder of a run, as a whole path: the one that a user named, else the nearest
-    tokenizer.json in `near`, in the `ABOVE` folders above it, or in the data/ of any of these. Raises
-    FileNotFoundError."""
+    """Return the absolute path of the tokenizer for `near`, a file or folder in a run's folder. The path is `given`
+    where a user named one. Else it is the nearest tokenizer.json, searched in `near` and `ABOVE` levels upwards; each
+    level's subfolder data/ is searched after the level itself. Raises FileNotFoundError where there is none."""
     if given:
         return Path(given).absolute()
     near = Path(os.path.abspath(near))

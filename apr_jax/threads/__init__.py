@@ -1,4 +1,4 @@
-"""Threads that spawn and join: the tree, the task protocol, the engine protocol, the runner."""
+"""Threads that spawn children and join their results: the tree, the task protocol, the engine contract, the runner."""
 
 from apr_jax.threads.protocol import MalformedSpawn, SpawnRequest, TaskProtocol
 from apr_jax.threads.tree import Block, Spawn, Thread, ThreadTree, TreeOutcome, decode_tree, encode_tree, map_blocks

@@ -1,4 +1,5 @@
-"""What a runner asks of an engine: token ids in, token ids out; no text, no task, no tree."""
+"""The engine contract: a runner passes token ids to an engine and gets token ids back. An engine has no text, no task
+and no tree."""
 
 import dataclasses
 from collections.abc import Sequence as Ids
@@ -12,18 +13,21 @@ LEAST_TEMPERATURE = 1e-6  # below it float32 overflows for some logits, and SGLa
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn: logits are divided by `temperature`, then `top_k`, then `top_p` take tokens away, and one
-    of the rest is drawn by its share of their probability. Temperature 0 is greedy: the likeliest token, whatever the
-    other two are.
+    """How the next token is drawn. Logits are divided by `temperature`; then `top_k` and after it `top_p` remove
+    tokens; then one remaining token is drawn by its renormalised probability. Temperature 0 is greedy: the likeliest
+    token, whatever `top_k` and `top_p` are.
 
-    * `top_k`: the k likeliest tokens stay, exactly k; 0, or k of the vocabulary or more: all.
-    * `top_p`: of the tokens that top-k left, with probabilities that add up to 1, the likeliest ones stay, as few as
-      have `top_p` together, and at least one. 1: all. Both are counted in float32.
-    * Of equally likely tokens the lower id stays first.
+    * `top_k`: exactly the k likeliest tokens remain. 0, or k at or above the vocabulary's size: all tokens.
+    * `top_p`: the probabilities of the tokens that top-k left are renormalised. The likeliest of them remain, as few
+      as reach `top_p` in sum, and at least one. 1: all tokens. Probability and sum are float32.
+    * Of equally likely tokens the one with the lower id is kept first.
 
-    So transformers applies its TopKLogitsWarper and TopPLogitsWarper, but for ties: its top-k keeps all tokens as
-    likely as the k-th, and its top-p has no rule for which of equals goes. SGLang has no rule for ties either, and
-    takes both shares from the whole distribution: its engine refuses the two together. Raises UserError.
+    This is the order of transformers' TopKLogitsWarper and TopPLogitsWarper. They differ for ties alone: its top-k
+    keeps every token as likely as the k-th, and its top-p has no rule for ties. SGLang has no rule for ties either. It
+    also measures top-p on the whole distribution, without renormalising after top-k, so the SGLang engine refuses the
+    two together.
+
+    Raises UserError for a value out of bounds.
     """
 
     temperature: float = 1.0
@@ -51,10 +55,11 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class Decoded:
-    """One consecutive decode. `stopped`: the last id is a stop id (else the limit was reached).
+    """The tokens of one call of `Engine.decode`. `stopped`: the last id is a stop id; else the limit was reached.
 
-    `logprobs`: of each token under the distribution it was drawn from (the model's own when greedy);
-    `model_logprobs`: under the model's own, at temperature 1 and with no word left out.
+    `logprobs`: the log-probability of each token under the distribution that it was drawn from; under the model's own
+    distribution when decoding is greedy. `model_logprobs`: under the model's own distribution, at temperature 1 and
+    without top-k and top-p.
     """
 
     ids: tuple[int, ...]
@@ -64,32 +69,34 @@ class Decoded:
 
 
 class Sequence(Protocol):
-    """A handle of an engine; `ids` is its whole context so far."""
+    """A handle that an engine gives out for one context. `ids` are all token ids of the context so far."""
 
     ids: list[int]
 
 
 class Engine(Protocol):
-    """Sequences that decode side by side. A sequence may wait as long as its owner likes: the engine may
-    then drop what it cached and compute it again."""
+    """A decoder of many sequences at the same time. A sequence may stay idle between calls for any length of time;
+    meanwhile the engine may drop the sequence's key/value cache and compute it again later."""
 
-    context: int  # most tokens a sequence can hold
+    context: int  # the most tokens that a sequence can hold
 
     def open(self, ids: Ids[int], name: Ids[int]) -> Sequence:
-        """A new sequence. `name` (any integers) is its identity: with the run's seed and the position it
-        decides every draw, so that samples do not depend on company.
+        """Return a new sequence with the context `ids`. `name` (any integers) is its identity. Seed, name and position
+        together decide every random draw, so samples do not depend on the batch composition.
 
-        Names also say whose thread it is, which places requests and sorts measurements: a child's is its parent
-        thread's and two numbers, that of a fork in which a thread goes on the thread's and one."""
+        A name also encodes the family tree of threads, by which the SGLang engine assigns requests to servers and
+        groups measurements. A child's name is its parent thread's name and two more numbers. When a thread resumes in
+        a fork of its sequence, the fork's name is the thread's name and one more number."""
 
     def fork(self, sequence: Sequence, length: int, name: Ids[int]) -> Sequence:
-        """A new sequence with the first `length` ids of another, which stays as it is."""
+        """Return a new sequence whose context is the first `length` ids of `sequence`, which does not change."""
 
     def extend(self, sequence: Sequence, ids: Ids[int]) -> None:
-        """Puts forced ids behind a sequence."""
+        """Append ids that the model did not sample to a sequence."""
 
     async def decode(self, sequence: Sequence, stop: frozenset[int], limit: int, sampling: Sampling) -> Decoded:
-        """Samples until a stop id (kept, as the last id) or `limit` tokens; the ids join the sequence."""
+        """Sample tokens until a stop id or until `limit` tokens, and append them to the sequence. A stop id is kept,
+        as the last id."""
 
     def free(self, sequence: Sequence) -> None:
-        """The sequence is not needed again."""
+        """Release a sequence, which must not be used again."""

@@ -1,7 +1,7 @@
-"""What a thread tree cost, as the paper counts it (section 5, "What it measures").
+"""The cost of a thread tree, in the measures of the APR paper's evaluation.
 
-Every function counts block lengths alone: tokens for a tree of ids, characters for a tree of text. The
-worked examples are all of this tree, whose root spawns two children (lengths in brackets):
+Every function counts block lengths alone: tokens for a tree of ids, characters for a tree of text. All worked
+examples use this tree, whose root spawns two children (lengths in brackets):
 
     root   prompt[5] written[4] (call[3]) join[2] written[1]
     child 1                     prompt[6] written[7]
@@ -15,7 +15,7 @@ from apr_jax.threads.tree import Block, Spawn, Thread, ThreadTree
 
 
 def _blocks(thread: Thread) -> Iterable[Block]:
-    """A thread's own blocks in the order they were written, calls and joins included, children not."""
+    """Yield a thread's own blocks in the order of writing, with its calls and joins but without its children."""
     for item in thread.blocks:
         if isinstance(item, Spawn):
             yield from item.call
@@ -29,8 +29,8 @@ def _length(blocks: Iterable[Block]) -> int:
 
 
 def total_tokens(tree: ThreadTree) -> int:
-    """Every token of every thread once: prompts, what was written, calls and joins. What a child inherits is its
-    parent's, counted there.
+    """Return the number of tokens in all threads: prompts, written blocks, calls and joins. Context that a child
+    inherits is counted once, in its parent.
 
     Example: 5 + 4 + 3 + 2 + 1 of the root, 6 + 7 and 6 + 2 of its children = 36.
     """
@@ -38,16 +38,16 @@ def total_tokens(tree: ThreadTree) -> int:
 
 
 def sampled_tokens(tree: ThreadTree) -> int:
-    """The tokens that the model wrote, calls included: what decoding cost.
+    """Return the number of tokens that the model sampled, calls included: the decode steps of all threads.
 
-    Example: written 4 + 1 and called 3 in the root, written 7 and 2 in its children = 17.
+    Example: written 4 + 1 and call 3 of the root, written 7 and 2 of its children = 17.
     """
     return sum(thread.sampled_tokens for thread in tree.threads())
 
 
 def sequential_tokens(tree: ThreadTree) -> int:
-    """The longest chain of causally dependent tokens (the paper's sequential tokens): along a thread
-    tokens add up, and a spawn lasts for its call, its longest child and its join.
+    """Return the length of the longest chain of causally dependent tokens (the paper's sequential tokens). Tokens
+    along a thread add up; a spawn counts its call, its longest child and its join.
 
     Example: 5 + 4, then 3 + max(6 + 7, 6 + 2) + 2, then 1 = 28.
     """
@@ -55,14 +55,15 @@ def sequential_tokens(tree: ThreadTree) -> int:
 
 
 def _chain(thread: Thread) -> int:
-    """Recursion goes as deep as spawns are nested, which a budget bounds."""
+    """Return the length of the longest chain of dependent tokens in a thread and its descendants. The recursion is as
+    deep as spawns are nested, which `Budget.depth` bounds."""
     children = sum(max(map(_chain, spawn.children), default=0) for spawn in thread.spawns)
     return _length(_blocks(thread)) + children
 
 
 def longest_context(tree: ThreadTree) -> int:
-    """The most tokens any thread ever held at once. A call counts until its join takes its place, so an
-    answer counts within a window exactly where this is not above the window.
+    """Return the most tokens that any thread held in its context at one time. A call counts until its join replaces
+    it. So a tree fits a window exactly where this number is not above the window.
 
     Example: the root held 5 + 4 + 3 = 12 at its call and 5 + 4 + 2 + 1 = 12 at its end, child 1 held 13.
     """
@@ -70,7 +71,7 @@ def longest_context(tree: ThreadTree) -> int:
 
 
 def _held(thread: Thread, inherited: int) -> int:
-    """The most that the thread or one below it ever held."""
+    """Return the most tokens that a thread or one of its descendants held; the thread began with `inherited`."""
     now = most = inherited
     for item in thread.blocks:
         if isinstance(item, Spawn):
@@ -84,12 +85,12 @@ def _held(thread: Thread, inherited: int) -> int:
 
 
 def children(tree: ThreadTree) -> int:
-    """All threads but the root (the paper's children per tree). Example: 2."""
+    """Return the number of threads without the root (the paper's children per tree). Example: 2."""
     return sum(1 for _ in tree.threads()) - 1
 
 
 def depth(tree: ThreadTree) -> int:
-    """Levels of children: 0 where nothing was spawned. Example: 1."""
+    """Return the number of levels of children, 0 where no thread was spawned. Example: 1."""
 
     def below(thread: Thread) -> int:
         return max((1 + below(child) for child in thread.children), default=0)
@@ -98,7 +99,7 @@ def depth(tree: ThreadTree) -> int:
 
 
 def duplicate_children(tree: ThreadTree) -> int:
-    """Children whose prompt an earlier child of the same spawn already had: work done twice.
+    """Return the number of children with the same prompt as an earlier child of their spawn: repeated work.
 
     Example: 1 if both prompts are the same, else 0.
     """

@@ -1,7 +1,8 @@
-"""The runner: takes a thread through an engine, and on a spawn its children at the same time.
+"""The runner: decodes a thread in an engine and, when the thread spawns, its children in the same engine at the same
+time.
 
-It knows no task (the protocol does) and no model (the engine does). Ids sampled are ids kept: text is
-made from them to be parsed and never turned back into the ids of something already sampled.
+The runner uses the task through its protocol alone, and the model through the engine alone. Sampled ids are kept: they
+are decoded to text for parsing, and that text is never encoded again.
 """
 
 import asyncio
@@ -10,12 +11,13 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from apr_jax.checks import check_fields
+from apr_jax.checks import at_least, check_fields
 from apr_jax.errors import UserError
+from apr_jax.settings import shared
 from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.threads.engine import Decoded, Engine, Sampling
 from apr_jax.threads.protocol import MalformedSpawn, SpawnRequest, TaskProtocol
-from apr_jax.threads.tree import Block, Spawn, Thread, ThreadTree, TreeOutcome
+from apr_jax.threads.tree import Block, Spawn, Thread, ThreadTree, TreeOutcome, decode_tree
 
 MALFORMED = ("stop", "fail")
 _UNLIMITED = 1 << 62
@@ -23,28 +25,31 @@ _UNLIMITED = 1 << 62
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """What one tree may use. A thread at its limit ends as a failure, a spawn over it is malformed.
+    """The limits of one tree. A thread that reaches a limit of tokens ends as a failure; a spawn above the limit of
+    threads or depth is malformed.
 
-    `malformed` says what becomes of a thread whose spawn cannot be run: "stop", it ends as a failure, or "fail", the
-    children that cannot be run count as children that found nothing, and it goes on. Either way it is counted by kind.
-    A spawn that no token opened ends its thread: there is no call to cut out; so does a thread's malformed spawn number
-    `threads`, since each may be as long as the window and leaves nothing behind.
+    `malformed` is the policy for a spawn that cannot be run. With "stop" its thread ends as a failure. With "fail" the
+    children that cannot be run count as children that found nothing, and the thread resumes after the join. Every
+    malformed spawn is counted by its kind under both policies. Two cases end the thread under "fail" too:
+
+    * The spawn has no opening token, so no call can be cut out of the context.
+    * The thread has written `threads` malformed spawns. Each may be as long as the window, but only its short join
+      stays in the context, so such a thread would run for very long.
     """
 
-    context: int  # tokens of one thread, calls and joins included: the paper's window
+    context: int = shared("window")  # tokens in one thread's context, calls and joins included: the paper's window
     threads: int = 64  # threads of one tree
     depth: int = 1  # levels of children; the authors' traces have one
-    tokens: int | None = None  # sampled by one tree; None: no limit
-    # Of a root: one that ends with fewer, and may have more, has its end replaced by the opening of a spawn.
+    tokens: int | None = None  # sampled tokens of one tree; None: no limit
+    # Children of the root. Where a root ends with fewer, its end token is replaced by the opening of a spawn, unless
+    # the tree has no threads left.
     min_children: int = 0
     malformed: str = "stop"
 
+    BOUNDS = (at_least(1, "context", "threads", "tokens"), at_least(0, "depth", "min_children"))
+
     def __post_init__(self):
         check_fields(self)
-        for name, least in (("context", 1), ("threads", 1), ("depth", 0), ("tokens", 1), ("min_children", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"{name} of a budget is at least {least}, was given {value}")
         if self.min_children >= self.threads:
             raise UserError(f"{self.min_children} children at least need more than {self.threads} threads")
         if self.min_children and not self.depth:
@@ -54,23 +59,29 @@ class Budget:
 
 
 class _Allowance(NamedTuple):
-    """What a thread and its descendants may still use."""
+    """The numbers of further threads and sampled tokens that a thread and its descendants may still use."""
 
     threads: int
     tokens: int
 
     def share(self, children: int) -> "_Allowance":
-        """What each child gets: an even part, so that what one may use does not depend on how fast another is. A part
-        of the tokens stays for the parent."""
+        """Return the allowance of each of `children` children. All get the same, so no child's limit depends on how
+        fast another one is. The parent keeps an equal part of the tokens."""
         return _Allowance((self.threads - children) // children, self.tokens // (children + 1))
 
     def less(self, children: Sequence[Thread]) -> "_Allowance":
+        """Return the allowance that is left after `children` and their descendants have run."""
         below = [thread for child in children for thread in child.walk()]
         return _Allowance(self.threads - len(below), self.tokens - sum(thread.sampled_tokens for thread in below))
 
 
 class TreeRunner:
-    """Runs trees of one protocol through one engine; `run_all` decodes many at their own pace."""
+    """A runner of thread trees of one task protocol in one engine. Many calls of `run` may be awaited at the same time
+    (`run_all`).
+
+    Raises UserError where the budget's window is above the engine's context, where a task's spawn or join marker is not
+    one token, or where it is one of the tokenizer's end tokens.
+    """
 
     def __init__(
         self, engine: Engine, protocol: TaskProtocol, tokenizer: Tokenizer, budget: Budget, sampling: Sampling
@@ -88,7 +99,8 @@ class TreeRunner:
         self.stop = tokenizer.ends | {self.spawn_close, self.join_open}
 
     async def run(self, problem: Any, name: Sequence[int], condition: str = "") -> ThreadTree:
-        """One tree. `name` is the tree's identity, `condition` goes first on the root's prompt."""
+        """Run one tree and return it with its outcome. `name` is the identity of the root's sequence (`Engine.open`);
+        `condition` is text in front of the root's prompt."""
         counts = Counter()
         prompt = (self.tokenizer.bos, *self.tokenizer.encode(condition + self.protocol.root_prompt(problem)))
         budget = self.budget
@@ -104,13 +116,18 @@ class TreeRunner:
             suppressed_joins=counts["suppressed_joins"],
             forced_spawns=counts["forced_spawns"],
         )
-        return ThreadTree(root, outcome=outcome)
+        tree = ThreadTree(root, outcome=outcome)
+        if self.protocol.reward is None:
+            return tree
+        reward = self.protocol.reward(problem, decode_tree(tree, self.tokenizer.decode))
+        return dataclasses.replace(tree, outcome=dataclasses.replace(outcome, reward=reward))
 
     async def _thread(
         self, prompt: tuple[int, ...], name: tuple[int, ...], depth: int, allowance: _Allowance, counts: Counter,
         parent: tuple["_LiveThread", int] | None = None,
     ) -> Thread:  # fmt: skip
-        """One thread to its end. `parent`: the one whose context it inherits, and how many tokens of it."""
+        """Run one thread to its end. `parent`: (the thread whose context it inherits, the number of inherited
+        tokens)."""
         inherited = 0 if parent is None else parent[1]
         if inherited + len(prompt) >= self.budget.context:
             return Thread((Block(prompt, sampled=False),), failure="length", inherits=parent is not None)
@@ -126,9 +143,9 @@ class TreeRunner:
             live.close()
 
     async def _turns(self, live: "_LiveThread", depth: int, allowance: _Allowance, counts: Counter) -> Thread:
-        """Writes, spawns, joins, writes again, until the thread ends."""
+        """Write, spawn and join in turns until the thread ends."""
         malformed = 0
-        for turn in range(self.budget.context):  # every turn grows the context, so the window ends the loop
+        for turn in range(self.budget.context):  # every turn adds at least its join, so the window ends the thread
             start = len(live.ids)
             failure, written = await self._write(live, depth, allowance, counts)
             allowance = allowance._replace(tokens=allowance.tokens - written)
@@ -165,9 +182,11 @@ class TreeRunner:
     async def _write(
         self, live: "_LiveThread", depth: int, allowance: _Allowance, counts: Counter
     ) -> tuple[str | None, int]:
-        """Decodes until the thread ends, has closed a spawn or has sampled what it may; returns a failure or None, and
-        how many tokens it sampled. The guard is here: a thread that begins to write a join block itself has that token
-        replaced by the opening of a spawn, as the authors do."""
+        """Decode until the thread ends, closes a spawn or reaches a limit. Returns (failure or None, number of sampled
+        tokens).
+
+        The guard: where a model samples the opening of a join block, that token is replaced by the opening of a spawn,
+        as in the authors' code. A model would otherwise invent its children's results."""
         written = 0
         while (room := self.budget.context - len(live.ids)) > 0:
             if (limit := min(room, allowance.tokens - written)) < 1:
@@ -190,25 +209,29 @@ class TreeRunner:
         return "length", written
 
     def _opened(self, ids: list[int], start: int) -> int | None:
-        """Where the call that `ids` end in begins: at the last opening of a spawn since `start`."""
+        """Return the index at which the call at the end of `ids` begins: the last opening of a spawn at or after
+        `start`. None where there is no opening."""
         return next((index for index in range(len(ids) - 1, start - 1, -1) if ids[index] == self.spawn_open), None)
 
     def _request(self, ids: list[int], call_at: int | None) -> SpawnRequest:
-        """The spawn that `ids` end in; raises MalformedSpawn."""
+        """Return the spawn at the end of `ids`, whose call begins at index `call_at`. Raises MalformedSpawn."""
         request = self.protocol.parse_spawn(self.tokenizer.decode(ids))
         if request is None or call_at is None or len(self.tokenizer.decode(ids[:call_at])) != request.position:
-            # Read or not, it was not opened by its own token: the call could not be cut out by ids.
+            # The text may spell an opening in other tokens. Without the opening token the ids of the call are unknown.
             raise MalformedSpawn("unopened", "a spawn was closed that was not opened")
         return request
 
     def _runnable(self, wanted: int, depth: int, threads: int) -> tuple[int, str | None]:
-        """How many of a spawn's children, the first ones, may be run, and where that is not all of them why."""
+        """Return (n, kind) for a spawn of `wanted` children in a thread at level `depth` of a tree that may have
+        `threads` more threads. The first n children may be run. `kind` is the kind of malformed spawn where n is below
+        `wanted`, else None."""
         if depth >= self.budget.depth:
             return 0, "too_deep"
         return (threads, "too_many") if wanted > threads else (wanted, None)
 
     def _join_ids(self, request: SpawnRequest | None, children: Sequence[Thread]) -> tuple[int, ...]:
-        """The ids of the join block of a spawn, of which the first `children` were run; None: it could not be read."""
+        """Return the ids of a spawn's join block. `children` are the children that were run, which are the first ones
+        of the request; `request` is None where the spawn could not be parsed."""
         if request is None:
             return tuple(self.tokenizer.encode(self.protocol.join_nothing()))
         results = [None if child.failure else self.protocol.result(self.text(child)) for child in children]
@@ -216,12 +239,12 @@ class TreeRunner:
         return tuple(self.tokenizer.encode(self.protocol.join(request, results)))
 
     def text(self, thread: Thread) -> str:
-        """What stands in a finished thread itself, as the protocol reads it."""
+        """Return the text of a finished thread's own context: prompt, written blocks and joins."""
         return self.tokenizer.decode([token for block in thread.context for token in block.content])
 
 
 class _LiveThread:
-    """A thread while it runs: its sequence in the engine and its blocks so far, always in step."""
+    """A running thread: its sequence in the engine and its blocks so far. After each method both hold the same ids."""
 
     def __init__(self, engine: Engine, sequence, prompt: Sequence[int], name: tuple[int, ...], inherits: bool):
         self.engine, self.sequence, self.name, self.inherits = engine, sequence, name, inherits
@@ -237,21 +260,24 @@ class _LiveThread:
         return sum(len(item.children) for item in self.items if isinstance(item, Spawn))
 
     def thread(self, failure: str | None) -> Thread:
+        """Return the finished thread, without empty blocks."""
         items = (item for item in self.items if isinstance(item, Spawn) or len(item))
         return Thread(tuple(items), failure=failure, inherits=self.inherits)
 
     def add(self, decoded: Decoded) -> None:
+        """Add sampled tokens as a block. The engine has appended them to the sequence already."""
         other = decoded.model_logprobs if decoded.model_logprobs != decoded.logprobs else None
         self.items.append(Block(decoded.ids, sampled=True, logprobs=decoded.logprobs, model_logprobs=other))
 
     def replace_last(self, token: int) -> None:
-        """Puts a forced token in the place of the last sampled one."""
+        """Replace the last sampled token by a forced one."""
         self.items[-1] = self.items[-1].cut(slice(0, -1))
         self.items.append(Block((token,), sampled=False))
         self._continue(len(self.ids) - 1, (token,))
 
     def join(self, call_length: int, children: tuple[Thread, ...], joined: tuple[int, ...]) -> None:
-        """Cuts the last `call_length` tokens out as a call and goes on with the join."""
+        """Move the last `call_length` tokens from the context into the call of a spawn, and append `joined`, the ids
+        of the join, to the context."""
         call: list[Block] = []
         left = call_length
         while left > 0:
@@ -265,7 +291,7 @@ class _LiveThread:
         self._continue(len(self.ids) - call_length, joined)
 
     def _continue(self, length: int, forced: tuple[int, ...]) -> None:
-        # Each fork has a name of its own, or a position written twice would draw the same noise twice.
+        # Draws depend on name and position. A position is written again after a join, so the fork needs a new name.
         self.forks += 1
         parent, self.sequence = self.sequence, self.engine.fork(self.sequence, length, (*self.name, self.forks))
         self.engine.free(parent)
@@ -276,7 +302,8 @@ class _LiveThread:
 
 
 async def together(work: Iterable[Awaitable]) -> list:
-    """As `asyncio.gather`; but where one raises, the others are cancelled and have ended before the error is raised."""
+    """Await all of `work` at the same time and return the results in order. Where one raises, the others are
+    cancelled and have ended before the error is raised; `asyncio.gather` would leave them running."""
     tasks = [asyncio.ensure_future(one) for one in work]
     try:
         return list(await asyncio.gather(*tasks))
@@ -290,8 +317,8 @@ async def together(work: Iterable[Awaitable]) -> list:
 async def run_all(
     jobs: Sequence[Callable[[], Awaitable[ThreadTree]]], done: Callable[[int, ThreadTree], None] = lambda i, t: None
 ) -> list[ThreadTree]:
-    """All trees, in the order of the jobs whatever order they end in; `done(index, tree)` as each ends. Where one
-    raises, the others are cancelled, and the error is raised when all of them have ended."""
+    """Run all jobs at the same time and return their trees in the order of the jobs. Calls `done(index, tree)` as
+    each tree ends. Where a job raises, the others are cancelled and have ended before the error is raised."""
 
     async def one(index: int) -> ThreadTree:
         tree = await jobs[index]()

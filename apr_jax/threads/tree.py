@@ -1,13 +1,14 @@
-"""The thread tree: made by a solver or a rollout, read by training, metrics and the viewer.
+"""The thread tree: the output of a solver or a rollout, and the input of training, metrics and the viewer.
 
-A *thread* is a prompt and then blocks; where it spawned, a `Spawn` stands between two blocks. The
-context of a thread is its blocks in order, without the calls and the children of its spawns:
+A *thread* is a prompt and then blocks of tokens. Where the thread spawned children, a `Spawn` stands between its
+blocks: the call, with which the thread asked for children, the child threads, and the join, a block with their results.
+The context of a thread is its blocks in order, with the joins of its spawns but without their calls and children:
 
     prompt | written ... [call | children] join | written ... [call | children] join | written
 
-Content is text (`str`) in a tree that a solver wrote, token ids (`tuple[int, ...]`) in a tree that is
-trained on or was sampled; nothing here looks inside it. Who wrote a block is recorded once, in
-`Block.sampled`, and every training mask is derived from it.
+Content is text (`str`) in a solver's tree, and token ids (`tuple[int, ...]`) in a tree that was sampled or is trained
+on; this module treats both alike. The writer of a block is recorded once, in `Block.sampled`, and every training mask
+is derived from it.
 """
 
 import dataclasses
@@ -19,9 +20,11 @@ from typing import Any
 class Block:
     """Consecutive tokens with one writer: the model (`sampled`) or the system (forced).
 
-    `logprobs`, one per token, is present where a model sampled the block: the log-probability of
-    each token under the distribution that it was drawn from. `model_logprobs`: under the model's own
-    distribution, where that is another one.
+    `logprobs` has one value per token where a model sampled the block in a rollout: the token's log-probability under
+    the distribution that it was drawn from. `model_logprobs` has the log-probabilities under the model's own
+    distribution; None where the two distributions are the same.
+
+    Raises ValueError where the number of log-probabilities is not the number of tokens.
     """
 
     content: Sequence
@@ -38,7 +41,7 @@ class Block:
         return len(self.content)
 
     def cut(self, part: slice) -> "Block":
-        """Some of its consecutive tokens."""
+        """Return a block of the tokens in the slice `part`, with their log-probabilities."""
         given = {name: getattr(self, name) for name in ("logprobs", "model_logprobs")}
         logprobs = {name: None if values is None else values[part] for name, values in given.items()}
         return Block(self.content[part], self.sampled, **logprobs)
@@ -46,7 +49,10 @@ class Block:
 
 @dataclasses.dataclass(frozen=True)
 class Spawn:
-    """A call of children: `call` leaves the thread's context, `join` enters it. All children inherit, or none."""
+    """A spawn of children. `call` is the text that asked for the children; `join` replaces it in the thread's context.
+
+    Raises ValueError where some children inherit the thread's context and others do not.
+    """
 
     call: tuple[Block, ...]
     children: tuple["Thread", ...]
@@ -59,11 +65,11 @@ class Spawn:
 
 @dataclasses.dataclass(frozen=True)
 class Thread:
-    """One thread; `blocks[0]` is its prompt. `failure` names why it ended without an answer of its own
-    making ('length', 'malformed:KIND', ...), None where it ended by itself.
+    """One thread; `blocks[0]` is its prompt. `failure` is the reason why the runner ended it: 'length', 'tokens' or
+    'malformed:KIND'. It is None for a thread that wrote its end.
 
-    A thread that `inherits` begins with its parent's context up to the spawn, which stands in the parent
-    alone: its own blocks follow that, its prompt first.
+    Where `inherits` is true the thread's context begins with its parent's context up to the spawn. Those blocks are
+    stored in the parent only; `blocks` follow them, the prompt first.
     """
 
     blocks: tuple[Block | Spawn, ...]
@@ -72,26 +78,29 @@ class Thread:
 
     @property
     def spawns(self) -> tuple[Spawn, ...]:
+        """The thread's own spawns, in order."""
         return tuple(item for item in self.blocks if isinstance(item, Spawn))
 
     @property
     def children(self) -> tuple["Thread", ...]:
+        """The children of all own spawns, in order; without their descendants."""
         return tuple(child for spawn in self.spawns for child in spawn.children)
 
     @property
     def context(self) -> tuple[Block, ...]:
-        """The blocks of its own that a next token would see: joins included, calls left out."""
+        """The thread's own blocks that its next token would see: joins included, calls left out."""
         return tuple(item.join if isinstance(item, Spawn) else item for item in self.blocks)
 
     @property
     def text(self) -> str:
-        """The thread's whole context (only for trees of text)."""
+        """The text of the thread's own context. For trees of text only."""
         return "".join(block.content for block in self.context)
 
     @property
     def request_tokens(self) -> tuple[int, ...]:
-        """Tokens that the model wrote in this thread, by request to a stateless server: one request up to and with each
-        call, one after the last join. A request's prompt is all that stands before it."""
+        """Numbers of sampled tokens in this thread, as if a stateless server had decoded it by requests: one number per
+        spawn, for the request that ends with its call, and one for the request after the last join. A request's prompt
+        is the context before it."""
         counts = [0]
         for item in self.blocks:
             if isinstance(item, Spawn):
@@ -103,11 +112,11 @@ class Thread:
 
     @property
     def sampled_tokens(self) -> int:
-        """Tokens that the model wrote in this thread, calls included, children not."""
+        """The number of tokens that the model sampled in this thread, calls included, children excluded."""
         return sum(self.request_tokens)
 
     def walk(self) -> Iterator["Thread"]:
-        """This thread, then its descendants, depth first."""
+        """Yield this thread, then its descendants, depth first."""
         yield self
         for child in self.children:
             yield from child.walk()
@@ -115,30 +124,33 @@ class Thread:
 
 @dataclasses.dataclass(frozen=True)
 class TreeOutcome:
-    """What a rollout learned about its tree."""
+    """The outcome of a rollout: whether its answer is right, and counts of failures and interventions in its tree."""
 
-    correct: bool  # the root ended by itself with the right answer
+    correct: bool  # the root wrote its end and solved the problem
     answered: bool  # the root gave an answer, right or wrong
-    failures: dict[str, int] = dataclasses.field(default_factory=dict)  # threads by the failure that ended them
-    malformed: dict[str, int] = dataclasses.field(default_factory=dict)  # spawns that could not be run, by kind
-    suppressed_joins: int = 0  # join blocks that a thread began to write itself, each replaced by a spawn
-    forced_spawns: int = 0  # ends of the root that came before the budget's least children, replaced by a spawn
+    failures: dict[str, int] = dataclasses.field(default_factory=dict)  # number of failed threads by failure
+    malformed: dict[str, int] = dataclasses.field(default_factory=dict)  # number of malformed spawns by kind
+    suppressed_joins: int = 0  # openings of a join that the model sampled; each was replaced by the opening of a spawn
+    forced_spawns: int = 0  # ends of the root with too few children; each was replaced by the opening of a spawn
+    reward: float | None = None  # of `TaskProtocol.reward`; None: the reward is 1 for a correct tree, else 0
 
 
 @dataclasses.dataclass(frozen=True)
 class ThreadTree:
-    """A root thread; `info` is JSON and holds what a solver knows of it (problem, seed, beam, ...)."""
+    """A root thread with its descendants. `info` is a JSON object with facts about the tree: a solver writes its
+    problem, seed, beam and the like."""
 
     root: Thread
     info: dict[str, Any] = dataclasses.field(default_factory=dict)
     outcome: TreeOutcome | None = None  # None: a demonstration, not a rollout
 
     def threads(self) -> Iterator[Thread]:
+        """Yield all threads: the root, then its descendants, depth first."""
         yield from self.root.walk()
 
 
 def map_blocks(thread: Thread, change: Callable[[Block], Block]) -> Thread:
-    """The same tree with every block replaced by `change(block)`."""
+    """Return a thread with every block of it and its descendants replaced by `change(block)`."""
 
     def item(entry: Block | Spawn) -> Block | Spawn:
         if isinstance(entry, Block):
@@ -153,15 +165,16 @@ def map_blocks(thread: Thread, change: Callable[[Block], Block]) -> Thread:
 
 
 def decode_tree(tree: ThreadTree, decode: Callable[[Sequence[int]], str]) -> ThreadTree:
-    """A tree of ids as a tree of text; `decode` leaves special tokens out. The inverse of `encode_tree`."""
+    """Convert a tree of ids into a tree of text, without log-probabilities. The inverse of `encode_tree` where
+    `decode` leaves out the begin and end tokens."""
     root = map_blocks(tree.root, lambda block: Block(decode(block.content), block.sampled))
     return dataclasses.replace(tree, root=root)
 
 
 def encode_tree(tree: ThreadTree, encode: Callable[[str], Sequence[int]], bos: int, eos: int) -> ThreadTree:
-    """A tree of text as a tree of ids: every thread with a context of its own starts with `bos`, and a thread
-    that ended by itself ends with `eos` as its last written token. Blocks are encoded one by one: the
-    tokenizer is prefix-stable at their ends, so the ids are those of the whole text."""
+    """Convert a tree of text into a tree of ids. A thread that does not inherit its context starts with `bos`; a
+    thread without a failure ends with `eos`, in its last block. Each block is encoded alone. The tokenizer is
+    prefix-stable at the ends of blocks, so the ids are the ids of the whole text."""
 
     def ends(thread: Thread) -> Thread:
         blocks = list(thread.blocks)

@@ -1,4 +1,4 @@
-"""Thread trees as JSON."""
+"""Conversion of thread trees to JSON objects and back."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -9,11 +9,11 @@ from apr_jax.threads.tree import Block, Spawn, Thread, ThreadTree, TreeOutcome
 
 
 def tree_to_json(tree: ThreadTree, digits: int | None = None) -> dict[str, Any]:
-    """A tree as what `json.dumps` takes: content as a string or as a list of ids, nothing left out.
+    """Convert a tree into an object for `json.dumps`. A block's content is a string or a list of ids, for example
+    `{"sampled": true, "content": [7]}`. A rollout's tree also has its "outcome".
 
-    `digits` rounds log-probabilities to so many decimals, for small files; without it `tree_from_json`
-    gives back an equal tree. Example: the root's written[1] is `{"sampled": true, "content": [7]}`. A rollout's tree
-    has its `outcome` as an object, too.
+    `digits` rounds log-probabilities to that many decimals, for small files. Without it `tree_from_json` returns an
+    equal tree.
     """
 
     def block(entry: Block) -> dict[str, Any]:
@@ -42,13 +42,21 @@ def tree_to_json(tree: ThreadTree, digits: int | None = None) -> dict[str, Any]:
             row["inherits"] = True
         return row
 
-    outcome = {} if tree.outcome is None else {"outcome": dataclasses.asdict(tree.outcome)}
+    outcome = {} if tree.outcome is None else {"outcome": _outcome_row(tree.outcome)}
     return {"info": tree.info, **outcome, "root": thread(tree.root)}
 
 
+def _outcome_row(outcome: TreeOutcome) -> dict[str, Any]:
+    """An outcome as an object, without the reward where it has none."""
+    row = dataclasses.asdict(outcome)
+    return {name: value for name, value in row.items() if name != "reward" or value is not None}
+
+
 def tree_from_json(obj: dict[str, Any]) -> ThreadTree:
-    """The tree that `tree_to_json` wrote; ids become tuples. Raises UserError for anything else: of another shape or
-    type, with text and ids in one tree, with ids below 0, without a prompt of the root, or nested past Python's limit.
+    """Convert an object of `tree_to_json` back into a tree; lists of ids become tuples.
+
+    Raises UserError for an object with a missing key or a value of another type, for text and ids in one tree, for an
+    id below 0, for a root without a prompt, and for threads that are nested deeper than Python's recursion limit.
     """
 
     def block(row: dict[str, Any]) -> Block:
@@ -82,6 +90,7 @@ def tree_from_json(obj: dict[str, Any]) -> ThreadTree:
             **{name: _of_type(row, name, bool) for name in ("correct", "answered")},
             **{name: {kind: _of_type(of_kind, kind, int) for kind in of_kind} for name, of_kind in counts.items()},
             **{name: _of_type(row, name, int) for name in ("suppressed_joins", "forced_spawns")},
+            reward=None if row.get("reward") is None else float(_of_type(row, "reward", int, float)),
         )
 
     kinds: set[type] = set()
@@ -100,7 +109,8 @@ def tree_from_json(obj: dict[str, Any]) -> ThreadTree:
 
 
 def _of_type(row: dict[str, Any], name: str, *types: type) -> Any:
-    """What stands in a JSON object under a name. Raises KeyError, and TypeError for a value of another type."""
+    """Return the value of a JSON object under `name`. Raises KeyError where there is none, and TypeError where its
+    type is none of `types`."""
     value = row[name]
     if not isinstance(value, types) or isinstance(value, bool) and bool not in types:
         raise TypeError(f"{name} is {str(value)[:40]!r}, no {' or '.join(one.__name__ for one in types)}")

@@ -1,7 +1,7 @@
-"""GRPO on whole thread trees in one process: sample groups, reward roots, update on every thread.
+"""GRPO on whole thread trees: sample groups of trees, reward each tree's root, update on every thread.
 
-Engine and trainer share the devices of one mesh, and weights go from one to the other without leaving them. What is
-maximised is in `objective`, what a tree is worth in `reward`; here is what happens in which order.
+The engine that samples and the trainer share the devices of one mesh in one process. Weights go from the trainer to the
+engine on these devices. The loss is in `objective`, the reward in `reward`; this module is the loop around them.
 """
 
 import asyncio
@@ -34,41 +34,44 @@ from apr_jax.train.reward import Groups, differ, rewards, rollout_metrics
 from apr_jax.train.step import NotFiniteError, Trainer
 from apr_jax.train.termination import PreemptionRequest, Terminated
 
-VALIDATION_TAG = -2  # first in the names of validation's trees; a step's begin with the step
+VALIDATION_TAG = -2  # first number in the name of a validation tree; the name of a sampled tree begins with its step
 
 
 @dataclasses.dataclass(frozen=True)
 class RolloutSpec:
-    """How the model makes a tree of a problem."""
+    """How trees are sampled: the task, the budget and the engine's size."""
 
-    protocol: TaskProtocol  # what a spawn means, and what is right
+    protocol: TaskProtocol  # the text format of spawns, and which answers are correct
     tokenizer: Tokenizer
     budget: Budget  # of one tree; its context is the window
     slots: int  # threads that are decoded at the same time, over all devices
-    # A condition, the text first on the root's prompt (`TreeRunner.run`) -> how many demonstrations had it. In a fixed
-    # order: each prompt of a step draws one by these counts, the same for its whole group, and validation takes the
-    # most frequent one. Empty: no condition.
+    # A condition is a text at the start of the root's prompt, such as a budget of children. For each condition its
+    # number of demonstrations, in a fixed order. Each group draws one condition with these frequencies; validation
+    # uses the most frequent one. Empty: no condition.
     conditions: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class GrpoJob:
-    """One GRPO run: what is trained on what, and where it is kept."""
+    """One GRPO run: the model, the problems it is trained on, and the folder for results."""
 
-    model: Model  # GRPO begins with it; it is also the reference of the divergence, where there is one
+    model: Model  # the model before the first step; also the reference if `config.kl` is above 0
     config: GrpoConfig
     rollouts: RolloutSpec
-    problems: Sequence[Any]  # of training; the last ones are held back where there is validation
+    problems: Sequence[Any]  # for training; the last ones are held out if there is validation
     mesh: Mesh  # its devices sample and train
-    folder: Path  # gets checkpoints/, best/ and metrics.jsonl
-    key: Callable[[Any], Hashable] = lambda problem: problem  # equal for problems that are the same (`Task.key`)
-    meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # JSON, saved beside the weights with the step
+    folder: Path  # for checkpoints/, best/, metrics.jsonl and tensorboard/
+    key: Callable[[Any], Hashable] = lambda problem: problem  # equal for two forms of one problem (`Task.key`)
+    meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # JSON, saved with each checkpoint
     validation_sampling: Sampling = Sampling(0.0)
 
 
 class GrpoTrainer:
-    """The parts of one GRPO run, and one step of it: `sample`, then `update`. `validate` measures between steps. The
-    model is the one that GRPO begins with: the reference of the divergence, if there is one."""
+    """The engine, the trainer and the reference of one GRPO run. A step is `sample`, then `update`; `validate` measures
+    accuracy between steps. `model` is the model before the first step.
+
+    Raises UserError if `config.batch_rows` is no multiple of the number of devices.
+    """
 
     def __init__(self, model: Model, config: GrpoConfig, rollouts: RolloutSpec, mesh: Mesh):
         if config.batch_rows % mesh.devices.size:
@@ -89,24 +92,26 @@ class GrpoTrainer:
     # ------------------------------------------------------------------ sampling
 
     def runner(self, sampling: Sampling) -> TreeRunner:
-        """What makes trees with the weights that the engine has."""
+        """A runner that samples trees with the engine's current weights."""
         spec = self.rollouts
         return TreeRunner(self.engine, spec.protocol, spec.tokenizer, spec.budget, sampling)
 
     def sample(self, state, step: int, problems: Sequence[Any]) -> tuple[list[list[ThreadTree]], list]:
-        """(groups, replaced): a group of trees for each of the first `config.prompts` problems.
+        """(groups, replaced): a group of trees for each of the first `config.prompts` problems, and the groups that
+        were sampled but replaced.
 
-        Problems after these are spare ones. In each of `config.dynamic_sampling_rounds` rounds they replace problems
-        whose trees all have the same reward, as long as there are any left. A tree's name holds its step and problem,
-        and draws depend on the name: a step that is done again after a kill samples the same."""
+        The problems after these are spares. In each of `config.dynamic_sampling_rounds` rounds, groups whose trees all
+        have the same reward are replaced by groups of spares, until no spare is left. A tree's name contains its step
+        and problem, and random draws depend on the name: a step that is repeated after a kill samples the same trees.
+        """
         config = self.config
         self._load(state)
         first = min(config.prompts, len(problems))
         groups, replaced = self._groups(step, problems, range(first)), []
         for _ in range(config.dynamic_sampling_rounds):
-            blank = [i for i, group in enumerate(groups) if not differ(rewards(group, config.penalties))]
-            fresh = range(first, min(first + len(blank), len(problems)))
-            for i, group in zip(blank, self._groups(step, problems, fresh)):
+            no_signal = [i for i, group in enumerate(groups) if not differ(rewards(group, config.penalties))]
+            fresh = range(first, min(first + len(no_signal), len(problems)))
+            for i, group in zip(no_signal, self._groups(step, problems, fresh)):
                 replaced.append(groups[i])
                 groups[i] = group
             first = fresh.stop
@@ -122,7 +127,7 @@ class GrpoTrainer:
         return [trees[start : start + G] for start in range(0, len(trees), G)]
 
     def condition(self, step: int, prompt: int) -> str:
-        """What stands first on the prompt of a group: a function of the seed, the step and the prompt's number."""
+        """The condition of a group, "" if there are none: a function of the seed, the step and the prompt's number."""
         conditions = self.rollouts.conditions
         if not conditions:
             return ""
@@ -130,7 +135,7 @@ class GrpoTrainer:
         return draw.choices(list(conditions), list(conditions.values()))[0]
 
     def validate(self, state, problems: Sequence[Any], sampling: Sampling) -> float:
-        """The share of problems whose tree is right."""
+        """The fraction of problems that are answered correctly, with one tree each."""
         self._load(state)
         runner, condition = self.runner(sampling), most_frequent(self.rollouts.conditions)
         jobs = [lambda i=i: runner.run(problems[i], (VALIDATION_TAG, i), condition) for i in range(len(problems))]
@@ -141,9 +146,13 @@ class GrpoTrainer:
 
     # ------------------------------------------------------------------ updating
 
-    def update(self, state, groups: Groups, between: Callable[[int], None] = lambda inner: None):
-        """The inner steps on one batch of groups: (state, metrics). A batch without a signal is no update.
-        `between(n)` is called after the n-th inner step."""
+    def update(self, state, groups: Groups, after_inner_step: Callable[[int], None] = lambda inner: None):
+        """The inner steps on the groups of one step. Returns (state, metrics); the state is unchanged if there is no
+        thread to train on, as when all rewards of each group are equal and there is no kl.
+
+        `after_inner_step(n)` is called after the n-th inner step. Raises NotFiniteError if a loss or gradient is NaN or
+        infinite.
+        """
         config, clock = self.config, _Clock()
         trees = [
             (tree, float(advantage))
@@ -160,10 +169,10 @@ class GrpoTrainer:
         for inner in range(config.inner_steps):
             state, sums = self.trainer.step(state, batches, divisor)
             if inner == 0:
-                # Before any update the trainer must find the engine's own log-probabilities again.
+                # Before the first update the trainer's log-probabilities must equal those of the engine.
                 metrics["train/logprob_mismatch"] = float(sums["logprob_mismatch"] / sums["trained"])
                 metrics["train/max_logprob_mismatch"] = float(sums["max_logprob_mismatch"])
-            between(inner + 1)
+            after_inner_step(inner + 1)
         sums = {name: float(value) for name, value in sums.items()}
         if sums["skipped"]:
             raise NotFiniteError(
@@ -177,20 +186,22 @@ class GrpoTrainer:
         return state, metrics | clock.laps
 
     def _scored(self, state, batch: PackedBatch) -> PackedBatch:
-        """The batch with the log-probabilities that the loss needs beside the engine's."""
-        reference = None if self.reference is None else np.asarray(self._score(self.reference, batch))
-        old = np.asarray(self._score(state.weights, batch)) if self.config.tis_clip else None
-        return dataclasses.replace(batch, reference_logprobs=reference, old_logprobs=old)
+        """The batch with the log-probabilities of the reference (if there is a kl) and of the trainer before the update
+        (if there is a tis_clip)."""
+        reference_BxT = None if self.reference is None else np.asarray(self._score(self.reference, batch))
+        old_BxT = np.asarray(self._score(state.weights, batch)) if self.config.tis_clip else None
+        return dataclasses.replace(batch, reference_logprobs=reference_BxT, old_logprobs=old_BxT)
 
     def _batches(self, segments: Sequence[Segment]) -> tuple[list[PackedBatch], dict[str, float]]:
-        """The segments as batches of one shape, and metrics: how many threads and tokens they hold. Rows of a batch
-        cost about the same, so that no device waits for another."""
+        """The segments packed into batches of one shape, and counts of their threads, tokens and rows as metrics. The
+        rows of a batch cost about the same, so that devices do not wait for each other."""
         config = self.config
-        # A segment holds calls, and children that inherit, beside its thread's window: cut by no one, so counted.
+        # A segment can be longer than the window: it also contains calls, and children that inherit its context. One
+        # that is longer than a row is left out, not cut, and counted.
         fitting = [segment for segment in segments if len(segment) <= config.row_length]
         counts = {
             "train/threads": len(fitting), "train/threads_too_long": len(segments) - len(fitting),
-            "train/tokens": config.inner_steps * sum(map(len, fitting)),  # those that were given, too, as SFT counts
+            "train/tokens": config.inner_steps * sum(map(len, fitting)),  # prompts included, as in SFT
         }  # fmt: skip
         rows = first_fit([len(segment) for segment in fitting], config.row_length) if fitting else []
         rows.sort(key=lambda row: sum(int(fitting[i].positions.sum()) for i in row), reverse=True)
@@ -206,7 +217,7 @@ class GrpoTrainer:
 
 
 def most_frequent(conditions: Mapping[str, int]) -> str:
-    """The condition with the highest count, of equal ones the first; "" where there is none."""
+    """The condition with the highest count, the first of equal ones; "" if there are none."""
     return max(conditions, key=conditions.__getitem__, default="")
 
 
@@ -217,11 +228,11 @@ def _last(items: Sequence, count: int) -> list:
 def hold_back(
     problems: Sequence[Any], config: GrpoConfig, key: Callable[[Any], Hashable] = lambda problem: problem
 ) -> tuple[Sequence[Any], list]:
-    """(problems to sample from, problems of validation): the last `validation` ones where there is validation, and no
-    problem that has the `key` of one of them is sampled. Raises UserError where none is left to sample."""
+    """(problems to sample, problems for validation). With validation, the last `config.validation` problems are held
+    out, and problems with the key of one of these are not sampled. Raises UserError if no problem is left to sample."""
     held_back = _last(problems, min(config.validation, len(problems)) if config.validate_every else 0)
-    known = set(map(key, held_back))
-    sampled = [problem for problem in problems if key(problem) not in known] if known else problems
+    held_back_keys = set(map(key, held_back))
+    sampled = [problem for problem in problems if key(problem) not in held_back_keys] if held_back_keys else problems
     if not len(sampled):
         raise UserError(
             f"GRPO has no problem left to sample: the last {len(held_back)} of {len(problems)} are held back for "
@@ -231,7 +242,7 @@ def hold_back(
 
 
 class _Clock:
-    """Seconds of a step's parts, as metrics."""
+    """A stopwatch: `laps` has the seconds of each part of a step, by the metric's name."""
 
     def __init__(self):
         self.laps: dict[str, float] = {}
@@ -244,32 +255,35 @@ class _Clock:
 
 
 class _Best:
-    """The weights that validated best so far, in a folder of their own, with what they reached."""
+    """The weights with the best validation accuracy so far, in a folder of their own; their accuracy is in its meta."""
 
     def __init__(self, folder: Path):
         self._checkpoints = Checkpoints(folder, keep=1)
         step = self._checkpoints.latest
-        self.reached = -1.0 if step is None else self._checkpoints.meta(step)["validation_accuracy"]
+        self.accuracy = -1.0 if step is None else self._checkpoints.meta(step)["validation_accuracy"]
 
     def offer(self, step: int, state, meta: dict, accuracy: float) -> None:
-        if accuracy > self.reached:
-            self.reached = accuracy
+        """Save the weights of a state if their accuracy is the highest so far."""
+        if accuracy > self.accuracy:
+            self.accuracy = accuracy
             self._checkpoints.save(
                 step, {"weights": state.weights}, {**meta, "step": step, "validation_accuracy": accuracy}
             )
-            self._checkpoints.wait()  # a run that goes on from this step would not validate it again
+            self._checkpoints.wait()  # a run that resumes from this step does not repeat its validation
 
     def close(self) -> None:
         self._checkpoints.close()
 
 
 def run_grpo(job: GrpoJob) -> Model:
-    """Trains to the last step, from the newest checkpoint under the job's folder where there is one. A step is a
-    pure function of (weights, optimiser, step, seed), so a run killed at any moment ends in the same bits.
+    """Train to the last step and return the model, starting from the newest checkpoint in the job's folder if there is
+    one. A step is a pure function of (weights, optimizer state, step, seed), so a run that was killed at any time and
+    resumed ends in the same bits.
 
-    With `validate_every` some of the problems are held back from sampling and tried before the first step, every so
-    many steps and after the last; best/ keeps the weights that did best. Raises `Terminated`, after a save, where the
-    process got a SIGTERM.
+    If `validate_every` is set, held-out problems are validated before the first step, every `validate_every` steps and
+    after the last step; best/ keeps the weights with the best accuracy. Raises `Terminated`, after a save, if the
+    process got a SIGTERM; NotFiniteError as `GrpoTrainer.update`; UserError if no problem is left to sample, or rows
+    do not split over the devices.
     """
     config, folder = job.config, job.folder
     sampled, held_back = hold_back(job.problems, config, job.key)
@@ -280,7 +294,7 @@ def run_grpo(job: GrpoJob) -> Model:
     start = 0
     if checkpoints.latest is not None:
         start, state = checkpoints.restore(state)
-    log = MetricsLog(folder, start if start else -1)  # -1: what validation said before the first step comes again
+    log = MetricsLog(folder, start if start else -1)  # -1: a new start repeats the validation at step 0
     progress = Progress(f"grpo {folder.name}", config.steps, "steps", start)
     best = _Best(folder / "best") if config.validate_every else None
 
@@ -308,19 +322,19 @@ def run_grpo(job: GrpoJob) -> Model:
                 last = step == config.steps
                 if best is not None and (last or step % config.validate_every == 0):
                     metrics |= validate(step)
-                # The line comes before the save, whose time is the next step's: a step saved without its line would
-                # never get one.
+                # The line is written before the save: a step that was saved without its line would never get one. The
+                # time of the save counts for the next step.
                 parts = sum(value for name, value in metrics.items() if name.startswith("seconds/"))
                 whole, ended = time.monotonic() - ended, time.monotonic()
                 log.write(step, metrics | {"seconds/step": whole, "seconds/rest": whole - parts})
-                preempted = request.given
+                preempted = request.received
                 if preempted or last or step % config.save_every == 0:
                     checkpoints.save(step, state, {**meta, "step": step})
-                progress.update(step, f"right {metrics['rollout/correct']:.3f}")
+                progress.update(step, f"correct {metrics['rollout/correct']:.3f}")
                 if preempted:
                     break
             checkpoints.wait()
-            if preempted or request.given:
+            if preempted or request.received:
                 raise Terminated(f"grpo {folder.name} is saved at step {step} of {config.steps}")
         return trainer.trainer.model(state)
     finally:

@@ -1,4 +1,4 @@
-"""What a stage tells of its steps: JSON lines and TensorBoard."""
+"""Logs a stage's metrics per step, as JSON lines and TensorBoard events."""
 
 import contextlib
 import math
@@ -10,10 +10,10 @@ from apr_jax.io.files import write_text
 
 
 class MetricsLog:
-    """`metrics.jsonl` and TensorBoard events in one folder.
+    """A writer of `metrics.jsonl` and of TensorBoard events (`tensorboard/`) in one folder.
 
-    A resumed run goes on after `resume_at`: lines from steps that will be done again are taken out, so that
-    every step stands there once. A value that is not finite is null there: JSON has no NaN.
+    A run resumes after step `resume_at`. Existing lines of later steps are removed, since those steps will be done
+    again: each step is logged once. A value that is NaN or infinite becomes null in the JSON, which has no NaN.
     """
 
     def __init__(self, folder: Path, resume_at: int):
@@ -24,18 +24,21 @@ class MetricsLog:
             kept = [row for row in rows if row.get("step", sys.maxsize) <= resume_at]
             write_text(path, "".join(map(json_lines.to_line, kept)))
         self._file = path.open("a")
-        from tensorboardX import SummaryWriter  # here, since it brings in torch: 3 s before any message
+        from tensorboardX import SummaryWriter  # imported here: it imports torch, which takes 3 s
 
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_at + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
+        """Log the values of one step: append a JSON line, flushed at once, and TensorBoard events. Raises OSError if
+        the line cannot be written, as on a full disk."""
         shown = {name: value if math.isfinite(value) else None for name, value in values.items()}
         json_lines.append(self._file, {"step": step, **shown})
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Raises nothing on a full disk: every line was flushed when written, and the error on its way says more."""
+        """Close both files, without an OSError of a full disk: each line was flushed when it was written, and that
+        write has raised the error already."""
         for file in (self._file, self._board):
             with contextlib.suppress(OSError):
                 file.close()

@@ -1,22 +1,24 @@
-"""What GRPO maximises: advantages, the weight of every token, and the loss (paper, section 3.2).
+"""GRPO's objective: advantages, token weights and the loss (paper, section 3.2).
 
-The advantage of a tree is its reward minus the mean of its group (divided by the group's deviation where `normalise`
-says so), the same for all its threads. Per sampled token, with the model's log-probability p, the sampler's b and the
-reference's q, and r = exp(p - b),
+A group is the trees that were sampled for one prompt. The advantage A of a tree is its reward minus the mean reward of
+its group, divided by the group's standard deviation if `normalise` is set. All threads of a tree have its advantage.
 
-    loss = - min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + kl (exp(q - p) - (q - p) - 1)         (kl_estimator k3)
+A sampled token has several log-probabilities: p under the model in training, b under the engine that sampled it, o
+under the trainer's weights before the update, q under the reference, the model that GRPO began with. With the ratio
+r = exp(p - b) and `kl_estimator` "k3" the loss of a token is
 
-The sampler's are what the engine drew with. With `tis_clip` the ratio is against the trainer's own p before the
-update, o, and what the engine's differ from those is a weight of its own, cut off above:
+    - min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + kl (exp(q - p) - (q - p) - 1)
 
-    r = exp(p - o),    loss = - min(exp(o - b), tis_clip) min(r A, clip(r, ..) A) + ...
+Engine and trainer round differently, so that b and o are not quite equal. If `tis_clip` is above 0 (truncated
+importance sampling), the ratio is r = exp(p - o), and the first term has the weight min(exp(o - b), tis_clip):
 
-The estimator "k1" goes where its gradient is that of the divergence, into the advantage: A - kl (b - q). (As a term of
-the loss, p - q has a gradient of 0 on average.)
+    - min(exp(o - b), tis_clip) min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + ...
 
-What it is not: no critic, no importance weights but these.
+`kl_estimator` "k1" replaces the advantage by A - kl (b - q) and adds no term: in the advantage its gradient is that of
+the divergence, while p - q as a term of the loss has a gradient of 0 on average.
 
-`aggregate` weighs tokens: see `aggregation`.
+There is no critic, and there are no other importance weights. `aggregate` names how token losses are weighted and added
+up, see `aggregation`.
 """
 
 import dataclasses
@@ -30,6 +32,7 @@ from apr_jax.checks import SEED, above, at_least, between, check_fields
 from apr_jax.data.packing import PackedBatch, Segment, flatten_thread
 from apr_jax.errors import UserError
 from apr_jax.model.family import Model
+from apr_jax.settings import execution, shared
 from apr_jax.threads import ThreadTree
 from apr_jax.train.aggregation import AGGREGATIONS
 from apr_jax.train.loss import row_logits, token_logprobs, trained_tokens
@@ -42,29 +45,30 @@ KL_ESTIMATORS = ("k1", "k3")
 
 @dataclasses.dataclass(frozen=True)
 class GrpoConfig:
-    """The paper: 64 prompts x 5 rollouts, 150 steps of 2 inner steps, rate 1e-5, clip 0.2, kl 0.001."""
+    """Settings of GRPO. The paper's are 150 steps of 64 prompts with 5 rollouts each, 2 inner steps, a learning rate of
+    1e-5, clips of 0.2 and a kl of 0.001."""
 
-    steps: int
-    prompts: int  # per step
-    group: int  # rollouts of each prompt
-    optimizer: OptimizerConfig
-    batch_rows: int  # rows of one microbatch, over all devices
-    row_length: int  # tokens
-    inner_steps: int = 2
+    steps: int = 10
+    prompts: int = 12  # groups of a step
+    group: int = 6  # rollouts of each prompt
+    optimizer: OptimizerConfig = OptimizerConfig()
+    batch_rows: int = execution(8)  # rows of one microbatch, over all devices
+    row_length: int = 896  # tokens, at least the window and a thread's calls
+    inner_steps: int = 1  # updates on the trees of one step
     clip_low: float = 0.2
     clip_high: float = 0.2
-    kl: float = 0.0  # coefficient against the model that GRPO began with; 0: no reference is kept
+    kl: float = 0.0  # weight of the divergence from the reference; 0: no reference is kept
     kl_estimator: str = "k3"
-    normalise: bool = True  # divide advantages by the group's deviation
+    normalise: bool = True  # divide advantages by the group's standard deviation
     aggregate: str = "tree"  # a name in `aggregation.AGGREGATIONS`
-    tis_clip: float = 0.0  # of the weights between engine and trainer; 0: none, ratios are against the engine
+    tis_clip: float = 0.0  # largest weight exp(o - b); 0: no such weight, ratios are against the engine
     penalties: Penalties = Penalties()
-    dynamic_sampling_rounds: int = 0  # most times that groups without a signal are replaced by those of fresh prompts
+    dynamic_sampling_rounds: int = 0  # of replacing groups of equal rewards by groups of fresh prompts
     temperature: float = 1.0
-    seed: int = 0
-    save_every: int = 5  # steps
-    validate_every: int = 0  # steps; 0: never. The best weights are kept beside the last
-    validation: int = 200  # training problems that no step samples, for that
+    seed: int = shared("seed", 0)
+    save_every: int = execution(5)  # steps
+    validate_every: int = 0  # steps; 0: never. Weights with the best accuracy are kept in best/
+    validation: int = 200  # training problems held out for it: no step samples them
 
     BOUNDS = (
         at_least(0, "steps", "clip_high", "kl", "tis_clip", "dynamic_sampling_rounds", "validate_every"),
@@ -82,8 +86,8 @@ class GrpoConfig:
 
 
 def advantages(rewards_G: Sequence[float], normalise: bool) -> np.ndarray:
-    """Group-relative advantages [G] of one group; all 0 where its rewards are equal but for rounding, which dividing by
-    the deviation would make a signal."""
+    """The advantages [G] of one group. All are 0 if the rewards differ by rounding alone: divided by their standard
+    deviation these differences would become advantages of about 1."""
     if not differ(rewards_G):
         return np.zeros(len(rewards_G))
     centred_G = np.asarray(rewards_G, np.float64) - np.mean(rewards_G)
@@ -93,8 +97,11 @@ def advantages(rewards_G: Sequence[float], normalise: bool) -> np.ndarray:
 def step_segments(
     trees: Sequence[tuple[ThreadTree, float]], config: GrpoConfig, window: int
 ) -> tuple[list[Segment], float]:
-    """(segments, divisor) of all trees of a step, each with its advantage. The segments are those of the trees that are
-    trained on: with a kl all, else those whose advantage is not 0. The divisor divides the step's sum of losses."""
+    """(segments, divisor) of a step, for its trees with their advantages and a window in tokens.
+
+    A segment is a thread in the flat form that rows are packed from. Trees with advantage 0 give segments only if there
+    is a kl, since their policy loss is 0. The step's sum of token losses is to be divided by the divisor.
+    """
     segments, divisor = [], 0
     for tree, advantage in trees:
         trained = bool(advantage or config.kl)
@@ -107,21 +114,28 @@ def step_segments(
 
 
 def policy_logprobs(model: Model, batch: PackedBatch, temperature: float) -> Array:
-    """The trainer's log-probability of each token [B, T] under the distribution that rollouts are drawn from."""
+    """The model's log-probability of each token [B, T] at the temperature at which rollouts are sampled."""
     return token_logprobs(row_logits(model, batch) / temperature, batch.tokens)
 
 
 def grpo_loss(model: Model, batch: PackedBatch, config: GrpoConfig) -> tuple[Array, dict[str, Array]]:
-    """(sum of weighted token losses, sums for metrics) of packed rows; see the module's equations. The batch has
-    `reference_logprobs` where there is a kl, and `old_logprobs` where there is an importance cap."""
+    """The sum of weighted token losses of packed rows, by the equations of this module, and sums for metrics by name.
+
+    The batch must have `reference_logprobs` if `config.kl` is above 0, and `old_logprobs` if `config.tis_clip` is.
+
+    Sums over trained tokens: "weight", of loss weights; "trained", their number; "logprob_mismatch", of |p - b|;
+    "clipped_low" and "clipped_high", the number whose gradient the lower or the upper clip removes; "importance", of
+    the weights min(exp(o - b), tis_clip), 1 without tis_clip; "kl", of the k3 estimates, 0 without a kl; "entropy", in
+    nats. "max_logprob_mismatch" is the largest |p - b|.
+    """
     logits_BxTxV = row_logits(model, batch) / config.temperature
     logprobs_BxT = token_logprobs(logits_BxTxV, batch.tokens)
     trained_BxT = trained_tokens(batch, "sampled")
 
-    def log_ratio(of_BxT, over_BxT):
-        """of - over [B, T] where a token is trained: elsewhere they are unrelated, and an exponential could
-        overflow."""
-        return jnp.where(trained_BxT > 0, of_BxT - over_BxT, 0.0)
+    def log_ratio(logprobs_BxT, other_logprobs_BxT):
+        """Their difference [B, T] at trained tokens, 0 elsewhere. Other tokens have no log-probability of an engine:
+        the exponential of a meaningless difference could overflow."""
+        return jnp.where(trained_BxT > 0, logprobs_BxT - other_logprobs_BxT, 0.0)
 
     old_BxT, importance_BxT = batch.logprobs, jnp.ones_like(trained_BxT)
     if config.tis_clip:
@@ -132,16 +146,16 @@ def grpo_loss(model: Model, batch: PackedBatch, config: GrpoConfig) -> tuple[Arr
         advantage_BxT = advantage_BxT - config.kl * log_ratio(batch.logprobs, batch.reference_logprobs)
     ratio_BxT = jnp.exp(log_ratio(logprobs_BxT, old_BxT))
     clipped_BxT = jnp.clip(ratio_BxT, 1 - config.clip_low, 1 + config.clip_high)
-    binds_BxT = clipped_BxT * advantage_BxT < ratio_BxT * advantage_BxT  # only there the clip takes the gradient away
+    binds_BxT = clipped_BxT * advantage_BxT < ratio_BxT * advantage_BxT  # elsewhere the clip changes no gradient
     surrogate_BxT = importance_BxT * jnp.minimum(ratio_BxT * advantage_BxT, clipped_BxT * advantage_BxT)
     loss = -jnp.sum(trained_BxT * batch.loss_weight * surrogate_BxT)
     kl_BxT = jnp.zeros_like(ratio_BxT)
     if config.kl:
-        reference_ratio_BxT = log_ratio(batch.reference_logprobs, logprobs_BxT)
-        kl_BxT = jnp.exp(reference_ratio_BxT) - reference_ratio_BxT - 1
+        reference_log_ratio_BxT = log_ratio(batch.reference_logprobs, logprobs_BxT)
+        kl_BxT = jnp.exp(reference_log_ratio_BxT) - reference_log_ratio_BxT - 1
         if config.kl_estimator == "k3":
             loss = loss + config.kl * jnp.sum(trained_BxT * batch.kl_weight * kl_BxT)
-    plain_BxTxV = jax.nn.log_softmax(logits_BxTxV, axis=-1)
+    all_logprobs_BxTxV = jax.nn.log_softmax(logits_BxTxV, axis=-1)
     mismatch_BxT = jnp.abs(log_ratio(logprobs_BxT, batch.logprobs))
     return loss, {
         "weight": jnp.sum(trained_BxT * batch.loss_weight),
@@ -152,5 +166,5 @@ def grpo_loss(model: Model, batch: PackedBatch, config: GrpoConfig) -> tuple[Arr
         "clipped_high": jnp.sum(trained_BxT * (binds_BxT & (ratio_BxT > 1))),
         "importance": jnp.sum(trained_BxT * importance_BxT),
         "kl": jnp.sum(trained_BxT * kl_BxT),
-        "entropy": -jnp.sum(trained_BxT * jnp.sum(jnp.exp(plain_BxTxV) * plain_BxTxV, axis=-1)),
+        "entropy": -jnp.sum(trained_BxT * jnp.sum(jnp.exp(all_logprobs_BxTxV) * all_logprobs_BxTxV, axis=-1)),
     }

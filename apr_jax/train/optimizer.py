@@ -1,5 +1,9 @@
-"""Optimisers and schedules. The rules of the model's family, regular expressions on names, say how each parameter is
-trained. A parameter that no rule matches raises, so that a new one is never trained by accident."""
+"""Optimizers and learning-rate schedules.
+
+A model family has rules, regular expressions on parameter names, that say how each parameter is trained: by Muon or
+AdamW, with weight decay or without (`Rule`). A parameter that no rule matches is an error, so that a new parameter is
+never trained by accident.
+"""
 
 import dataclasses
 import functools
@@ -17,20 +21,20 @@ from apr_jax.model.family import Rule
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """The paper's SFT: adamw, one step of warm-up from a tenth to the peak of 5e-5, cosine to a hundredth, decay 0.01,
-    clip 1."""
+    """An optimizer and its learning-rate schedule. The defaults are those of the paper's SFT: AdamW, one warm-up step
+    from a tenth of the peak of 5e-5, cosine decay to a hundredth, weight decay 0.01, gradient clipping at norm 1."""
 
-    name: str = "adamw"  # adamw, or muon: Muon on the matrices, AdamW on the rest
+    name: str = "adamw"  # adamw; or muon: Muon for matrices, AdamW for all other parameters
     peak_lr: float = 5e-5
-    muon_lr: float = 0.02  # peak rate of the matrices under muon; the update has unit spectral norm
-    init_lr_fraction: float = 0.1  # fraction of the peak at the first step, where there is a warm-up
-    final_lr_fraction: float = 0.01  # fraction of the peak at the last step
+    muon_lr: float = 0.02  # peak rate of the matrices under muon, whose updates have unit spectral norm
+    init_lr_fraction: float = 0.1  # rate of the first step over the peak, if there is a warm-up
+    final_lr_fraction: float = 0.01  # rate of the last step over the peak
     warmup_steps: int = 1
     schedule: str = "cosine"  # cosine, linear, constant
     weight_decay: float = 0.01
-    max_grad_norm: float = 1.0  # global norm of the gradient; 0: none
+    max_grad_norm: float = 1.0  # the gradient is clipped to this global norm; 0: no clipping
     beta2: float = 0.999
-    frozen: str = ""  # a regular expression: parameters whose names it finds keep their values; "": none
+    frozen: str = ""  # regular expression: parameters whose names contain a match are not trained; "": all are
 
     BOUNDS = (
         at_least(0, "peak_lr", "muon_lr", "init_lr_fraction", "final_lr_fraction", "warmup_steps"),
@@ -51,13 +55,13 @@ class OptimizerConfig:
 
 
 def path_name(path) -> str:
-    """``layers/q_LxDxNxH`` for a pytree path; Flax's own wrapper level is left out."""
+    """The name of a pytree path, as ``layers/q_LxDxNxH``. The level "value" that Flax adds is left out."""
     keys = (str(getattr(key, "key", getattr(key, "name", key))) for key in path)
     return "/".join(key for key in keys if key != "value")
 
 
 def rule_of(path, rules: Sequence[Rule]) -> Rule:
-    """The rule for a parameter's path, the first that matches. Raises ValueError where there is none."""
+    """The first of the family's rules that matches a parameter's path. Raises ValueError if none does."""
     name = path_name(path)
     for rule in rules:
         if re.match(rule.pattern, name):
@@ -66,7 +70,7 @@ def rule_of(path, rules: Sequence[Rule]) -> Rule:
 
 
 def muon_dimensions(params, rules: Sequence[Rule]):
-    """For each parameter Muon's axes, or None for Adam."""
+    """A tree like `params` with the axes of each matrix that Muon trains, and None for a parameter of Adam."""
 
     def axes(path, _):
         muon = rule_of(path, rules).muon
@@ -76,13 +80,13 @@ def muon_dimensions(params, rules: Sequence[Rule]):
 
 
 def decayed(params, rules: Sequence[Rule]):
-    """True where weight decay applies."""
+    """A tree like `params`: whether a parameter has weight decay."""
     return jax.tree_util.tree_map_with_path(lambda path, _: rule_of(path, rules).decay, params)
 
 
-def rate_schedule(config: OptimizerConfig, peak: float, steps: int) -> optax.Schedule:
-    """The learning rate of step 0 to `steps` - 1: `warmup_steps` below the peak, the peak, and on the last step
-    `final_lr_fraction` of it (where that comes after the peak)."""
+def lr_schedule(config: OptimizerConfig, peak: float, steps: int) -> optax.Schedule:
+    """The learning rate of the steps 0 to `steps` - 1. It rises linearly for `warmup_steps` steps, has its `peak` in
+    the next one, and reaches `final_lr_fraction` of the peak in the last step, if that is a later one."""
     warm = optax.linear_schedule(config.init_lr_fraction * peak, peak, config.warmup_steps)
     left = max(steps - 1 - config.warmup_steps, 1)
     if config.schedule == "constant":
@@ -95,7 +99,11 @@ def rate_schedule(config: OptimizerConfig, peak: float, steps: int) -> optax.Sch
 
 
 def make_optimizer(config: OptimizerConfig, steps: int, rules: Sequence[Rule]) -> optax.GradientTransformation:
-    """The optimiser of a run of `steps` steps; `rules` are those of the model's family."""
+    """The optax transformation for a run of `steps` steps; `rules` are those of the model's family.
+
+    Clipping sees the gradients of trained parameters alone. Frozen parameters have no optimizer state. Its `init`
+    raises UserError if `config.frozen` matches no parameter or all of them.
+    """
     decays, dimensions = functools.partial(decayed, rules=rules), functools.partial(muon_dimensions, rules=rules)
 
     def muon_or_adam(params):
@@ -103,14 +111,14 @@ def make_optimizer(config: OptimizerConfig, steps: int, rules: Sequence[Rule]) -
         return jax.tree_util.tree_map_with_path(kind, params)
 
     adam = optax.adamw(
-        rate_schedule(config, config.peak_lr, steps), b2=config.beta2, weight_decay=config.weight_decay, mask=decays
+        lr_schedule(config, config.peak_lr, steps), b2=config.beta2, weight_decay=config.weight_decay, mask=decays
     )
     if config.name == "adamw":
         inner = adam
     else:
-        # The rest gets an AdamW of our own: that of `optax.contrib.muon` has Nesterov's momentum and decays gains.
+        # `optax.contrib.muon` would train the other parameters by Adam with Nesterov momentum, and decay norm gains.
         muon = optax.contrib.muon(
-            rate_schedule(config, config.muon_lr, steps),
+            lr_schedule(config, config.muon_lr, steps),
             weight_decay=config.weight_decay,
             weight_decay_mask=decays,
             muon_weight_dimension_numbers=dimensions,
@@ -122,10 +130,10 @@ def make_optimizer(config: OptimizerConfig, steps: int, rules: Sequence[Rule]) -
 
     def labels(params):
         label = lambda path, _: "frozen" if re.search(config.frozen, path_name(path)) else "trained"  # noqa: E731
-        found = jax.tree_util.tree_map_with_path(label, params)
-        if len(kinds := set(jax.tree.leaves(found))) == 1:
-            what = "finds no parameter to freeze" if "trained" in kinds else "leaves no parameter to train"
-            raise UserError(f"optimizer.frozen ({config.frozen!r}) {what}")
-        return found
+        labelled = jax.tree_util.tree_map_with_path(label, params)
+        if len(kinds := set(jax.tree.leaves(labelled))) == 1:
+            problem = "matches no parameter" if "trained" in kinds else "leaves no parameter to train"
+            raise UserError(f"optimizer.frozen ({config.frozen!r}) {problem}")
+        return labelled
 
     return optax.partition({"trained": chain, "frozen": optax.set_to_zero()}, labels)

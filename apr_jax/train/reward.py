@@ -1,9 +1,10 @@
-"""What a sampled tree is worth: whether its answer is right, less what it cost.
+"""The reward of a sampled tree: 1 for a correct answer, or the value of the task's own reward, minus penalties.
 
-Every penalty is 0 by default, which is the paper's reward. A penalty on tokens or on children favours narrow trees. A
-penalty on sequential tokens favours trees that search in parallel. With penalties every group has a signal, also where
-all of its trees are right. Dividing advantages by the deviation would then make that small difference as large as the
-one between right and wrong, so turn `normalise` off.
+All penalties are 0 by default, which is the paper's reward. A penalty on tokens or on children favours narrow trees. A
+penalty on sequential tokens favours trees that search in parallel.
+
+With penalties, rewards differ even in a group whose trees are all correct. Divided by the group's standard deviation
+that small difference would become as large as the one between correct and wrong, so set `normalise` to False then.
 """
 
 import dataclasses
@@ -23,18 +24,19 @@ from apr_jax.threads.metrics import (
     total_tokens,
 )
 
-Groups = Sequence[Sequence[ThreadTree]]  # of each prompt its sampled trees, which have an outcome
+Groups = Sequence[Sequence[ThreadTree]]  # for each prompt its sampled trees, which have an outcome
 
 
 @dataclasses.dataclass(frozen=True)
 class Penalties:
-    """What is taken off a reward of 1 for each of these; 0.0001 a token takes 0.1 off a tree of 1,000."""
+    """Penalties, each subtracted from a tree's reward for every item of its name. A token penalty of 0.0001, for
+    example, takes 0.1 off the reward of a tree of 1,000 sampled tokens."""
 
-    token: float = 0.0  # that the model sampled, in all threads
-    sequential_token: float = 0.0  # of the longest chain of threads
-    child: float = 0.0
-    malformed: float = 0.0  # spawn that could not be run
-    wrong_answer: float = 0.0  # answer of a root that ended well: without it worth as much as no answer
+    token: float = 0.0  # per token that the model sampled, in all threads
+    sequential_token: float = 0.0  # per token of the longest chain of dependent threads
+    child: float = 0.0  # per thread but the root
+    malformed: float = 0.0  # per spawn that could not be run
+    wrong_answer: float = 0.0  # of a root that ended by itself; without it a wrong answer is worth as much as none
 
     def __post_init__(self):
         check_fields(self)
@@ -44,35 +46,43 @@ class Penalties:
 
 
 def reward_terms(tree: ThreadTree, penalties: Penalties) -> dict[str, float]:
-    """The parts of a tree's reward by name; those without a penalty are left out. Their sum is the reward."""
-    costs = {
+    """The terms of a tree's reward by name. The first is "task", the value of the task's own reward, or without one
+    "correct", 1 or 0. The others are minus the cost for each penalty that is not 0. Their sum is the reward."""
+    counts = {
         "token": sampled_tokens,
         "sequential_token": sequential_tokens,
         "child": children,
         "malformed": lambda tree: sum(tree.outcome.malformed.values()),
-        "wrong_answer": _wrong,
+        "wrong_answer": _answered_wrongly,
     }
-    priced = {name: penalty for name, penalty in vars(penalties).items() if penalty}
-    return {"correct": float(tree.outcome.correct)} | {name: -p * costs[name](tree) for name, p in priced.items()}
+    charged = {name: penalty for name, penalty in vars(penalties).items() if penalty}
+    own = tree.outcome.reward
+    first = {"correct": float(tree.outcome.correct)} if own is None else {"task": own}
+    return first | {name: -p * counts[name](tree) for name, p in charged.items()}
 
 
-def _wrong(tree: ThreadTree) -> bool:
+def _answered_wrongly(tree: ThreadTree) -> bool:
+    """Whether the root ended by itself with a wrong answer."""
     return tree.outcome.answered and not tree.outcome.correct and tree.root.failure is None
 
 
 def rewards(group: Sequence[ThreadTree], penalties: Penalties) -> list[float]:
-    """Of each tree of a group."""
+    """The reward of each tree of a group."""
     return [sum(reward_terms(tree, penalties).values()) for tree in group]
 
 
 def differ(values: Sequence[float]) -> bool:
-    """Whether the rewards of a group differ by more than rounding: sums in another order may end in other bits."""
+    """Whether the rewards of a group differ by more than rounding. The same terms added up in another order can differ
+    in their last bits."""
     return max(values) - min(values) > 1e-9 * max(1.0, *map(abs, values))
 
 
 def rollout_metrics(groups: Groups, penalties: Penalties) -> dict[str, float]:
-    """What a step's trees were like, as means over trees: reward and its terms, size, shape, and what went wrong. A
-    collapse to serial shows in `spawned` and `children`, one to noise in the failures."""
+    """Metrics of the trees of a step: means over trees, of the reward and its terms, sizes, shapes and failures.
+
+    A policy that no longer spawns shows in `rollout/spawned` and `rollout/children`, one that writes noise in the
+    failures. `rollout/groups_with_signal` is a mean over groups, `rollout/tokens_per_thread` one over threads.
+    """
     trees = [tree for group in groups for tree in group]
     n = len(trees)
     failures, malformed, terms = Counter(), Counter(), Counter()
@@ -80,18 +90,18 @@ def rollout_metrics(groups: Groups, penalties: Penalties) -> dict[str, float]:
         failures.update(tree.outcome.failures)
         malformed.update(tree.outcome.malformed)
         terms.update(reward_terms(tree, penalties))
-    given = [rewards(group, penalties) for group in groups]
+    group_rewards = [rewards(group, penalties) for group in groups]
     threads = sum(1 + children(tree) for tree in trees)
 
     def mean(count) -> float:
         return sum(map(count, trees)) / n
 
     return {
-        "rollout/reward": sum(map(sum, given)) / n,
+        "rollout/reward": sum(map(sum, group_rewards)) / n,
         "rollout/correct": mean(lambda tree: tree.outcome.correct),
         "rollout/answered": mean(lambda tree: tree.outcome.answered),
-        "rollout/wrong": mean(_wrong),
-        "rollout/groups_with_signal": sum(map(differ, given)) / len(groups),
+        "rollout/wrong": mean(_answered_wrongly),
+        "rollout/groups_with_signal": sum(map(differ, group_rewards)) / len(groups),
         "rollout/spawned": mean(lambda tree: bool(tree.root.spawns)),
         "rollout/children": mean(children),
         "rollout/duplicate_children": mean(duplicate_children),

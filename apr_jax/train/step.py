@@ -1,13 +1,18 @@
-"""One training step on a mesh: every device's own gradient, then one reduction and one update.
+"""One training step on a device mesh: local gradients, one reduction, one update.
 
-Losses are sums over tokens and are divided by the whole step's weight at the update; a mean of per-device means
-would weigh devices, not tokens. Inside `shard_map` weights are cast to varying before the gradient is taken, so that
-it stays each device's own (under check_vma a gradient with respect to replicated weights comes out summed, once
-per microbatch). Microbatches add up on each device, and the sum over devices is taken once, at the update, which is
-left to the partitioner: it is elementwise, but for Muon's matrices, of which each device does its own layers.
+A loss is a sum over tokens. The update divides the gradient by the total weight of the step, so that a token weighs the
+same on every device. A mean of per-device means would give devices, not tokens, equal weights.
 
-The mesh has two axes, and rows split over both. Over "fsdp" weights and optimiser state are split too: a layer's are
-gathered just before it runs, and what their gradient is scattered into are sums over that axis.
+Each device adds up the gradients of its own microbatches. They are summed over devices once per step, at the update. To
+keep the gradients local, weights are cast to "varying" inside `shard_map` before differentiation. Without the cast JAX
+(check_vma) sums the gradient of replicated weights over devices in every microbatch.
+
+XLA's partitioner distributes the update. The update is elementwise, except for Muon: there each device updates whole
+layers.
+
+The mesh has two axes, "data" and "fsdp", and the rows of a batch are split over both. Weights and optimizer state are
+split over "fsdp" alone. A layer's weights are gathered just before the layer runs. The transpose of this gather sums
+their gradient over "fsdp" and scatters it.
 """
 
 import functools
@@ -29,14 +34,14 @@ from apr_jax.model.family import Model
 from apr_jax.train.optimizer import path_name
 
 Array = jax.Array
-# (model, batch) -> (loss as a sum, sums that make metrics; "weight" divides the loss; a name that begins with "max_" is
-# no sum but the largest of all)
+# (model, batch) -> (the loss, a sum over tokens; sums by name, of which metrics are made). The sum "weight" divides the
+# loss. A value whose name begins with "max_" is a maximum, and is combined as one over devices and microbatches.
 Loss = Callable[[Model, PackedBatch], tuple[Array, dict[str, Array]]]
 AXES = ("data", "fsdp")
 
 
 class NotFiniteError(UserError, FloatingPointError):
-    """Training whose losses or gradients are no finite numbers: other rates, another seed or other data are needed."""
+    """Raised when losses or gradients of training are NaN or infinite. Lower rates, another seed or other data help."""
 
 
 @functools.partial(
@@ -44,17 +49,18 @@ class NotFiniteError(UserError, FloatingPointError):
 )
 @dataclass
 class TrainState:
-    """Everything that training carries from step to step, as pure pytrees."""
+    """All state that one training step passes to the next, as a pytree of arrays."""
 
-    weights: Any  # pure dictionary of an nnx.State
-    optimizer: Any
-    step: Array  # int32, steps done, those that were skipped among them
-    skipped: Array  # int32, steps whose loss or gradient was not finite and that were not applied
+    weights: Any  # the pure dictionary of an nnx.State
+    optimizer: Any  # state of the optax transformation
+    step: Array  # int32 scalar: steps done, skipped ones included
+    skipped: Array  # int32 scalar: steps that were not applied, since their loss or gradient was not finite
 
 
 def data_mesh(devices: int, fsdp: int = 1) -> Mesh:
-    """A mesh of `devices`, `fsdp` of which share one copy of the weights. Raises UserError where there are fewer
-    devices, `fsdp` does not divide them, or a process among several would have none."""
+    """Make a mesh of the first `devices` devices, [devices / fsdp, fsdp]; each group of `fsdp` devices shares one copy
+    of the weights. Raises UserError if there are fewer devices, if `fsdp` does not divide them, or if several processes
+    would leave some device unused."""
     if jax.process_count() > 1 and devices != jax.device_count():
         raise UserError(
             f"several processes train on all of their devices: devices is {jax.device_count()}, was given {devices}"
@@ -69,18 +75,22 @@ def data_mesh(devices: int, fsdp: int = 1) -> Mesh:
 
 
 def split_axis(name: str, shape: tuple[int, ...], parts: int) -> int | None:
-    """Which axis of a parameter is split over "fsdp", counted from the end: the longest that divides, of matrices
-    only. Never the layers' axis: a layer is gathered when it runs. None: every device holds it whole."""
-    own = shape[1:] if name.startswith("layers/") else shape
-    axes = [axis for axis in range(-len(own), 0) if own[axis] % parts == 0]
-    return max(axes, key=lambda axis: own[axis]) if parts > 1 and len(own) > 1 and axes else None
+    """The axis of a parameter that is split into `parts` over "fsdp", counted from the end (-1 is the last).
+
+    It is the longest axis that `parts` divides. None for vectors and where no axis divides: every device holds the
+    whole parameter then. The layer axis of a stacked parameter is never split, since layers are gathered one by one.
+    """
+    layer_shape = shape[1:] if name.startswith("layers/") else shape
+    axes = [axis for axis in range(-len(layer_shape), 0) if layer_shape[axis] % parts == 0]
+    return max(axes, key=lambda axis: layer_shape[axis]) if parts > 1 and len(layer_shape) > 1 and axes else None
 
 
 class Trainer:
-    """Compiled gradient and update of one model, loss and optimiser on one mesh.
+    """The compiled gradient and update of one model, loss and optimizer on one mesh.
 
-    `measures` makes the sums that `measure` tells; by default they are the loss and its own. `whole_layers` is for an
-    optimiser that works on matrices (Muon): each device updates whole layers of the stacked ones.
+    `measurement(model, batch)` gives the sums that `measure` returns; the default is the loss and the sums beside it.
+    `whole_layers` is for an optimizer that works on whole matrices (Muon): each device then updates whole layers of
+    the stacked parameters.
     """
 
     def __init__(
@@ -89,7 +99,7 @@ class Trainer:
         loss: Loss,
         optimizer: optax.GradientTransformation,
         mesh: Mesh,
-        measures: Callable[[Model, PackedBatch], dict[str, Array]] | None = None,
+        measurement: Callable[[Model, PackedBatch], dict[str, Array]] | None = None,
         whole_layers: bool = True,
     ):
         self._graphdef, self._template = nnx.split(model)
@@ -99,180 +109,199 @@ class Trainer:
         self._axes = {path_name(path): split_axis(path_name(path), leaf.shape, mesh.shape["fsdp"])
                       for path, leaf in jax.tree.leaves_with_path(self._shapes)}  # fmt: skip
         self._specs = specs = self._by_parameter(lambda name, leaf: self._spec(name, leaf.ndim))
-        own_specs = self._by_parameter(lambda name, leaf: self._own_spec(name, leaf.ndim))
-        own_at = jax.tree.map(self._at, own_specs)
-        replicated = self._at(P())
+        gradient_specs = self._by_parameter(lambda name, leaf: self._gradient_spec(name, leaf.ndim))
+        gradient_shardings = jax.tree.map(self._sharding, gradient_specs)
+        replicated = self._sharding(P())
 
-        def summed(weights, batch):
-            total, metrics = loss(self._sharded(weights), batch)
-            return total, dict(metrics, loss=total)
+        def loss_and_sums(weights, batch):
+            total, sums = loss(self._local_model(weights), batch)
+            return total, dict(sums, loss=total)
 
-        def own(tree):
+        def with_device_axis(tree):
+            """float32 [1, ...]: `shard_map` joins the first axes of all devices to [devices, ...]."""
             return jax.tree.map(lambda x: x.astype(jnp.float32)[None], tree)
 
         @functools.partial(jax.jit, donate_argnums=1)
         @functools.partial(
-            jax.shard_map, mesh=mesh, in_specs=(specs, own_specs, P(AXES)), out_specs=(own_specs, P(AXES))
+            jax.shard_map, mesh=mesh, in_specs=(specs, gradient_specs, P(AXES)), out_specs=(gradient_specs, P(AXES))
         )
-        def accumulate(weights, sums, batch):
-            gradient, metrics = jax.grad(summed, has_aux=True)(self._varying(weights), batch)
-            return jax.tree.map(jnp.add, sums, own(gradient)), own(metrics)
+        def accumulate(weights, gradients, batch):
+            gradient, sums = jax.grad(loss_and_sums, has_aux=True)(self._varying(weights), batch)
+            return jax.tree.map(jnp.add, gradients, with_device_axis(gradient)), with_device_axis(sums)
 
         @jax.jit
         @functools.partial(jax.shard_map, mesh=mesh, in_specs=(specs, P(AXES)), out_specs=P(AXES))
         def measure(weights, batch):
             weights = self._varying(weights)
-            return own(summed(weights, batch)[1] if measures is None else measures(self._sharded(weights), batch))
+            if measurement is None:
+                return with_device_axis(loss_and_sums(weights, batch)[1])
+            return with_device_axis(measurement(self._local_model(weights), batch))
 
         @functools.partial(jax.jit, donate_argnums=(0, 1))
-        def update(state: TrainState, sums, metrics, divisor, flags):
-            totals = _over_devices(dict(metrics, flags=flags))
+        def update(state: TrainState, gradients, sums, divisor, flags):
+            totals = _reduce_devices(dict(sums, flags=flags))
             weight = totals["weight"] if divisor is None else divisor
-            gradient = jax.tree.map(lambda x: x.sum(axis=0) / weight, sums)
-            gradient = jax.lax.with_sharding_constraint(gradient, self._by_parameter(self._updated_at))
+            gradient = jax.tree.map(lambda x: x.sum(axis=0) / weight, gradients)
+            gradient = jax.lax.with_sharding_constraint(gradient, self._by_parameter(self._update_sharding))
             norm = optax.tree.norm(gradient)
             change, optimizer_state = optimizer.update(gradient, state.optimizer, state.weights)
             finite = jnp.isfinite(norm) & jnp.isfinite(totals["loss"])  # a loss of NaN can have a gradient of 0
-            kept = lambda new, old: jax.tree.map(functools.partial(jnp.where, finite), new, old)  # noqa: E731
+            keep = lambda new, old: jax.tree.map(functools.partial(jnp.where, finite), new, old)  # noqa: E731
             state = TrainState(
-                kept(optax.apply_updates(state.weights, change), state.weights),
-                kept(optimizer_state, state.optimizer),
+                keep(optax.apply_updates(state.weights, change), state.weights),
+                keep(optimizer_state, state.optimizer),
                 state.step + 1,
                 state.skipped + ~finite,
             )
-            state = jax.lax.with_sharding_constraint(state, self._state_at)
+            state = jax.lax.with_sharding_constraint(state, self._state_shardings)
             totals = dict(totals, gradient_norm=norm, skipped=state.skipped)
             return state, jax.lax.with_sharding_constraint(totals, jax.tree.map(lambda _: replicated, totals))
 
         self._accumulate, self._update, self._measure = accumulate, update, measure
-        self._zeros = jax.jit(
-            lambda: self._by_parameter(lambda name, leaf: jnp.zeros((self._copies(name), *leaf.shape), jnp.float32)),
-            out_shardings=own_at,
+        copies = self._gradient_copies
+        self._zero_gradients = jax.jit(
+            lambda: self._by_parameter(lambda name, leaf: jnp.zeros((copies(name), *leaf.shape), jnp.float32)),
+            out_shardings=gradient_shardings,
         )
-        self._total = jax.jit(_over_devices, out_shardings=replicated)
-        state = jax.eval_shape(self._fresh, self._shapes)
-        self._state_at = jax.tree.map_with_path(self._state_leaf_at, state)
+        self._reduce = jax.jit(_reduce_devices, out_shardings=replicated)
+        state = jax.eval_shape(self._initial_state, self._shapes)
+        self._state_shardings = jax.tree.map_with_path(self._state_leaf_sharding, state)
 
-    # ------------------------------------------------------------------ what lies where
+    # ------------------------------------------------------------------ shardings
 
-    def _at(self, spec: P) -> NamedSharding:
+    def _sharding(self, spec: P) -> NamedSharding:
         return NamedSharding(self.mesh, spec)
 
     def _by_parameter(self, function):
-        """A dictionary like the weights', of what `function(name, shape)` says."""
+        """A dictionary like that of the weights, with `function(name, shape and dtype)` in the place of each array."""
         return jax.tree.map_with_path(lambda path, leaf: function(path_name(path), leaf), self._shapes)
 
     def _spec(self, name: str, ndim: int) -> P:
+        """How a parameter is split over the mesh."""
         axis = self._axes[name]
         return P() if axis is None else P(*(None,) * (ndim + axis), "fsdp")
 
-    def _own_spec(self, name: str, ndim: int) -> P:
-        """Of a parameter's gradients before they are added up: an axis in front, of which each device, or each group
-        that shares one copy of the weights, has its own."""
+    def _gradient_spec(self, name: str, ndim: int) -> P:
+        """How a parameter's local gradients are split over the mesh: their first axis counts the devices, or, where the
+        parameter itself is split, the groups of devices that share one copy of the weights."""
         return P(AXES) if self._axes[name] is None else P("data", *self._spec(name, ndim))
 
-    def _copies(self, name: str) -> int:
+    def _gradient_copies(self, name: str) -> int:
+        """The length of the first axis of a parameter's local gradients, see `_gradient_spec`."""
         return self.mesh.size if self._axes[name] is None else self.mesh.shape["data"]
 
-    def _updated_at(self, name: str, leaf) -> NamedSharding:
-        """Where a parameter is updated: stacked matrices by layers where that is wanted and comes out even."""
+    def _update_sharding(self, name: str, leaf) -> NamedSharding:
+        """How a parameter's update is split: stacked matrices by layers, if `whole_layers` is set and the layers divide
+        evenly; else as the weights."""
         even = leaf.ndim > 2 and leaf.shape[0] % self.mesh.size == 0
-        return self._at(P(AXES)) if self._whole_layers and even else self._at(self._spec(name, leaf.ndim))
+        return self._sharding(P(AXES)) if self._whole_layers and even else self._sharding(self._spec(name, leaf.ndim))
 
-    def _state_leaf_at(self, path, leaf) -> NamedSharding:
-        """An optimiser's moments lie as their parameter does: their paths end alike."""
+    def _state_leaf_sharding(self, path, leaf) -> NamedSharding:
+        """How a leaf of `TrainState` is split. Weights and the optimizer's moments are split as their parameter, whose
+        path is the end of theirs; other leaves are replicated."""
         name = path_name(path)
         for known, shape in ((path_name(path), leaf.shape) for path, leaf in jax.tree.leaves_with_path(self._shapes)):
             if leaf.shape == shape and (name == known or name.endswith(f"/{known}")):
-                return self._at(self._spec(known, len(shape)))
-        return self._at(P())
+                return self._sharding(self._spec(known, len(shape)))
+        return self._sharding(P())
 
-    def _fresh(self, weights) -> TrainState:
+    def _initial_state(self, weights) -> TrainState:
         zero = jnp.zeros((), jnp.int32)
         return TrainState(jax.tree.map(jnp.copy, weights), self.optimizer.init(weights), zero, zero)
 
     def _varying(self, weights):
-        """Inside `shard_map`, of each device its own, so that gradients are, too."""
+        """Cast weights to varying over the mesh axes that they are not split over, inside `shard_map`: their gradients
+        then stay local to a device."""
         axes = self._by_parameter(lambda name, _: AXES if self._axes[name] is None else AXES[:1])
         return jax.tree.map(lambda x, axes: jax.lax.pcast(x, axes, to="varying"), weights, axes)
 
-    def _sharded(self, weights) -> Model:
-        """The model whose weights are this device's shares, inside `shard_map`."""
+    def _local_model(self, weights) -> Model:
+        """The model on this device's shards of the weights, inside `shard_map`; it gathers each parameter on use."""
         model = self.rebuild(weights)
 
-        def gather(name: str, share: Array) -> Array:
+        def gather(name: str, shard: Array) -> Array:
             axis = self._axes[name]
             if axis is None:
-                return share
-            return jax.lax.all_gather(share, "fsdp", axis=share.ndim + axis, tiled=True)
+                return shard
+            return jax.lax.all_gather(shard, "fsdp", axis=shard.ndim + axis, tiled=True)
 
         if self.mesh.shape["fsdp"] > 1:
             model.gather = gather
         return model
 
-    # ------------------------------------------------------------------ what a training loop calls
+    # ------------------------------------------------------------------ the interface to training loops
 
     def init(self, model: Model) -> TrainState:
-        """A state of copies: the updates donate their buffers, the model keeps its own."""
+        """The state before the first step, with the model's weights copied: updates donate the state's buffers."""
         weights = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model)))
-        return jax.jit(self._fresh, out_shardings=self._state_at)(weights)
+        return jax.jit(self._initial_state, out_shardings=self._state_shardings)(weights)
 
     def rebuild(self, weights) -> Model:
-        """The model with these weights (a pure dictionary), also inside a traced function."""
+        """The model with the given weights, a pure dictionary. It also works inside a traced function."""
         state = jax.tree.map(lambda x: x, self._template)
         nnx.replace_by_pure_dict(state, weights)
         return nnx.merge(self._graphdef, state)
 
     def model(self, state: TrainState) -> Model:
-        """The model as trained so far, whole on every device, with buffers of its own: the next update donates the
-        state's."""
+        """The model with the state's weights, whole on every device. Its buffers are copies: the next update donates
+        those of the state."""
         return self.rebuild(self._whole(state.weights))
 
     @functools.cached_property
     def _whole(self):
-        """Copies of weights, whole on every device; kept, since a jit made anew at each call compiles at each call."""
-        return jax.jit(lambda weights: jax.tree.map(jnp.copy, weights), out_shardings=self._at(P()))
+        """The compiled copy of weights to every device. It is cached: a new `jax.jit` at each call would compile each
+        time."""
+        return jax.jit(lambda weights: jax.tree.map(jnp.copy, weights), out_shardings=self._sharding(P()))
 
     def put(self, arrays):
-        """The same pytree on the devices, its arrays [B, ...] split over them by rows: this process' rows over its own
-        devices, which with one process are all."""
-        return jax.tree.map(functools.partial(jax.make_array_from_process_local_data, self._at(P(AXES))), arrays)
+        """Put a pytree of arrays [B, ...] on the mesh, rows split over devices. B counts the rows of this process; they
+        go to the devices of this process."""
+        return jax.tree.map(functools.partial(jax.make_array_from_process_local_data, self._sharding(P(AXES))), arrays)
 
     def step(self, state: TrainState, batches: Iterable[PackedBatch], divisor: float | None = None, flag: bool = False):
-        """One update from one or more batches, whose rows split over the devices. The loss is divided
-        by `divisor`, by default the sum of its weights. Returns (state, sums), the sums still on their way: reading
-        them waits for the device. Among them are `gradient_norm`; `skipped`, how many steps so far had a loss or
-        gradient that was not finite and were not applied; and `flags`, above 0 where any process raised its `flag`."""
-        sums, metrics = self._zeros(), None
+        """One update from one or more batches (microbatches), whose rows are split over the devices. Returns (state,
+        sums).
+
+        The loss is divided by `divisor`, by default the sum of its weights. `sums` are those of the loss, added up over
+        microbatches and devices, and
+
+            gradient_norm   the global norm, frozen parameters included, before any clipping
+            skipped         steps so far that were not applied, since their loss or gradient was not finite
+            flags           above 0 if any process passed `flag`
+
+        The call returns before the device is done: reading `sums` waits for the step.
+        """
+        gradients, sums = self._zero_gradients(), None
         for batch in batches:
-            sums, more = self._accumulate(state.weights, sums, self.put(batch))
-            metrics = more if metrics is None else _both(metrics, more)
-        flags = self.put(np.full(self.mesh.local_mesh.size, flag, np.float32))
-        return self._update(state, sums, metrics, None if divisor is None else jnp.float32(divisor), flags)
+            gradients, more = self._accumulate(state.weights, gradients, self.put(batch))
+            sums = more if sums is None else _combine(sums, more)
+        flags = self.put(np.full(self.mesh.local_mesh.size, flag, np.float32))  # [devices]
+        return self._update(state, gradients, sums, None if divisor is None else jnp.float32(divisor), flags)
 
     def measure(self, state: TrainState, batch: PackedBatch) -> dict[str, Array]:
-        """The sums of one batch without an update."""
-        return self._total(self._measure(state.weights, self.put(batch)))
+        """The sums by name for one batch, without an update: those of the trainer's `measurement`, or of its loss."""
+        return self._reduce(self._measure(state.weights, self.put(batch)))
 
     def per_row(self, function: Callable[[Model, PackedBatch], Array]):
-        """`function(model, batch)`, an array [B, ...] of a batch of B rows, compiled as (weights, batch) -> array:
-        every device does its own rows. The weights are a state's."""
+        """Compile `function(model, batch)`, which maps a batch of B rows to an array [B, ...]. Returns a function of
+        (a state's weights, batch); each device computes its own rows."""
 
         @jax.jit
         @functools.partial(
             jax.shard_map, mesh=self.mesh, in_specs=(self._specs, P(AXES)), out_specs=P(AXES)
         )  # fmt: skip
         def mapped(weights, batch):
-            return function(self._sharded(self._varying(weights)), batch)
+            return function(self._local_model(self._varying(weights)), batch)
 
         return lambda weights, batch: mapped(weights, self.put(batch))
 
 
-def _over_devices(metrics: dict[str, Array]) -> dict[str, Array]:
-    """What each device has [devices], as one number."""
-    return {name: x.max(axis=0) if name.startswith("max_") else x.sum(axis=0) for name, x in metrics.items()}
+def _reduce_devices(sums: dict[str, Array]) -> dict[str, Array]:
+    """Reduce each array [devices] to a scalar: its sum, or its maximum if the name begins with "max_"."""
+    return {name: x.max(axis=0) if name.startswith("max_") else x.sum(axis=0) for name, x in sums.items()}
 
 
 @jax.jit
-def _both(a: dict[str, Array], b: dict[str, Array]) -> dict[str, Array]:
+def _combine(a: dict[str, Array], b: dict[str, Array]) -> dict[str, Array]:
+    """Combine the sums of two microbatches: add those of a name, or take the larger if the name begins with "max_"."""
     return {name: (jnp.maximum if name.startswith("max_") else jnp.add)(a[name], b[name]) for name in a}

@@ -1,27 +1,28 @@
-"""A job scheduler's notice: SIGTERM ends a run at its next step, after a save."""
+"""Preemption requests: on SIGTERM, a job scheduler's signal, a run saves at its next step and ends."""
 
 import signal
 import threading
 
 
 class Terminated(Exception):
-    """The run was asked to end and has saved; the same command goes on from there."""
+    """Raised by a run that was preempted and has saved. The same command resumes it."""
 
 
 class PreemptionRequest:
-    """Within it a first SIGTERM is only noted, as `given`; a second one ends the process.
+    """A context that catches the first SIGTERM and sets `received`. A second SIGTERM has its usual effect again.
 
-    It is this process' own: several must agree before they act on one (`Trainer.step` adds their flags up).
+    Signals reach one process alone. Several processes must agree before they act on a request: `Trainer.step` adds up
+    their flags. Outside the main thread the context does nothing, since Python allows no signal handlers there.
     """
 
     def __enter__(self):
-        self.given, self._before = False, None
+        self.received, self._before = False, None
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._note)
+            self._before = signal.signal(signal.SIGTERM, self._handle)
         return self
 
-    def _note(self, number, frame) -> None:
-        self.given = True
+    def _handle(self, number, frame) -> None:
+        self.received = True
         signal.signal(number, self._before)
 
     def __exit__(self, *_):

@@ -1,10 +1,10 @@
-"""Factor search: threads that spawn threads that spawn. A small model learns it in about two minutes on two cores.
+"""Factor search, where child threads spawn children. A small model learns it in about two minutes on two cores.
 
     python -m experiments.run --config=experiments/configs/factors.py         # 500 supervised steps
     python -m experiments.run --config=experiments/configs/factors.py:grpo    # fewer, then GRPO on nested trees
 
-A thread looks for a divisor of a number in a range. It gives the halves of a long range to two children. Those of the
-variant "fresh" are told the number again, those of "inherit" begin with their parent's context.
+A thread looks for a divisor of a number in a range. If the range is long, the thread gives each half to a child. A
+child of the variant "fresh" gets the number again in its prompt. A child of "inherit" begins with its parent's context.
 """
 
 from apr_jax.errors import UserError

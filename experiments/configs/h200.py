@@ -1,15 +1,16 @@
 """The paper's own task on one H100 or H200 in ten minutes: 25 M parameters in bfloat16, one model for both variants.
 
-    tools/gpu_run.sh train OUT 270    # data, training, evaluation, GRPO; OUT gets what is worth keeping
+    tools/gpu_run.sh train OUT 270    # data, training, evaluation, GRPO; OUT gets the files that are worth keeping
     python -m experiments.run --config=experiments/configs/h200.py
 
-Problems, solvers and beams are the paper's (`paper.py`), but traces are as the workstation's: what a beam keeps is not
-shuffled, and a root's list is ranked. The optimiser is the workstation's, too. 2,048 of our tokens hold what some 4,550
-(APR) or 4,860 (SoS+) Llama-2 tokens hold; `experiments/results/h200` has accuracy within 1,792, less than the paper's
-4,096.
+Problems, solvers and beams are the paper's (`paper.py`). Traces are as in workstation.py: the states that a beam keeps
+are not shuffled, and the list of a root is ranked. The optimizer settings are those of workstation.py, too. 2,048 of
+our tokens hold the text of some 4,550 (APR) or 4,860 (SoS+) Llama-2 tokens. `experiments/results/h200` also has the
+accuracy within 1,792 of our tokens, which is about the paper's window of 4,096 Llama-2 tokens.
 
-What it reached, and what the paper's 228 M parameters reached after some 10 passes over 500,000 problems: APR 83.6 %
-(75.5 before GRPO, 83.4 after), SoS+ 52.4 % (57.3, 60.0); one H100, five and a half minutes of training, one seed.
+Results: APR 83.6 %, SoS+ 52.4 % (one H100, five and a half minutes of training, one seed). The paper's 228 M parameters
+reached 75.5 % (APR) and 57.3 % (SoS+) before GRPO, and 83.4 % and 60.0 % after it, after some 10 passes over 500,000
+problems.
 """
 
 from experiments.configs import paper
@@ -20,7 +21,7 @@ def get_config():
     c.name = "h200"
     c.devices = 1
     c.window = 2048
-    # Shuffled lists cost a small greedy pupil its answers (WORKSPACE_NOTES.md); not tried at this size.
+    # Shuffled lists cost a small model accuracy in greedy decoding (WORKSPACE_NOTES.md). Not tried at this size.
     c.countdown.sos_plus.shuffle = c.countdown.apr.shuffle = False
     c.countdown.apr.rank_root = True
     c.data.train, c.data.held_out = 120_000, 500
@@ -45,5 +46,5 @@ def get_config():
     o = c.grpo.optimizer
     o.muon_lr, o.peak_lr, o.init_lr_fraction, o.final_lr_fraction, o.warmup_steps = 3e-3, 6e-4, 1.0, 0.2, 1
 
-    c.evaluate.slots = 448  # 512 do not fit 80 GB: a decode call works on a copy of its slots' cache
+    c.evaluate.slots = 448  # 512 do not fit 80 GB: a decode call copies the cache of its slots
     return c

@@ -1,13 +1,14 @@
-"""Countdown small enough to learn on two cores in about 20 minutes, real in every part.
+"""Countdown at a size that is learned on two cores in about 20 minutes. It has every part of the pipeline.
 
     python -m experiments.run --config=experiments/configs/laptop.py
 
-4 numbers of 1 to 10, targets 10 to 20, a window of 768 tokens. Search keeps results up to the largest target only
-(`max_value`): a small part of the facts of arithmetic to learn, at 2 % of the problems that the teacher would solve.
-It ranks by the paper's formula, not by the authors' code (a state is good that holds one good number), which costs the
-teacher 4 to 6 % and is easier to copy. Half of the teacher's trees have two children, the others up to five, which
-solve more (56, 69 and 78 % with two, three and five): a greedy pupil takes two, and GRPO can find out. What it reaches
-is in README.md, as measured.
+Problems have 4 numbers from 1 to 10 and targets from 10 to 20; the window is 768 tokens. Search only keeps results up
+to the largest target (`max_value`). So there is only a small part of arithmetic to learn, and the solver loses 2 % of
+the problems that it would solve. Search ranks states by the formula in the paper. The authors' code differs: there a
+state is good if it has one good number. The formula solves 4 to 6 % fewer problems, and is easier to learn. Half of the
+APR demonstrations have two children, the others up to five. More children solve more problems: 56 % with two, 69 % with
+three, 78 % with five. After supervised training a model that decodes greedily spawns two, and GRPO can discover that
+more are better. README.md has the measured results.
 """
 
 from experiments.settings import default_config
@@ -23,20 +24,20 @@ def get_config():
     sos_plus.heuristic = apr.heuristic = "multiply_paper"
     apr.beam, apr.beam_weights, apr.sub_beam, apr.promising = (2, 5), (5, 1, 1, 2), (5, 5), 1.0
     apr.rank_root = True
-    # Roots hold the only lines that take four numbers to three: 9 % of the operations with all five children
-    # to a root. And the one child, a solver where there is one, shows what an equal result looks like.
+    # Only roots have operations on four numbers: 9 % of all operations if a root's five children are all trained on. So
+    # one child is trained on. It has a result if any child has, and shows what reaching the target looks like.
     c.sft.children = 1
-    c.data.train, c.data.repeats = 5000, True  # so small a range has a few thousand problems in all
+    c.data.train, c.data.repeats = 5000, True  # the range of numbers has only a few thousand problems
 
-    # All heads share one key and value: on a CPU decoding is bound by reading the cache, which is a fourth then.
+    # All heads share one key/value head: on a CPU decoding is bound by reading the cache, which is a quarter then.
     c.model.kv_heads = 1
 
     for stage in (c.sft, c.grpo):
         stage.optimizer.name = "muon"
         stage.optimizer.schedule = "linear"
         stage.optimizer.beta2 = 0.99
-    # Many small updates on 2.9 million tokens a model, which learns one skill after the other. SoS+ threads are longer
-    # and leave more of a row empty: 2,392 steps to APR's 2,000.
+    # Each model takes many small updates, on 2.9 million tokens, and learns one skill after the other. SoS+ threads are
+    # longer and leave more of a row empty, so SoS+ takes 2,392 steps and APR 2,000.
     c.sft.steps, c.sft.tokens = 3000, 2_905_000
     c.sft.batch_rows, c.sft.row_length = 2, 768
     c.sft.save_every, c.sft.log_every = 250, 25
@@ -45,13 +46,14 @@ def get_config():
     c.sft.optimizer.init_lr_fraction, c.sft.optimizer.final_lr_fraction, c.sft.optimizer.warmup_steps = 0.05, 0.02, 20
 
     c.grpo.steps, c.grpo.prompts, c.grpo.group = 12, 10, 6
-    # At temperature 1 so young a pupil gets a third of a root's lines wrong. (The low rate below matters more.)
+    # At temperature 1 a model with so little training gets a third of a root's operations wrong. (The low rate below
+    # matters more.)
     c.grpo.temperature = 0.7
-    # Weights that do not fall with a tree's size, or a narrow tree's tokens would count for more than a wide one's.
+    # A token's weight must not fall with the size of its tree. Otherwise tokens of narrow trees would count more.
     c.grpo.aggregate, c.grpo.normalise = "constant", False
-    # 4e-3 in six steps widens trees as far, but 98.0 instead of 98.5 % of the operations are right then.
+    # A rate of 4e-3 in six steps widens trees as much, but then 98.0 % of the operations are right instead of 98.5 %.
     c.grpo.optimizer.muon_lr, c.grpo.optimizer.peak_lr = 1.5e-3, 3e-4
     c.grpo.optimizer.init_lr_fraction, c.grpo.optimizer.final_lr_fraction, c.grpo.optimizer.warmup_steps = 1.0, 0.5, 1
     c.grpo.slots = c.evaluate.slots = 128
-    c.export.check_trees = 5  # transformers decodes them a token at a time: about 4 s a tree
+    c.export.check_trees = 5  # transformers decodes one token at a time, about 4 s per tree
     return c

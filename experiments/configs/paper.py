@@ -2,9 +2,10 @@
 
     python -m experiments.run --config=experiments/configs/paper.py
 
-Needs accelerators; a test builds it, shards it over 8 virtual devices and takes one step of each kind at
-reduced width. Where we differ: our tokenizer has one token per number and phrase, so the window of 4,096
-holds about twice the text, and rows are packed, so 256 rows hold many times the paper's padded ones.
+A run needs accelerators. A test builds the model, shards it over 8 virtual devices and takes one step of each kind at
+reduced width. There are two differences from the paper. Our tokenizer has one token per number and phrase, so the
+window of 4,096 tokens holds about twice the text. Our rows are packed and the paper's are padded, so 256 rows hold many
+times as much.
 """
 
 from experiments.settings import default_config
@@ -20,7 +21,7 @@ def get_config():
     problems.max_number, problems.min_target, problems.max_target = 99, 10, 100
     c.data.train, c.data.held_out = 500_000, 1000
     sos_plus.beam, sos_plus.promising = (1, 5), 0.5
-    apr.beam, apr.sub_beam, apr.promising = (1, 10), (1, 15), 0.9  # 0.9: the code; the paper's text says 0.1
+    apr.beam, apr.sub_beam, apr.promising = (1, 10), (1, 15), 0.9  # the authors' code has 0.9, the paper's text 0.1
 
     c.model.preset, c.model.remat, c.model.scan = "base", "dots", True
 
@@ -34,7 +35,7 @@ def get_config():
     c.grpo.variants = ("apr", "sos_plus")
     c.grpo.steps, c.grpo.prompts, c.grpo.group, c.grpo.inner_steps = 150, 64, 5, 2
     c.grpo.batch_rows, c.grpo.row_length, c.grpo.slots = 64, 4608, 1024
-    c.grpo.aggregate, c.grpo.kl = "paper", 0.001  # for SoS+ the paper has a kl of 0.01: a run of its own
+    c.grpo.aggregate, c.grpo.kl = "paper", 0.001  # the paper's kl for SoS+ is 0.01, which needs a separate run
     o = c.grpo.optimizer
     o.name, o.peak_lr, o.schedule, o.weight_decay, o.max_grad_norm = "adamw", 1e-5, "constant", 0.01, 1.0
     o.warmup_steps = 0

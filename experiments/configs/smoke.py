@@ -1,4 +1,4 @@
-"""Every part of the main job in under two minutes on two cores; nothing is learned. The tests run it.
+"""Every part of the laptop's experiment in under two minutes on two cores. The model learns nothing. The tests run it.
 
 python -m experiments.run --config=experiments/configs/smoke.py
 """

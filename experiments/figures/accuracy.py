@@ -1,6 +1,6 @@
-"""Figures of evaluations, drawn from records: accuracy by model and within a budget.
+"""Figures of evaluations: accuracy by model, and accuracy within a budget.
 
-Every function takes plain data and the PNG to write.
+Each function takes records by the model's name, and the path of the PNG to write.
 """
 
 import textwrap
@@ -15,7 +15,7 @@ from experiments.figures.style import COLOURS, INK, MARKERS, legend, line_style,
 
 
 def accuracy_bars(models: Mapping[str, Sequence[Record]], path: str | Path) -> None:
-    """(a) Accuracy of each model with its 95 % Wilson interval."""
+    """Draw the accuracy of each model with its 95 % Wilson interval."""
 
     def draw(axes: Axes) -> None:
         for i, (name, records) in enumerate(models.items()):
@@ -37,28 +37,34 @@ def accuracy_bars(models: Mapping[str, Sequence[Record]], path: str | Path) -> N
 
 
 def accuracy_against_window(models: Mapping[str, Sequence[Record]], path: str | Path) -> None:
-    """(b) Cumulative accuracy against the context window (the paper's figure 4b): an answer counts within a
-    window where every thread of its tree fits."""
+    """Draw accuracy against the context window (the paper's figure 4b).
+
+    A correct answer counts from the window on that every thread of its tree fits.
+    """
     title = "Accuracy within a context window (every thread fits)"
     _cumulative(models, path, lambda record: record.longest_context, "context window (tokens)", title)
 
 
 def accuracy_against_sequential(models: Mapping[str, Sequence[Record]], path: str | Path) -> None:
-    """(c) Accuracy against sequential tokens (the paper's figure 6): answers found within so many tokens of
-    the longest causal chain."""
+    """Draw accuracy against sequential tokens, the tokens of a tree's longest causal chain (the paper's figure 6).
+
+    A correct answer counts from its tree's number of sequential tokens on.
+    """
     title = "Accuracy within a number of sequential tokens"
     _cumulative(models, path, lambda r: r.sequential_tokens, "sequential tokens: longest causal chain of a tree", title)
 
 
 def accuracy_against_total(models: Mapping[str, Sequence[Record]], path: str | Path) -> None:
-    """Accuracy against all tokens of a tree (in the manner of the paper's figure 4a): what parallel search
-    costs in compute."""
+    """Draw accuracy against all tokens of a tree, the compute cost of parallel search (as the paper's figure 4a)."""
     title = "Accuracy within a number of total tokens"
     _cumulative(models, path, lambda record: record.total_tokens, "total tokens of all threads of a tree", title)
 
 
 def _cumulative(models: Mapping[str, Sequence[Record]], path, cost: Callable[[Record], int], label: str, title: str):
-    """Lines with their 95 % intervals as bands; the last points say the accuracy without a limit."""
+    """Draw, for each model, the fraction of problems that are answered correctly at a cost of at most x.
+
+    Bands are 95 % Wilson intervals. The last point is the accuracy without a limit.
+    """
 
     def draw(axes: Axes) -> None:
         edges = [0, *even_edges((cost(record) for records in models.values() for record in records), count=64, step=1)]

@@ -1,4 +1,4 @@
-"""Figures of latency, drawn from samples."""
+"""Figures of latency, drawn from the samples of `tools.latency`. A group is a setting with its samples."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,8 +12,10 @@ from experiments.figures.style import COLOURS, INK, LINES, MARKERS, legend, perc
 
 
 def accuracy_against_latency(groups: Sequence[Group], path: str | Path) -> None:
-    """The paper's figure 6, right: a point per model and budget, at its mean latency and its accuracy (95 % Wilson
-    interval); hollow, where the model of latency has it."""
+    """Draw accuracy against mean latency, one point per model and budget (the paper's figure 6, right).
+
+    Accuracies have 95 % Wilson intervals. Hollow points are at the latency that the cost model predicts.
+    """
 
     def draw(axes: Axes) -> None:
         models: dict[str, list[tuple[Setting, dict]]] = {}  # by title
@@ -46,7 +48,7 @@ def accuracy_against_latency(groups: Sequence[Group], path: str | Path) -> None:
 
 
 def accuracy_within_latency(groups: Sequence[Group], path: str | Path) -> None:
-    """The share of all problems answered right within a time, measured and (dashed) predicted."""
+    """Draw the fraction of problems that are answered correctly within a latency, measured and (dashed) predicted."""
 
     def draw(axes: Axes) -> None:
         longest = 0.0
@@ -70,8 +72,10 @@ def accuracy_within_latency(groups: Sequence[Group], path: str | Path) -> None:
 
 
 def load_curves(curves: Mapping[str, Sequence[tuple[int, float, float]]], path: str | Path) -> None:
-    """Mean latency in seconds against samples per second, one line a setting: (trees at once, samples per second,
-    latency) each."""
+    """Draw mean latency against samples per second, one line per setting.
+
+    A point is (trees at once, samples per second, mean latency in seconds).
+    """
 
     def draw(axes: Axes) -> None:
         for i, (title, points) in enumerate(curves.items()):
@@ -83,7 +87,7 @@ def load_curves(curves: Mapping[str, Sequence[tuple[int, float, float]]], path: 
                               textcoords="offset points")  # fmt: skip
         axes.margins(x=0.1)
         axes.set_xlim(left=0)
-        # Room for the legend.
+        # Leaves room for the legend.
         highest = max((latency for points in curves.values() for _, _, latency in points), default=0)
         axes.set_ylim(0, 1000 * highest * (1.15 + 0.08 * len(curves)) or 1)
         axes.set_xlabel("samples per second")
@@ -94,12 +98,12 @@ def load_curves(curves: Mapping[str, Sequence[tuple[int, float, float]]], path: 
 
 
 def _budget(setting: Setting, among: Sequence[Setting]) -> str:
-    """What sets a setting apart from others of its model."""
+    """Return a label of what distinguishes a setting from other settings of its model: condition, window, children."""
     parts = [setting.condition.strip()] if setting.condition else []
     if len({other.window for other in among}) > 1:
         parts.append(f"window {setting.window}")
     if len({other.min_children for other in among}) > 1:
-        parts.append(f"{setting.min_children} children at least")
+        parts.append(f"at least {setting.min_children} children")
     return ", ".join(parts)
 
 

@@ -1,7 +1,7 @@
-"""The manner of all figures: colours, lines, axes, legends, and how a figure becomes a file.
+"""The common style of all figures: colours, lines, axes, legends, and writing of files.
 
-A figure has 800 x 500 pixels and takes the place of an earlier one only when it is whole. A name's colour, line and
-marker depend on its place in the data alone, so give all figures of a run their names in the same order.
+A figure has 800 x 500 pixels. It replaces an earlier file only when it is complete. A name's colour, line and marker
+depend only on its position in the data, so all figures of a run should get the names in the same order.
 """
 
 import math
@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from apr_jax.io.files import whole
 from apr_jax.io.json_lines import read_lines
 
-# Okabe and Ito's colours, told apart with every common kind of colour blindness; lines and markers differ too.
+# Okabe and Ito's colours, which can be distinguished with every common kind of colour blindness.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 LINES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -23,8 +23,10 @@ INK, GRID = "#333333", "#DDDDDD"
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl, without a last one that a kill cut short, and without values that were not finite
-    (null, in older files NaN). No file: no lines."""
+    """Return the lines of a metrics.jsonl; none if there is no file.
+
+    A last line that a kill truncated is left out, and so are values that were not finite (null, in older files NaN).
+    """
     rows = (row for _, row in read_lines(path, cut_short=True) if _finite(row.get("step")))
     return [{name: value for name, value in row.items() if _finite(value)} for row in rows]
 
@@ -34,7 +36,10 @@ def _finite(value: object) -> bool:
 
 
 def save_figure(path: str | Path, title: str, draw: Callable[[Axes], None]) -> None:
-    """Figures are made without pyplot: no display, no state between two of them, any thread."""
+    """Write a PNG with one pair of axes, which `draw` fills.
+
+    It does not use pyplot, so it needs no display, keeps no state, and works in any thread.
+    """
     figure = Figure(figsize=(8, 5), dpi=100, layout="constrained")
     axes = figure.add_subplot()
     axes.set_axisbelow(True)
@@ -50,10 +55,12 @@ def save_figure(path: str | Path, title: str, draw: Callable[[Axes], None]) -> N
 
 
 def line_style(i: int) -> dict:
+    """Return the colour and line style of name number `i`."""
     return {"color": COLOURS[i % len(COLOURS)], "ls": LINES[i % len(LINES)]}
 
 
 def percent_axis(axes: Axes, top: float) -> None:
+    """Format the y axis of fractions as percent, from 0 to about `top`."""
     axes.set_ylim(0, min(top, 1.18))
     ticks = MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]).tick_values(0, top)
     axes.set_yticks([tick for tick in ticks if 0 <= tick <= min(top, 1)])
@@ -61,6 +68,7 @@ def percent_axis(axes: Axes, top: float) -> None:
 
 
 def legend(axes: Axes, place: str, **settings) -> None:
+    """Add a legend, or the text "no data" if nothing was drawn."""
     if axes.get_legend_handles_labels()[1]:
         axes.legend(loc=place, frameon=True, framealpha=0.85, edgecolor="none", fontsize=10, **settings)
     else:

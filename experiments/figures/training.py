@@ -1,6 +1,6 @@
-"""Figures of trainings, drawn from lines of metrics: losses of SFT, rewards of GRPO.
+"""Figures of training: losses of SFT, rewards of GRPO.
 
-Every function takes plain data and the PNG to write.
+Each function takes the lines of metrics by the model's name, and the path of the PNG to write.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from experiments.figures.style import COLOURS, MARKERS, legend, line_style, perc
 
 
 def sft_losses(runs: Mapping[str, Sequence[dict[str, float]]], path: str | Path) -> None:
-    """(d) Loss per token of each model over its supervised steps, and where it was validated in the end."""
+    """Draw the SFT loss per token of each model by step, and its validation losses."""
 
     def draw(axes: Axes) -> None:
         for i, (name, rows) in enumerate(runs.items()):
@@ -34,8 +34,10 @@ def sft_losses(runs: Mapping[str, Sequence[dict[str, float]]], path: str | Path)
 
 
 def grpo_rewards(runs: Mapping[str, Sequence[dict[str, float]]], path: str | Path) -> None:
-    """(d) How many of each GRPO step's rollouts are right, faint, its mean over about a tenth of the run, and
-    validation where there is some."""
+    """Draw the fraction of correct rollouts by GRPO step (faint), its running mean, and the validation accuracy.
+
+    The running mean is over a tenth of the steps.
+    """
 
     def draw(axes: Axes) -> None:
         highest = 0.0
@@ -62,17 +64,18 @@ def grpo_rewards(runs: Mapping[str, Sequence[dict[str, float]]], path: str | Pat
 
 
 def _plain_ticks(axes: Axes) -> None:
-    """Numbers such as 0.5 on a log axis, also where it spans less than a decade."""
+    """Label a log axis with numbers such as 0.5, also if it spans less than a decade."""
     for which in ("major", "minor"):
         set_formatter = getattr(axes.yaxis, f"set_{which}_formatter")
         set_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "1235" else "")
 
 
 def _series(rows: Sequence[dict[str, float]], key: str) -> tuple[list[float], list[float]]:
+    """Return the steps that have a metric, and its values."""
     found = [(row["step"], row[key]) for row in rows if key in row]
     return [step for step, _ in found], [value for _, value in found]
 
 
 def _running_mean(values: Sequence[float], width: int) -> list[float]:
-    """Of the last `width` values, of fewer at the start."""
+    """Return the mean of the last `width` values at each value; of fewer at the start."""
     return [sum(part := values[max(0, i + 1 - width) : i + 1]) / len(part) for i in range(len(values))]

@@ -1,4 +1,4 @@
-"""A data set as training and evaluation read it: problems, threads, conditions; and a full disk that loses nothing."""
+"""Tests of reading a data set: problems, segments and errors; and that a full disk loses nothing."""
 
 import dataclasses
 import errno
@@ -12,8 +12,8 @@ from apr_jax.data.packing import flatten_tree
 from apr_jax.tasks.countdown import trace
 from apr_jax.tasks.countdown.problem import solvable
 from experiments.command import PRESETS, load_config
-from experiments.data_stage import make_data
 from experiments.settings import read_settings
+from experiments.stages.data import make_data
 
 
 def read_preset(**data):
@@ -45,7 +45,7 @@ def test_held_out_problems_are_distinct_and_never_trained_on(seed, tmp_path):
     assert all(map(solvable, held_out + train))
 
 
-def test_segments_fit_their_rows_and_tell_their_lengths(tmp_path):
+def test_segments_fit_their_rows_and_have_the_lengths_that_are_listed(tmp_path):
     make_data(SMALL, tmp_path)
     for variant in ("sos_plus", "apr"):
         segments = opened(tmp_path).segments(variant, "train")
@@ -63,43 +63,45 @@ def test_a_seed_fixes_every_byte(tmp_path):
     assert one["manifest.json"] != other["manifest.json"]
 
 
-def test_what_is_made_is_only_read(tmp_path, monkeypatch):
+def test_a_finished_data_set_is_not_made_again(tmp_path, monkeypatch):
     manifest = make_data(SMALL, tmp_path)
     monkeypatch.setattr("apr_jax.data.dataset._make_problems", None)
     assert make_data(SMALL, tmp_path) == manifest == opened(tmp_path).manifest
     counts = manifest["apr_train"]
-    pieces = opened(tmp_path).segments("apr", "train")
+    segments = opened(tmp_path).segments("apr", "train")
     assert counts["trees"] + counts["too_long"] == counts["problems"] == 40
-    assert len(pieces) == counts["threads"] and sum(pieces.lengths) == counts["tokens"]
-    assert all(piece.tokens.dtype == np.int32 and piece.sampled.dtype == bool for piece in pieces)
+    assert len(segments) == counts["threads"] and sum(segments.lengths) == counts["tokens"]
+    assert all(segment.tokens.dtype == np.int32 and segment.sampled.dtype == bool for segment in segments)
 
 
-def test_pieces_from_the_store_are_those_of_its_trees(tmp_path):
+def test_segments_from_the_store_are_those_of_its_trees(tmp_path):
     make_data(SMALL, tmp_path)
-    pieces = opened(tmp_path).segments("apr", "train")
-    expected = [piece for tree in pieces.store for piece in flatten_tree(tree)]
-    assert len(expected) == len(pieces) > 40
-    for one, two in zip(pieces, expected):
+    segments = opened(tmp_path).segments("apr", "train")
+    expected = [segment for tree in segments.store for segment in flatten_tree(tree)]
+    assert len(expected) == len(segments) > 40
+    for one, two in zip(segments, expected):
         for field in dataclasses.fields(one):
             np.testing.assert_array_equal(getattr(one, field.name), getattr(two, field.name))
 
 
-def test_children_are_chosen_solvers_first(tmp_path):
+def test_children_that_found_a_solution_are_chosen_first(tmp_path):
     make_data(SMALL, tmp_path)
-    words = opened(tmp_path).tokenizer()
+    tokenizer = opened(tmp_path).tokenizer()
     store = opened(tmp_path).segments("apr", "train").store
     chosen = opened(tmp_path).segments("apr", "train", children=1, seed=3)
     again = opened(tmp_path).segments("apr", "train", children=1, seed=3)
-    assert [len(piece) for piece in chosen] == [len(piece) for piece in again]
-    texts = iter([words.decode(piece.tokens) for piece in chosen])
+    assert [len(segment) for segment in chosen] == [len(segment) for segment in again]
+    texts = iter([tokenizer.decode(segment.tokens) for segment in chosen])
     for tree in store:
         assert next(texts).startswith("Moving to Node #0\n")
         if children := tree.root.children:
-            ends = {words.decode([i for block in child.context for i in block.content]) for child in children}
+            texts_of_children = {
+                tokenizer.decode([i for block in child.context for i in block.content]) for child in children
+            }
             child = next(texts)
-            assert child in ends
-            solvers = [text for text in ends if not text.endswith(trace.NO_SOLUTION)]
-            assert not solvers or child in solvers
+            assert child in texts_of_children
+            solved = [text for text in texts_of_children if not text.endswith(trace.NO_SOLUTION)]
+            assert not solved or child in solved
     assert next(texts, None) is None
 
 
@@ -130,7 +132,7 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, fails):
 
 
 def test_a_window_that_no_tree_fits_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="none of 40 apr demonstrations .* 40 do not fit a window of 32 tokens"):
+    with pytest.raises(ValueError, match="40 apr .* 40 do not fit .* 32 tokens"):
         make_data(read_preset(train=40, held_out=6, window=32), tmp_path)
     assert not (tmp_path / "manifest.json").exists()
 

@@ -1,4 +1,5 @@
-"""Packing: nothing is lost, batches depend on seed and step alone, and a packed tree trains as its paths would."""
+"""Tests of packing: rows keep every token, batches depend on seed and step alone, and a packed tree gives the gradient
+of its unpacked paths."""
 
 import dataclasses
 import random
@@ -22,7 +23,8 @@ P, W, C, J, X = (Block((10 * i + 5, 10 * i + 6), i in (1, 2, 4)) for i in range(
 
 
 def nested_tree():
-    """Three levels of children; a spawn behind a join, one at the very end, a call in which a token was forced."""
+    """A tree with three levels of children, a spawn right after a join, a spawn at the end of a thread, and a call with
+    a forced token."""
 
     def ids(*content, sampled=True):
         return Block(content, sampled)
@@ -45,7 +47,7 @@ def nested_tree():
 
 
 def unpacked(tree, mode):
-    """Every path of every thread in a row of its own, and the weight of its tokens from who wrote them."""
+    """Return tokens [paths, T], each path of each thread in a row of its own, and their loss weights [paths, T]."""
     rows = [path for thread in tree.threads() if not thread.inherits for path in paths(thread)]
     tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
     weight = np.zeros(tokens.shape, np.float32)
@@ -78,7 +80,7 @@ def packed_gradient(rows, mode):
 
 @pytest.mark.parametrize("mode", ["sampled", "all"])
 @pytest.mark.parametrize("which", ["nested", "random", "inheriting"])
-def test_packed_loss_and_gradient_are_those_of_the_paths_alone(mode, which):
+def test_packed_loss_and_gradient_are_those_of_the_unpacked_paths(mode, which):
     rng = random.Random(7)
     inherit = 0.7 if which == "inheriting" else 0.0
     tree = nested_tree() if which == "nested" else ThreadTree(random_thread(rng, depth=3, inherit=inherit))
@@ -97,7 +99,7 @@ def test_packed_loss_and_gradient_are_those_of_the_paths_alone(mode, which):
         assert np.linalg.norm(a - b) <= 1e-5 * max(np.linalg.norm(b), 1e-3)
 
 
-def test_the_example_of_the_module():
+def test_the_example_in_the_docstring_of_the_module():
     segment = flatten_thread(Thread((P, W, Spawn((C,), (), J), X)))
     assert segment.tokens.tolist() == [5, 6, 15, 16, 25, 26, 35, 36, 45, 46]
     assert segment.positions.tolist() == [0, 1, 2, 3, 4, 5, 4, 5, 6, 7]
@@ -108,7 +110,7 @@ def test_the_example_of_the_module():
     assert (segment.nodes, len(segment)) == (5, 10)
 
 
-def test_the_children_that_inherit_are_branches_of_what_came_before_the_call():
+def test_children_that_inherit_continue_the_prefix_before_the_call():
     child = Thread((P, X), inherits=True)
     segment = flatten_thread(Thread((P, W, Spawn((C,), (child, child), J), X)))
     assert segment.tokens.tolist() == [5, 6, 15, 16, 25, 26, 5, 6, 45, 46, 5, 6, 45, 46, 35, 36, 45, 46]
@@ -117,7 +119,7 @@ def test_the_children_that_inherit_are_branches_of_what_came_before_the_call():
 
 
 @given(st.integers(0, 10**6), st.sampled_from([0.0, 0.5]))
-def test_a_segment_holds_every_token_once_with_its_place_on_its_path(seed, inherit):
+def test_a_segment_has_every_token_once_with_its_position_on_its_path(seed, inherit):
     thread = random_thread(random.Random(seed), logprobs=True, inherit=inherit)
     segment = flatten_thread(thread, lambda *_: 0.5, advantage=-2.0)
     found = []
@@ -134,7 +136,7 @@ def test_a_segment_holds_every_token_once_with_its_place_on_its_path(seed, inher
 
 
 @given(st.integers(0, 10**6))
-def test_packing_keeps_every_segment_whole_and_apart(seed):
+def test_packing_keeps_segments_complete_and_separate(seed):
     rng = random.Random(seed)
     segments = [flatten_thread(thread, lambda *_, i=i: i + 1.0) for i, thread in enumerate(random_thread(rng).walk())]
     length = max(map(len, segments)) + rng.randrange(20)
@@ -180,17 +182,17 @@ BREAKS = {
 
 
 @pytest.mark.parametrize("rule", BREAKS)
-def test_a_batch_that_breaks_an_invariant_is_told(rule):
-    """The example of the module and two tokens of padding, each time with one number changed."""
+def test_a_batch_that_breaks_an_invariant_is_refused(rule):
+    """The example of the module's docstring and two tokens of padding, with one number changed."""
     batch = pack_rows([[flatten_thread(Thread((P, W, Spawn((C,), (), J), X)))]], 12)
     batch.check()
     name, at, value = BREAKS[rule]
     getattr(batch, name)[0, at] = value
-    with pytest.raises(ValueError, match=f"row 0 of a batch: .*{rule}"):
+    with pytest.raises(ValueError, match=f"row 0 .*{rule}"):
         batch.check()
 
 
-def test_a_batch_of_other_shapes_or_types_is_told():
+def test_a_batch_with_wrong_shapes_or_dtypes_is_refused():
     batch = pack_rows([[]], 4)
     for name, values in (
         ("exit", np.zeros((1, 5), np.int32)),
@@ -211,7 +213,7 @@ def test_a_batch_is_a_pytree_of_its_arrays():
     assert len(jax.tree.leaves(both)) == 12
 
 
-def test_a_loss_mode_that_is_none_is_named():
+def test_an_unknown_loss_mode_is_named():
     with pytest.raises(ValueError, match="'prompts'"):
         trained_tokens(pack_rows([[]], 4), "prompts")
 
@@ -221,17 +223,17 @@ def test_first_fit_never_overfills_and_keeps_all(lengths, row_length, open_rows)
     rows = first_fit(lengths, row_length, open_rows)
     assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
     assert all(0 < len(row) and sum(lengths[i] for i in row) <= row_length for row in rows)
-    if len(rows) <= open_rows:  # no row was closed: two that are at most half full would have been one
+    if len(rows) <= open_rows:  # no row was closed: two rows that are at most half full would be one row
         assert sum(2 * sum(lengths[i] for i in row) <= row_length for row in rows) <= 1
 
 
-def test_first_fit_names_what_does_not_fit():
-    with pytest.raises(ValueError, match="item 1 has 12 tokens, a row holds 11"):
+def test_first_fit_refuses_an_item_longer_than_a_row():
+    with pytest.raises(ValueError, match="item 1 .* 12 .* 11"):
         first_fit([11, 12], 11)
 
 
 def numbered(lengths):
-    """Pieces that can be told apart: all tokens of segment i are i."""
+    """Return segments that can be distinguished: all tokens of segment i are i."""
     return [flatten_thread(Thread((Block((i,) * n, True),))) for i, n in enumerate(lengths)]
 
 
@@ -246,14 +248,14 @@ def test_a_batch_depends_on_seed_and_step_alone(lengths, batch_rows, data):
     right = [one[step] for step in range(31)]
     assert all(batch.tokens.shape == (batch_rows, 20) for batch in right)
     other = PackedBatches(segments, 20, batch_rows, seed=3)
-    for step in steps:  # any order, as after a kill
+    for step in steps:  # in any order, as after a kill
         batch = other[step]
         assert all(jax.tree.leaves(jax.tree.map(np.array_equal, batch, right[step])))
 
 
 @pytest.mark.parametrize("count, batch_rows", [(24, 4), (26, 4), (8, 4), (6, 4), (2, 4), (2, 1)])
 def test_an_epoch_has_every_segment(count, batch_rows):
-    """Two segments fill a row. Where rows do not fill the last batch, some are there twice; fewer rows than a batch
+    """Two segments fill a row. If rows do not fill the last batch, some rows occur twice. Fewer rows than a batch has
     are repeated equally often."""
     rows = count // 2
     steps = rows * (1 + batch_rows) // batch_rows if rows <= batch_rows else -(-rows // batch_rows)
@@ -274,7 +276,7 @@ def test_an_epoch_has_every_segment(count, batch_rows):
 @given(
     st.lists(st.integers(1, 20), min_size=1, max_size=40), st.integers(1, 5), st.integers(0, 500), st.integers(0, 20)
 )
-def test_steps_for_tokens_are_the_first_that_have_them_but_not_more_than_most(lengths, batch_rows, tokens, most):
+def test_steps_for_is_the_fewest_batches_with_enough_tokens_up_to_a_limit(lengths, batch_rows, tokens, most):
     batches = PackedBatches(numbered(lengths), 20, batch_rows, seed=3)
     steps = batches.steps_for(tokens, most)
     had = np.cumsum([0] + [batches[step].real.sum() for step in range(steps)])
@@ -292,5 +294,5 @@ def test_segments_too_long_for_a_row_are_counted():
     batches = PackedBatches(numbered([5, 21, 20, 30]), 20, 1, seed=0)
     assert batches.too_long == 2
     assert {segment for step in range(8) for segment in segments_of(batches[step])} == {0, 2}
-    with pytest.raises(ValueError, match="no thread fits a row of 4 tokens"):
+    with pytest.raises(ValueError, match="row of 4 tokens"):
         PackedBatches(numbered([5, 21]), 4, 1, seed=0)

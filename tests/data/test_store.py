@@ -1,4 +1,4 @@
-"""The store of trees: what goes in comes out, whole shards only, the same bytes whoever writes them."""
+"""Tests of the store of trees: trees are read back unchanged, shards are complete, and equal trees give equal bytes."""
 
 import random
 
@@ -13,7 +13,7 @@ def random_trees(count, seed=0):
     rng = random.Random(seed)
     trees = []
     for index in range(count):
-        # The joined form of a store: a spawn's join is always there, failures and log-probabilities never.
+        # A store keeps neither failures nor log-probabilities, and every spawn has its join.
         thread = random_thread(rng, depth=3, inherit=index % 3 / 3)
         thread = map_blocks(thread, lambda block: Block(tuple(block.content), block.sampled))
         trees.append(ThreadTree(_without_failures(thread), {"index": index, "found": [0] * (index % 3)}))
@@ -34,7 +34,7 @@ def files(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_what_goes_in_comes_out(tmp_path):
+def test_trees_are_read_back_unchanged(tmp_path):
     trees = random_trees(60)
     for number in range(3):
         write_shard(tmp_path / f"{number:05d}", trees[20 * number : 20 * number + 20], {})
@@ -45,10 +45,10 @@ def test_what_goes_in_comes_out(tmp_path):
         assert store.info(index) == trees[index].info
 
 
-def test_threads_are_read_alone_and_counted(tmp_path):
+def test_a_thread_is_read_without_its_tree(tmp_path):
     trees = random_trees(30)
     write_shard(tmp_path / "00000", trees[:10], {})
-    write_shard(tmp_path / "00001", [], {})  # where every tree was dropped
+    write_shard(tmp_path / "00001", [], {})  # a shard from which every tree was dropped
     write_shard(tmp_path / "00002", trees[10:], {})
     store = TreeStore(tmp_path)
     threads = [thread for tree in trees for thread in tree.threads() if not thread.inherits]
@@ -70,7 +70,7 @@ def test_the_bytes_depend_on_the_trees_alone(tmp_path):
     assert one["sha256"] != other["sha256"]
 
 
-def test_wide_vocabularies_keep_their_ids(tmp_path):
+def test_ids_above_16_bits_are_read_back_unchanged(tmp_path):
     tree = ThreadTree(Thread((Block((1, 70_000, 128_255), False), Block((2,), True))), {})
     write_shard(tmp_path / "0", [tree], {})
     assert TreeStore(tmp_path)[0] == tree
@@ -86,24 +86,24 @@ def test_a_shard_that_fails_leaves_nothing(tmp_path):
     assert read_counts(tmp_path / "00000") is None and not list(tmp_path.iterdir())
 
 
-def test_what_a_solver_cannot_make_is_refused(tmp_path):
+def test_failures_and_log_probabilities_are_refused(tmp_path):
     failed = Thread((Block((1,), False),), failure="length")
     sampled = Thread((Block((1,), False), Block((2,), True, (-0.5,))))
-    for thread, says in ((failed, "failed: length"), (sampled, "log-probabilities")):
+    for thread, says in ((failed, "length"), (sampled, "log-probabilities")):
         with pytest.raises(ValueError, match=says):
             write_shard(tmp_path / "0", [ThreadTree(thread)], {})
 
 
 def test_a_missing_store_a_broken_shard_and_a_wrong_index_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no trees under"):
+    with pytest.raises(FileNotFoundError, match=tmp_path.name):
         TreeStore(tmp_path)
     write_shard(tmp_path / "00000", random_trees(4), {})
-    with pytest.raises(IndexError, match="holds 4 trees, was asked for tree 4"):
+    with pytest.raises(IndexError, match="4 trees, .* tree 4"):
         TreeStore(tmp_path)[4]
     tokens = tmp_path / "00000" / "tokens" / "c" / "0"
     tokens.write_bytes(tokens.read_bytes()[:-20])
-    with pytest.raises(ValueError, match="00000 is broken: "):
+    with pytest.raises(ValueError, match="00000 is broken"):
         TreeStore(tmp_path)[0]
     (tmp_path / "00000" / "trees" / "zarr.json").write_bytes(b"{")
-    with pytest.raises(ValueError, match="00000 is broken: "):
+    with pytest.raises(ValueError, match="00000 is broken"):
         TreeStore(tmp_path)

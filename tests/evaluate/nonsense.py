@@ -1,4 +1,4 @@
-"""A task for models that know nothing: what evaluation and latency need of a task, and no more."""
+"""A task for untrained models, with no more than evaluation and latency need of a task."""
 
 import dataclasses
 
@@ -16,13 +16,13 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class NonsenseSettings:
-    width: int = 2  # children of a spawn
-    first: int = 0  # number of the first problem
+    width: int = 2  # children of each spawn
+    first: int = 0  # the first problem's number
 
 
 class Nonsense(Task):
-    """Numbers, of which every fifth is no problem. Models of "threads" spawn and can be asked for a number of children,
-    those of "serial" cannot."""
+    """Problems are numbers, and every fifth index has no problem. The variant "threads" spawns children and takes a
+    budget as its condition; "serial" does neither."""
 
     name, variants, Settings = "nonsense", ("threads", "serial"), NonsenseSettings
 

@@ -1,4 +1,4 @@
-"""Files of records: what is read, and what is refused."""
+"""Tests of files of records: they are read back unchanged, and broken ones are refused."""
 
 import json
 
@@ -13,14 +13,14 @@ RIGHT = Record(
 )  # fmt: skip
 
 
-def test_a_broken_records_file_is_named_with_its_line(tmp_path):
+def test_a_broken_file_is_refused_with_its_line_number(tmp_path):
     path = tmp_path / "broken.jsonl"
     path.write_text(Record(0, {}, name="apr", correct=True).line() + '{"index": 1')
     with pytest.raises(ValueError, match="line 2"):
         read_records(path)
 
 
-def test_a_record_comes_back_as_it_was(tmp_path):
+def test_a_record_is_the_same_after_writing_and_reading(tmp_path):
     path = tmp_path / "apr.jsonl"
     path.write_text(RIGHT.line())
     assert read_records(path) == whole_records(path) == [RIGHT]
@@ -31,7 +31,7 @@ def test_a_record_comes_back_as_it_was(tmp_path):
 @pytest.mark.parametrize(
     "change", [{"correct": 1}, {"steps": True}, {"task": None}, {"variant": 3}, {"malformed": {"empty": "x"}}, {"x": 1}]
 )
-def test_a_record_with_another_value_is_refused(tmp_path, change):
+def test_a_record_with_a_wrong_type_or_an_unknown_field_is_refused(tmp_path, change):
     path = tmp_path / "apr.jsonl"
     path.write_text(RIGHT.line() + json.dumps(json.loads(RIGHT.line()) | change) + "\n")
     with pytest.raises(UserError, match=f"line 2.*{next(iter(change))}"):

@@ -1,4 +1,4 @@
-"""Evaluation: one record per problem in the problems' order, whatever fails and whenever it is killed."""
+"""Tests of evaluation: it leaves one record per problem, in order, after any failure and any kill."""
 
 import random
 
@@ -41,12 +41,12 @@ def evaluate(*arguments, task=Nonsense(), variant="threads", **named):
 
 
 class Killed(BaseException):
-    """As a kill: nothing may catch it."""
+    """Stands for a kill: no code may catch it."""
 
 
 def make_runner(broken=(), kill_after=None, shuffle=1):
-    """Plays the solver's trees; the threads of the problems in `broken` raise, and so does, as a kill, the
-    engine at its `kill_after`-th thread."""
+    """Return a runner that replays the solver's trees. Threads of the problems in `broken` raise ZeroDivisionError.
+    After `kill_after` threads the engine raises Killed."""
     opened = 0
 
     def tape(name, ids):
@@ -62,7 +62,7 @@ def make_runner(broken=(), kill_after=None, shuffle=1):
     return TreeRunner(engine, CountdownProtocol(), TOKENIZER, Budget(10**6), Sampling(0.0))
 
 
-def test_records_stand_in_the_problems_order_and_say_what_the_trees_are(tmp_path):
+def test_records_are_in_the_problems_order_and_describe_the_trees(tmp_path):
     path = tmp_path / "deep" / "apr.jsonl"
     records = evaluate(make_runner(), PROBLEMS, path, name="apr")
     assert [record.index for record in records] == list(range(COUNT))
@@ -80,23 +80,23 @@ def test_records_stand_in_the_problems_order_and_say_what_the_trees_are(tmp_path
     assert {record.correct for record in records} == {True, False}
 
 
-def test_steps_are_those_that_threads_wrote_not_those_of_joins(tmp_path):
+def test_steps_in_join_blocks_are_not_counted(tmp_path):
     records = evaluate(make_runner(), PROBLEMS, tmp_path / "apr.jsonl", name="apr")
     for record, text in zip(records, TEXTS):
         written = [block.content for thread in text.threads() for block in thread.context if block.sampled]
         assert record.steps == "".join(written).count("Exploring Operation:")
     joined = [spawn.join.content for text in TEXTS for spawn in text.root.spawns]
-    assert any("Exploring Operation:" in join for join in joined), "or this test shows nothing"
+    assert any("Exploring Operation:" in join for join in joined), "without a step in a join, this test shows nothing"
 
 
 def test_a_failure_of_the_system_ends_the_evaluation_and_is_no_record(tmp_path):
-    """What had ended before stays, nothing is left running, and the same call goes on to the same bytes."""
+    """Finished records stay, no tree keeps running, and the same call resumes and ends in the same bytes."""
     path = tmp_path / "apr.jsonl"
     whole = evaluate(make_runner(), PROBLEMS, tmp_path / "whole.jsonl", name="apr")
     runner = make_runner(broken={7})
-    with pytest.raises(ZeroDivisionError, match="broken on purpose"):
+    with pytest.raises(ZeroDivisionError):
         evaluate(runner, PROBLEMS, path, name="apr", at_once=4)
-    assert not runner.engine.live, "the trees beside it were cancelled and have given back what they held"
+    assert not runner.engine.live, "the other trees were cancelled and freed their sequences"
     kept = read_records(path.with_name("apr.jsonl.partial"))
     assert not path.exists() and 4 <= len(kept) < COUNT - 1
     assert all(record == whole[record.index] and record.index != 7 for record in kept)
@@ -106,26 +106,26 @@ def test_a_failure_of_the_system_ends_the_evaluation_and_is_no_record(tmp_path):
     assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("share", [0, 0.3, 0.6, 0.9])
-def test_killed_and_started_again_ends_in_the_same_bytes(tmp_path, share):
+@pytest.mark.parametrize("fraction", [0, 0.3, 0.6, 0.9])
+def test_a_killed_evaluation_resumes_and_ends_in_the_same_bytes(tmp_path, fraction):
     whole, path = tmp_path / "whole.jsonl", tmp_path / "apr.jsonl"
     evaluate(make_runner(), PROBLEMS, whole, name="apr")
     with pytest.raises(Killed):
-        evaluate(make_runner(kill_after=int(share * len(SCRIPTS))), PROBLEMS, path, name="apr", at_once=5)
+        evaluate(make_runner(kill_after=int(fraction * len(SCRIPTS))), PROBLEMS, path, name="apr", at_once=5)
     partial = path.with_name("apr.jsonl.partial")
     done = len(partial.read_text().splitlines())
-    assert not path.exists() and done < COUNT and bool(done) == bool(share)
+    assert not path.exists() and done < COUNT and bool(done) == bool(fraction)
     if done:
         partial.write_text(partial.read_text()[:-40])  # a line that the kill cut short
     runner = make_runner(shuffle=9)
     evaluate(runner, PROBLEMS, path, name="apr")
     roots = [name for name in runner.engine.names if len(name) == 2]
-    assert len(roots) == COUNT - max(done - 1, 0), "only what is missing is run again"
+    assert len(roots) == COUNT - max(done - 1, 0), "only missing problems are run again"
     assert path.read_bytes() == whole.read_bytes()
     assert not partial.exists()
 
 
-def test_a_finished_file_is_taken_over_and_another_evaluation_is_not(tmp_path):
+def test_records_are_reused_only_for_the_same_name_weights_variant_and_problem(tmp_path):
     path = tmp_path / "apr.jsonl"
     first = evaluate(make_runner(), PROBLEMS, path, name="apr@1")
     again = make_runner()
@@ -136,28 +136,28 @@ def test_a_finished_file_is_taken_over_and_another_evaluation_is_not(tmp_path):
     assert other.engine.names and all(record.name == "apr@2" for record in records)
     trained = make_runner()
     evaluate(trained, PROBLEMS, path, name="apr@2", weights="a1")
-    assert {name[1] for name in trained.engine.names} == set(range(COUNT)), "those of other weights are not taken over"
+    assert {name[1] for name in trained.engine.names} == set(range(COUNT)), "records of other weights are not reused"
     evaluate(make_runner(broken=range(COUNT)), PROBLEMS, path, name="apr@2", weights="a1")
     evaluate(make_runner(), PROBLEMS, path, name="apr@2")
     asked = make_runner()
     evaluate(asked, PROBLEMS, path, name="apr@2", variant="serial")
-    assert {name[1] for name in asked.engine.names} == set(range(COUNT)), "nor those of another variant"
+    assert {name[1] for name in asked.engine.names} == set(range(COUNT)), "records of another variant are not reused"
     evaluate(make_runner(broken=range(COUNT)), PROBLEMS, path, name="apr@2", variant="serial")
     evaluate(make_runner(), PROBLEMS, path, name="apr@2")
     swapped = [PROBLEMS[1], PROBLEMS[0], *PROBLEMS[2:]]
     changed = make_runner()
     evaluate(changed, swapped, path, name="apr@2")
-    assert {name[1] for name in changed.engine.names} == {0, 1}, "a record counts for its own problem only"
+    assert {name[1] for name in changed.engine.names} == {0, 1}, "records of another problem are not reused"
 
 
-def test_how_many_run_at_once_changes_nothing(tmp_path):
+def test_at_once_changes_no_record(tmp_path):
     paths = [tmp_path / f"{n}.jsonl" for n in (1, 3, 256)]
     for path in paths:
         evaluate(make_runner(shuffle=4), PROBLEMS, path, name="apr", at_once=int(path.stem))
     assert len({path.read_bytes() for path in paths}) == 1
 
 
-def test_the_condition_goes_first_on_the_root_prompt(tmp_path):
+def test_the_condition_begins_the_root_prompt(tmp_path):
     condition = CountdownProtocol().condition(4)
     record = evaluate(make_runner(), PROBLEMS[:1], tmp_path / "apr.jsonl", name="apr", condition=condition)[0]
     assert record.condition == condition
@@ -165,12 +165,12 @@ def test_the_condition_goes_first_on_the_root_prompt(tmp_path):
     assert prompt.startswith(condition + trace.moving("0"))
 
 
-def test_no_problems_are_no_records(tmp_path):
+def test_no_problems_give_no_records(tmp_path):
     assert evaluate(make_runner(), [], tmp_path / "none.jsonl", name="apr") == []
     assert summarise([])["n"] == 0
 
 
-def test_a_problem_is_written_as_its_task_says(tmp_path):
+def test_a_problem_is_written_in_its_tasks_json_form(tmp_path):
     class Named(Nonsense):
         def problem_json(self, problem):
             return {"asked": (*problem.numbers, problem.target)}

@@ -1,11 +1,11 @@
-"""What a run gives, as hashes: to see whether a change of the code changed its results.
+"""Hashes of what runs produce, to see whether a change of the code changed any result.
 
     python -m tests.experiments.same_bits record FILE     # runs the presets and writes FILE
     python -m tests.experiments.same_bits compare FILE    # runs them again, and prints what differs from FILE
 
-Weights and trees have the same bits on one kind of processor alone. On another kind than the recorded one, record with
-the old code first: `git worktree add ../old 2f24e3c`, and this command there (its files had just been moved, nothing
-else had changed).
+Data sets have the same bytes on every machine. Weights and trees have the same bits only on one kind of processor. On
+another kind than the recorded one, record with the old code first: `git worktree add ../old 2f24e3c`, and this command
+there. (In that commit files had just been moved, nothing else had changed.)
 """
 
 import hashlib
@@ -22,10 +22,10 @@ import numpy as np
 from apr_jax.train.checkpoint import fingerprint, load_model
 
 ROOT = Path(__file__).resolve().parents[2]
-# Models of so few steps are never right: a penalty on tokens gives GRPO something to learn.
+# After so few steps a model never answers right. A penalty on tokens gives GRPO something to learn.
 SMOKE = {"grpo.penalties.token": 0.001}
 LAPTOP = {"sft.steps": 40, "grpo.steps": 2, "grpo.prompts": 2, "grpo.group": 3, "data.held_out": 20, **SMOKE}
-# What decides the bytes of a data set beyond the presets: other solvers, orders and splits.
+# Settings of data that no preset has: other solvers, orders and splits.
 OTHER_DATA = {
     "countdown.sos_plus.search": "sos", "countdown.apr.shuffle": True, "countdown.apr.distinct": False,
     "countdown.sos_plus.shuffle": True, "countdown.problems.count": 4, "data.repeats": False,
@@ -34,7 +34,7 @@ OTHER_DATA = {
 
 
 def record() -> dict:
-    """The hashes by name, and the processor that they hold for."""
+    """Return the hashes by name, and the processor that they are valid for."""
     found = {"processor": processor()}
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
@@ -54,6 +54,7 @@ def record() -> dict:
 
 
 def _run(preset: str, workdir: Path, changes: dict, stages: str) -> None:
+    """Run stages of a preset with changed settings."""
     command = [sys.executable, "-m", "experiments.run", f"--config=experiments/configs/{preset}.py"]
     command += [
         f"--workdir={workdir}",
@@ -64,8 +65,11 @@ def _run(preset: str, workdir: Path, changes: dict, stages: str) -> None:
 
 
 def _data(folder: Path) -> str:
-    """The hash of a Countdown data set as its first form had it, with the problems of a split as one array of numbers:
-    so data sets of all forms can be compared."""
+    """Return the hash of a Countdown data set.
+
+    The problems of a split are hashed as one array of numbers, the form of the first data sets, so that data sets of
+    all forms can be compared.
+    """
     digest = hashlib.sha256()
     for variant in ("sos_plus", "apr"):
         for part in ("validation", "train"):
@@ -80,7 +84,7 @@ def _data(folder: Path) -> str:
 
 
 def _trees(path: Path) -> str:
-    """A hash of the trees of a file of records: their tokens, log-probabilities and failures, and whether they are
+    """Return the hash of the trees in a file of records: tokens, log-probabilities, failures and whether they are
     right."""
     digest = hashlib.sha256()
     for line in path.read_text().splitlines():
@@ -91,7 +95,7 @@ def _trees(path: Path) -> str:
 
 
 def processor() -> str:
-    """What decides the bits of a product: the processor's family and its vector instructions."""
+    """Return the processor's family and vector instructions, which decide the bits of a matrix product."""
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines())
     except (OSError, ValueError):
@@ -102,10 +106,12 @@ def processor() -> str:
 
 
 def differences(before: dict, after: dict) -> list[str]:
-    """One line for each hash that is another one. Data have the same bytes on every machine, all else on one kind of
-    processor alone."""
+    """Return one line for each hash that changed.
+
+    On another processor only the hashes of data sets are compared.
+    """
     same_machine = before["processor"] == after["processor"]
-    before = {name.replace("sosp", "sos_plus"): value for name, value in before.items()}  # as it was called
+    before = {name.replace("sosp", "sos_plus"): value for name, value in before.items()}  # the variant's old name
     names = [name for name in before if name != "processor" and (same_machine or name.endswith(" data"))]
     return [
         f"{name}: {before[name]} before, {after.get(name)} now" for name in names if before[name] != after.get(name)

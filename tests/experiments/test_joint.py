@@ -12,6 +12,7 @@ from tests.experiments.test_first_weights import weights_of
 
 @pytest.fixture(scope="module")
 def joint_run(tmp_path_factory):
+    """The folder of a run with one supervised model for all variants, and what the run printed."""
     folder = tmp_path_factory.mktemp("joint")
     stages = "--stage=data,sft,grpo,evaluate,report"
     done = finish(start(f"--workdir={folder}", "--config.sft.models=joint", stages))
@@ -19,7 +20,7 @@ def joint_run(tmp_path_factory):
     return folder, done
 
 
-def test_every_variant_has_the_one_model(joint_run):
+def test_the_joint_model_is_saved_for_every_variant(joint_run):
     folder, done = joint_run
     joint = weights_of(load_model(folder / "sft_joint" / "checkpoints")[0])
     for variant in ("apr", "sos_plus"):
@@ -28,14 +29,14 @@ def test_every_variant_has_the_one_model(joint_run):
         jax.tree.map(np.testing.assert_array_equal, weights_of(found), joint)
     assert load_meta(folder / "grpo_apr" / "checkpoints")[1]["step"] > 0
     rows = [line for line in done.out.splitlines() if line.startswith("| ") and " SFT |" in line]
-    rows = rows[:2]  # the others are at another temperature
+    rows = rows[:2]  # further rows are at another temperature
     assert len(rows) == 2
     tokens = {row.split("|")[-2].strip() for row in rows}
     assert not (folder / "sft_apr" / "metrics.jsonl").exists()
-    assert len(tokens) == 1 and tokens != {"0.00 M"}  # both rows say what the one model was trained on
+    assert len(tokens) == 1 and tokens != {"0.00 M"}  # both rows have the tokens that the one model was trained on
 
 
-def test_mixed_segments_are_those_of_the_first_then_of_the_next():
+def test_mixed_segments_join_sequences_in_their_order():
     mixed = MixedSegments(["ab", "c", "defg"])
     assert [mixed[i] for i in range(len(mixed))] == list("abcdefg")
     assert mixed.lengths.tolist() == [1] * 7

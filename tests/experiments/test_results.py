@@ -1,4 +1,4 @@
-"""Results are of the weights that are there, and a failure of the system is none."""
+"""Results belong to the current weights, and a failure of the system never becomes a result."""
 
 import dataclasses
 import json
@@ -14,13 +14,16 @@ from apr_jax.export.hf import hf_arrays
 from apr_jax.rollout.engine import JaxEngine
 from apr_jax.threads import Spawn
 from apr_jax.train.checkpoint import fingerprint, load_model, save_model
-from tests.experiments.conftest import SMOKE, finish, same_weights, snapshot, start
+from tests.experiments.conftest import SMOKE, copy_run, finish, has, same_weights, snapshot, start
 from tests.tiny import without_logprobs
 
 
 def assert_same_records(a: Path, b: Path) -> None:
-    """Log-probabilities may differ in their last place: trees decoded beside others, and some processors round products
-    of other shapes otherwise."""
+    """Assert that two files have the same records.
+
+    Log-probabilities may differ in their last place. They depend on the trees decoded at the same time, since some
+    processors round products of other shapes differently.
+    """
     for one, two in zip(read_records(a), read_records(b), strict=True):
         assert dataclasses.replace(one, tree=None) == dataclasses.replace(two, tree=None)
         trees = one.thread_tree, two.thread_tree
@@ -34,12 +37,11 @@ def logprobs_of(tree) -> list[float]:
 
 
 @pytest.mark.parametrize("stage, decodes", [("evaluate", 16), ("grpo", 5), ("export", 2)])
-def test_an_engine_that_breaks_ends_the_stage_and_the_same_command_goes_on(
+def test_an_engine_that_breaks_ends_the_stage_and_the_same_command_resumes(
     whole_run, tmp_path, main, monkeypatch, stage, decodes
 ):
-    """Never an answer that is wrong: what had ended before stays, and the end is that of a run that nothing stopped."""
-    folder, results = tmp_path / "run", {"evaluate": "evaluate", "grpo": "grpo_apr", "export": "export"}
-    shutil.copytree(whole_run.folder, folder, ignore=shutil.ignore_patterns(results[stage]))
+    """No problem counts as wrong. Finished work is kept, and the results are those of an uninterrupted run."""
+    folder = copy_run(whole_run.folder, tmp_path / "run", f"{stage}*")
     command = (SMOKE, f"--workdir={folder}", "--variants=apr", f"--stage={stage}")
     decode, done = JaxEngine.decode, []
 
@@ -53,7 +55,7 @@ def test_an_engine_that_breaks_ends_the_stage_and_the_same_command_goes_on(
     with pytest.raises(MemoryError, match="RESOURCE_EXHAUSTED"):
         main(*command)
     if stage == "evaluate":
-        first, begun = (folder / "evaluate" / name for name in ("sft_apr.jsonl", "sft_apr@1.jsonl.partial"))
+        first, (begun,) = folder / "evaluate" / "sft_apr.jsonl", folder.glob("store/*/*.partial")
         assert snapshot(folder, "evaluate/sft_apr.jsonl") == snapshot(whole_run.folder, "evaluate/sft_apr.jsonl")
         kept = whole_records(begun)
         whole = read_records(whole_run.folder / "evaluate" / "sft_apr@1.jsonl")
@@ -72,15 +74,16 @@ def test_an_engine_that_breaks_ends_the_stage_and_the_same_command_goes_on(
         assert same_weights(folder / "grpo_apr" / "checkpoints", whole_run.folder / "grpo_apr" / "checkpoints")
 
 
-# ---------------------------------------------------------------------- results are of the weights that are there
+# ---------------------------------------------------------------------- results belong to the current weights
 
 
-def test_a_model_that_is_trained_anew_has_results_of_its_own(whole_run, tmp_path, main):
-    folder, fresh = tmp_path / "run", tmp_path / "fresh"
-    shutil.copytree(whole_run.folder, folder)
-    shutil.rmtree(folder / "grpo_apr")
+def test_a_model_trained_with_other_settings_gets_its_own_results(whole_run, tmp_path, main):
+    folder = copy_run(whole_run.folder, tmp_path / "run")
     others = snapshot(folder, "evaluate/sft_*")
-    changes = ("--config.grpo.optimizer.muon_lr=0.5", "--config.grpo.penalties.token=0.001")  # a penalty is a signal
+    changes = (
+        "--config.grpo.optimizer.muon_lr=0.5",
+        "--config.grpo.penalties.token=0.001",
+    )  # the penalty gives GRPO a gradient
     done = finish(start(f"--workdir={folder}", *changes))
     assert done.code == 0, done.err
     assert "evaluate grpo_apr: " in done.err and "evaluate sft" not in done.err
@@ -88,11 +91,10 @@ def test_a_model_that_is_trained_anew_has_results_of_its_own(whole_run, tmp_path
     old, _ = load_model(whole_run.folder / "grpo_apr" / "checkpoints")
     assert fingerprint(model) != fingerprint(old)
 
-    for part in ("data", "sft_apr", "grpo_apr"):
-        shutil.copytree(folder / part, fresh / part)
+    fresh = copy_run(folder, tmp_path / "fresh", "evaluate*")
     assert main(SMOKE, f"--workdir={fresh}", *changes, "--variants=apr", "--stage=evaluate").code == 0
     mine, theirs = (snapshot(run, "evaluate/grpo_apr*") for run in (folder, fresh))
-    assert len(mine) == 3 and mine == theirs
+    assert len(mine) == 2 and mine == theirs
     assert mine["evaluate/grpo_apr@1.jsonl"] != (whole_run.folder / "evaluate" / "grpo_apr@1.jsonl").read_bytes()
     assert snapshot(folder, "evaluate/sft_*") == others
 
@@ -101,35 +103,34 @@ def test_a_model_that_is_trained_anew_has_results_of_its_own(whole_run, tmp_path
         np.testing.assert_array_equal(exported[name], array)
     assert json.loads((folder / "export" / "check.json").read_text())["trees_equal"] == 4
     records = read_records(folder / "evaluate" / "grpo_apr@1.jsonl")
-    told = json.loads((folder / "summary.json").read_text())["APR SFT+GRPO at temperature 1"]
-    assert told["total_tokens"] == sum(record.total_tokens for record in records) / 12
+    summary = json.loads((folder / "summary.json").read_text())["APR SFT+GRPO at temperature 1"]
+    assert summary["total_tokens"] == sum(record.total_tokens for record in records) / 12
 
 
-def test_weights_that_are_still_trained_are_told_by_their_step(whole_run, tmp_path, main, refused):
-    """Evaluation and report say so, an export is refused; when training has ended nothing of it is left."""
-    shutil.copytree(whole_run.folder / "data", tmp_path / "data")
+def test_results_of_unfinished_training_are_reported_with_their_step(whole_run, tmp_path, main, refused):
+    """Evaluation and report give the step, and an export is refused. After training nothing of this is left."""
+    copy_run(whole_run.folder, tmp_path, "*sos_plus", "grpo*", "evaluate*", "export*")
     last = Path("sft_apr", "checkpoints", "40")
-    shutil.copytree(whole_run.folder / "sft_apr", tmp_path / "sft_apr", ignore=shutil.ignore_patterns("40"))
+    shutil.rmtree(tmp_path / last)
     command = (SMOKE, f"--workdir={tmp_path}", "--variants=apr")
     done = main(*command, "--stage=evaluate,report")
     assert done.code == 0 and "evaluate sft_apr (step 20 of 40): " in done.err
     assert "| APR SFT (step 20 of 40) |" in done.out and "| APR SFT |" not in done.out
     assert list(json.loads((tmp_path / "summary.json").read_text()))[0] == "APR SFT (step 20 of 40)"
-    assert "sft_apr stands at step 20 of 40: finish --stage=sft first" in refused(*command, "--stage=export")
+    assert has(refused(*command, "--stage=export"), "sft_apr", 20, 40, "--stage=sft")
     assert not (tmp_path / "export").exists()
     shutil.copytree(whole_run.folder / last, tmp_path / last)
-    assert "is of other weights than sft_apr has now" in refused(*command, "--stage=report")
+    assert has(refused(*command, "--stage=report"), "sft_apr", "other weights", "--stage=evaluate")
     done = main(*command, "--stage=evaluate,report")
     assert done.code == 0 and "| APR SFT |" in done.out and "step 20" not in done.out
     assert snapshot(tmp_path, "evaluate/*") == snapshot(whole_run.folder, "evaluate/sft_apr*")
 
 
-def test_grpo_of_other_supervised_weights_does_not_go_on(whole_run, tmp_path, refused):
-    folder = tmp_path / "run"
-    shutil.copytree(whole_run.folder, folder)
+def test_grpo_does_not_resume_with_other_supervised_weights(whole_run, tmp_path, refused):
+    folder = copy_run(whole_run.folder, tmp_path / "run")
     model, meta = load_model(folder / "sft_apr" / "checkpoints")
     shutil.rmtree(folder / "sft_apr" / "checkpoints")
     model.embed_VxD[...] = model.embed_VxD[...] + 1e-6
     save_model(folder / "sft_apr" / "checkpoints", model, meta)
     line = refused(SMOKE, f"--workdir={folder}", "--stage=grpo")
-    assert "grpo_apr began with other weights than sft_apr has now" in line
+    assert has(line, (folder / "grpo_apr").resolve(), "sft_apr", "other weights")

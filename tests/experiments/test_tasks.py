@@ -1,4 +1,4 @@
-"""Tasks other than Countdown through all stages by the same command, and one of a user's own."""
+"""Tasks other than Countdown, and a task of a user's own, through all stages by the same command."""
 
 import json
 
@@ -9,7 +9,7 @@ from apr_jax.evaluate.records import read_records
 from apr_jax.export.exported import read_export
 from apr_jax.threads.metrics import depth
 from apr_jax.train.checkpoint import load_meta
-from tests.experiments.conftest import ROOT
+from tests.experiments.conftest import ROOT, has
 from tools import view
 
 SMALL = (
@@ -22,29 +22,29 @@ FACTORS = "--config=experiments/configs/factors.py:grpo"
 
 @pytest.fixture(scope="module")
 def factors(tmp_path_factory):
-    """The folder of a run on factor search, both variants, all stages."""
+    """The folder of a run of all stages on factor search, with both variants."""
     folder = tmp_path_factory.mktemp("factors") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("jax.config.update", lambda *_: None)
         from experiments.run import main
 
-        # A penalty, since a model of four steps is never right: the children's tokens must have a gradient.
+        # After four steps a model never answers right. The penalty gives the tokens of children a gradient.
         changes = ("--config.grpo.penalties.token=0.001", "--config.budget.min_children=2")
         assert main(["run", FACTORS, f"--workdir={folder}", *SMALL, *changes]) == 0
     return folder
 
 
-def test_every_stage_leaves_what_it_leaves_for_countdown(factors):
+def test_every_stage_makes_the_outputs_that_it_makes_for_countdown(factors):
     names = ["sft_fresh", "sft_inherit", "grpo_fresh", "grpo_inherit"]
     assert {path.name for path in factors.iterdir()} == {
-        "config.json", "versions.json", "data", "evaluate", "export", "figures", "report.md", "summary.json", *names,
+        "config.json", "versions.json", "data", "evaluate", "export", "figures", "report.md", "store", "summary.json",
+        *names,
     }  # fmt: skip
     assert json.loads((factors / "config.json").read_text())["factors"] == {"largest": 60}
     for name in names:
         variant = name.partition("_")[2]
         meta = load_meta(factors / name / "checkpoints")[1]
-        told = ("factors", {"largest": 60}, variant)
-        assert (meta["task"], meta["task_settings"], meta["variant"]) == told
+        assert (meta["task"], meta["task_settings"], meta["variant"]) == ("factors", {"largest": 60}, variant)
         records = read_records(factors / "evaluate" / f"{name}.jsonl")
         assert len(records) == 6 and {(record.task, record.variant) for record in records} == {("factors", variant)}
         assert all(set(record.problem) == {"number", "first", "last"} for record in records)
@@ -55,7 +55,7 @@ def test_every_stage_leaves_what_it_leaves_for_countdown(factors):
     assert "paper" not in text and "The fresh demonstrations of 60 training problems" in text
 
 
-def test_demonstrations_are_nested_and_children_inherit_where_the_variant_says_so(factors):
+def test_demonstrations_are_nested_and_children_inherit_in_one_variant(factors):
     from apr_jax.data.store import TreeStore
 
     for variant in ("fresh", "inherit"):
@@ -65,7 +65,7 @@ def test_demonstrations_are_nested_and_children_inherit_where_the_variant_says_s
         assert inherits == {variant == "inherit"}
 
 
-def test_an_export_and_a_drawing_know_their_task(factors, capsys):
+def test_an_export_and_a_drawing_have_the_task(factors, capsys):
     export = read_export(factors / "export")
     assert (export.task.spec, export.variant, export.window) == ("factors", "fresh", 128)
     assert export.task.settings.largest == 60
@@ -76,31 +76,31 @@ def test_an_export_and_a_drawing_know_their_task(factors, capsys):
 
 
 def accuracies(folder):
-    """By the name of a model the share of its held-out problems that are right, and its mean number of children."""
+    """Return the accuracy of each model on held-out problems, and its mean number of children, by the model's name."""
     paths = (folder / "evaluate").glob("*.jsonl")
     records = {path.stem: read_records(path) for path in paths}
     return {name: np.mean([(one.correct, one.children) for one in of], axis=0) for name, of in records.items()}
 
 
 @pytest.mark.slow
-def test_factor_search_is_learned_whole_by_both_variants(tmp_path):
+def test_both_variants_learn_factor_search(tmp_path):
     from experiments.run import main
 
     assert main(["run", FACTORS.removesuffix(":grpo"), f"--workdir={tmp_path}", "--stage=data,sft,evaluate"]) == 0
     for right, children in accuracies(tmp_path).values():
-        assert right >= 0.97 and children > 4  # 1.0 and 1.0 as it was measured
+        assert right >= 0.97 and children > 4  # measured: accuracy 1.0 for both
 
 
 @pytest.mark.slow
-def test_children_widen_or_narrow_as_they_are_paid(tmp_path):
+def test_a_penalty_on_tokens_changes_the_number_of_children(tmp_path):
     from experiments.run import main
 
     found = {}
-    for paid in ("sequential", "total"):
-        folder, config = tmp_path / paid, f"--config=experiments/configs/sums.py:{paid}"
+    for penalised in ("sequential", "total"):
+        folder, config = tmp_path / penalised, f"--config=experiments/configs/sums.py:{penalised}"
         assert main(["run", config, f"--workdir={folder}", "--stage=data,sft,grpo,evaluate"]) == 0
-        found[paid] = accuracies(folder)
-        assert found[paid]["grpo_shared"][0] > 0.9
+        found[penalised] = accuracies(folder)
+        assert found[penalised]["grpo_shared"][0] > 0.9
     before = found["total"]["sft_shared"][1]
     assert found["sequential"]["grpo_shared"][1] > before + 1 > before - 1 > found["total"]["grpo_shared"][1]
 
@@ -119,7 +119,7 @@ class Mine(Factors):
 """
 
 
-def test_a_task_of_ones_own_runs_by_the_same_command(tmp_path, monkeypatch, main, refused):
+def test_a_user_s_own_task_runs_by_the_same_command(tmp_path, monkeypatch, main, refused):
     (tmp_path / "my_task.py").write_text(MINE)
     monkeypatch.chdir(tmp_path)
     command = (FACTORS.replace("experiments/", f"{ROOT}/experiments/"), "--config.task=my_task:Mine", *SMALL)
@@ -130,6 +130,6 @@ def test_a_task_of_ones_own_runs_by_the_same_command(tmp_path, monkeypatch, main
     assert {record.task for record in read_records(tmp_path / "run" / "evaluate" / "grpo_fresh.jsonl")} == {
         "my_task:Mine"
     }
-    assert "no setting mine.loud (did you mean mine.louder?)" in refused(*command, "--config.mine.loud=true")
-    assert "was given 'my_task:Yours'" in refused(command[0], "--config.task=my_task:Yours")
-    assert "--variants is all or some of fresh, was given 'inherit'" in refused(*command, "--variants=inherit")
+    assert has(refused(*command, "--config.mine.loud=true"), "mine.loud", "mine.louder")
+    assert has(refused(command[0], "--config.task=my_task:Yours"), "task", "'my_task:Yours'")
+    assert has(refused(*command, "--variants=inherit"), "--variants", "fresh", "'inherit'")

@@ -1,4 +1,4 @@
-"""The import: the export's bits and config back, transformers' own checkpoints, and everything it refuses by name."""
+"""Tests of the import: exports are restored bit for bit, transformers' models compute the same, others are refused."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ def same(a: Llama, b: Llama) -> bool:
 
 
 def save_transformers(folder, seed: int = 0, **config):
-    """A random Llama as transformers saves it."""
+    """Save a randomly initialised Llama with transformers, and return it."""
     import torch
     from transformers import LlamaForCausalLM
     from transformers import LlamaConfig as TheirConfig  # isort: skip
@@ -41,7 +41,7 @@ def save_transformers(folder, seed: int = 0, **config):
     torch.manual_seed(seed)
     model = LlamaForCausalLM(TheirConfig(**SMALL | config)).eval()
     for name, weight in model.named_parameters():
-        if "norm" in name:  # ones, which would hide a norm that went to another's place
+        if "norm" in name:  # norms of ones would hide a norm that is read into the wrong place
             torch.nn.init.normal_(weight, 1.0, 0.2)
     model.save_pretrained(folder)
     return model
@@ -49,7 +49,7 @@ def save_transformers(folder, seed: int = 0, **config):
 
 @pytest.fixture
 def folder(tmp_path):
-    """An export to be broken."""
+    """An export that tests may damage."""
     export_hf(tiny(), TOKENIZER, tmp_path / "hf")
     return tmp_path / "hf"
 
@@ -67,13 +67,14 @@ def change_weights(folder, change) -> None:
 
 
 def refusal(folder) -> str:
+    """Return the one line with which the import refuses a folder."""
     with pytest.raises(HfFolderError) as caught:
         import_hf(folder)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-# ---------------------------------------------------------------------- what comes back
+# ---------------------------------------------------------------------- imports that work
 
 
 @pytest.mark.parametrize(
@@ -98,7 +99,7 @@ def test_a_bfloat16_export_comes_back_rounded(tmp_path):
     assert same(import_hf(tmp_path / "hf"), nnx.merge(graphdef, rounded))
 
 
-def test_shards_are_the_whole(tmp_path):
+def test_an_export_in_shards_comes_back_whole(tmp_path):
     model = tiny(tie_embeddings=True)
     export_hf(model, TOKENIZER, tmp_path / "hf", shard_bytes=20_000)
     files = sorted(path.name for path in (tmp_path / "hf").glob("*.safetensors"))
@@ -112,14 +113,14 @@ def test_shards_are_the_whole(tmp_path):
     theirs = load_transformers(tmp_path / "hf").get_input_embeddings().weight.detach().numpy()
     assert np.array_equal(theirs, model.embed_VxD[...])
 
-    export_hf(model, TOKENIZER, tmp_path / "hf")  # in its place, without a shard left over
+    export_hf(model, TOKENIZER, tmp_path / "hf")  # replaces the shards
     assert [path.name for path in (tmp_path / "hf").glob("*.safetensors*")] == ["model.safetensors"]
     export_hf(model, TOKENIZER, tmp_path / "hf", shard_bytes=20_000)
     assert same(import_hf(tmp_path / "hf"), model)
 
 
 @pytest.mark.parametrize("theirs", [{}, {"num_key_value_heads": 2, "tie_word_embeddings": True, "rms_norm_eps": 0.01}])
-def test_logits_are_those_of_transformers(theirs, tmp_path):
+def test_an_imported_model_has_the_logits_of_transformers(theirs, tmp_path):
     import torch
 
     saved = save_transformers(tmp_path, **theirs)
@@ -147,10 +148,10 @@ def test_what_older_versions_wrote(folder):
     assert model.config.rope_theta == 500.0 and model.head_DxV is None
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(nnx.state(model)))
     change_weights(folder, lambda arrays: arrays.update({"lm_head.weight": arrays["lm_head.weight"] + 1}))
-    assert "lm_head.weight is not model.embed_tokens.weight" in refusal(folder)
+    assert "lm_head.weight" in refusal(folder)
 
 
-def test_another_context_is_taken_as_it_stands(folder):
+def test_without_our_tokenizer_config_the_context_is_the_number_of_positions(folder):
     (folder / "tokenizer_config.json").unlink()
     assert import_hf(folder).config.context == 128 + 8
 
@@ -168,65 +169,65 @@ def test_a_checkpoint_in_the_authors_shape(tmp_path):
     assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model))) == saved.num_parameters()
 
 
-# ---------------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------------- folders that are refused
 
 
 @pytest.mark.parametrize(
     "changes, says",
     [
-        ({"architectures": ["MistralForCausalLM"]}, 'architectures is ["MistralForCausalLM"], must be ["LlamaForC'),
+        ({"architectures": ["MistralForCausalLM"]}, 'architectures is ["MistralForCausalLM"]'),
         ({"architectures": "absent"}, "architectures is null"),
-        ({"hidden_act": "gelu"}, 'hidden_act is "gelu", must be "silu"'),
-        ({"attention_bias": True}, "attention_bias is true, must be false"),
-        ({"mlp_bias": True}, "mlp_bias is true, must be false"),
-        ({"quantization_config": {"bits": 4}}, 'quantization_config is {"bits": 4}, must be null'),
-        ({"head_dim": 16}, "head_dim is 16, must be hidden_size / num_attention_heads, 8"),
-        ({"hidden_size": "absent"}, "hidden_size is null, must be a positive integer"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers is 0, must be a positive integer"),
-        ({"num_hidden_layers": True}, "num_hidden_layers is true, must be a positive integer"),
-        ({"vocab_size": 12.5}, "vocab_size is 12.5, must be a positive integer"),
-        ({"rms_norm_eps": "small"}, 'rms_norm_eps is "small", must be a positive number'),
-        ({"num_key_value_heads": 3}, "heads (4) must be a multiple of kv_heads (3)"),
-        ({"num_attention_heads": 5, "head_dim": "absent"}, "width 32 over 5 heads"),
-        ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1, must be true or false"),
+        ({"hidden_act": "gelu"}, 'hidden_act is "gelu"'),
+        ({"attention_bias": True}, "attention_bias is true"),
+        ({"mlp_bias": True}, "mlp_bias is true"),
+        ({"quantization_config": {"bits": 4}}, 'quantization_config is {"bits": 4}'),
+        ({"head_dim": 16}, "head_dim is 16"),
+        ({"hidden_size": "absent"}, "hidden_size is null"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"num_hidden_layers": True}, "num_hidden_layers is true"),
+        ({"vocab_size": 12.5}, "vocab_size is 12.5"),
+        ({"rms_norm_eps": "small"}, 'rms_norm_eps is "small"'),
+        ({"num_key_value_heads": 3}, "kv_heads (3)"),
+        ({"num_attention_heads": 5, "head_dim": "absent"}, "5 heads"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling is "),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, 'rope_parameters is {"rope_type": "llama3"'),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "must be of the type default"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters is {"),
         ({"rope_parameters": "linear"}, 'rope_parameters is "linear"'),
-        ({"rope_theta": 5e5}, "rope_theta is 500000.0, but 10000.0 in rope_parameters"),
-        ({"rope_theta": -1, "rope_parameters": None}, "rope_theta is -1, must be a positive number"),
-        ({"rope_scaling": "default"}, 'rope_scaling is "default", must be of the type default'),
+        ({"rope_theta": 5e5}, "rope_theta is 500000.0"),
+        ({"rope_theta": -1, "rope_parameters": None}, "rope_theta is -1"),
+        ({"rope_scaling": "default"}, 'rope_scaling is "default"'),
         ({"rope_scaling": {"rope_type": ["default"]}}, 'rope_scaling is {"rope_type": ["default"]}'),
-        ({"rope_scaling": {"rope_type": "default", "type": "linear"}}, '"type": "linear"}, must be of the type'),
-        ({"rope_scaling": {"factor": 2.0}}, "rope_scaling.factor is 2.0, which our Llama does not have"),
+        ({"rope_scaling": {"rope_type": "default", "type": "linear"}}, '"type": "linear"}'),
+        ({"rope_scaling": {"factor": 2.0}}, "rope_scaling.factor is 2.0"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}, "rope_parameters.full_attention is {"),
-        ({"rope_scaling": {"rope_theta": 9.0}, "rope_theta": None}, 'rope_scaling is {"rope_theta": 9.0}, but rope_'),
-        ({"model_type": "mistral"}, 'model_type is "mistral", must be "llama"'),
-        ({"model_type": ""}, 'model_type is "", must be "llama"'),
-        ({"model_type": ["llama"]}, 'model_type is ["llama"], must be "llama"'),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, must be 1"),
-        ({"attention_dropout": 0.1}, "attention_dropout is 0.1, must be 0"),
-        ({"is_causal": False}, "is_causal is false, must be true"),
-        ({"rope_interleaved": True}, "rope_interleaved is true, must be false"),
-        ({"pruned_heads": {"0": [1]}}, 'pruned_heads is {"0": [1]}, must be {}'),
-        ({"sliding_window": 8}, "sliding_window is 8, which our Llama does not have"),
+        ({"rope_scaling": {"rope_theta": 9.0}, "rope_theta": None}, 'rope_scaling is {"rope_theta": 9.0}'),
+        ({"model_type": "mistral"}, 'model_type is "mistral"'),
+        ({"model_type": ""}, 'model_type is ""'),
+        ({"model_type": ["llama"]}, 'model_type is ["llama"]'),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
+        ({"is_causal": False}, "is_causal is false"),
+        ({"rope_interleaved": True}, "rope_interleaved is true"),
+        ({"pruned_heads": {"0": [1]}}, 'pruned_heads is {"0": [1]}'),
+        ({"sliding_window": 8}, "sliding_window is 8"),
         ({"layer_types": ["sliding_attention"] * 2}, 'layer_types is ["sliding_attention", "sliding_attention"]'),
-        ({"attention_multiplier": 0.5}, "attention_multiplier is 0.5, which"),
-        ({"logits_scaling": 2.0}, "logits_scaling is 2.0, which"),
-        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0, which"),
-        ({"per_layer_config": {"0": {"rms_norm_eps": 1.0}}}, 'per_layer_config is {"0": {"rms_norm_eps": 1.0}}, which'),
+        ({"attention_multiplier": 0.5}, "attention_multiplier is 0.5"),
+        ({"logits_scaling": 2.0}, "logits_scaling is 2.0"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
+        ({"per_layer_config": {"0": {"rms_norm_eps": 1.0}}}, 'per_layer_config is {"0": {"rms_norm_eps": 1.0}}'),
         ({"auto_map": {"AutoModelForCausalLM": "mine.Llama"}}, "auto_map is "),
-        ({"no_such_key": 0}, "no_such_key is 0, which"),
+        ({"no_such_key": 0}, "no_such_key is 0"),
     ],
 )
-def test_another_config_is_refused(folder, changes, says):
+def test_a_config_that_computes_something_else_is_refused(folder, changes, says):
     change_config(folder, **changes)
     line = refusal(folder)
     assert says in line and "config.json: " in line
 
 
-def test_what_leaves_the_logits_as_they_are_is_accepted(folder):
-    """Keys of generation, storage and origin; keys without a value; a config without a model_type."""
+def test_keys_that_do_not_change_the_logits_are_accepted(folder):
+    """These are keys of generation, storage and origin, keys with the value null, and a missing model_type."""
     before = import_hf(folder)
     change_config(folder, _name_or_path="someone/llama", max_sequence_length=128, temperature=0.7, top_p=0.9,
                   use_cache=False, pretraining_tp=2, sliding_window=None, layer_types=None, attention_dropout=0.0,
@@ -237,7 +238,7 @@ def test_what_leaves_the_logits_as_they_are_is_accepted(folder):
 
 def test_an_adapter_is_refused(folder):
     (folder / "adapter_config.json").write_text("{}")
-    assert "adapter_config.json: the model has an adapter" in refusal(folder)
+    assert "adapter_config.json" in refusal(folder)
 
 
 FAMILIES = {
@@ -252,8 +253,8 @@ FAMILIES = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("model_type", ["own", "absent", "llama"])
-def test_what_is_accepted_computes_what_transformers_does(family, model_type, tmp_path):
-    """Other families under the name of a Llama: refused, or the logits of a decoding with transformers' cache."""
+def test_a_model_that_is_accepted_has_the_logits_of_transformers(family, model_type, tmp_path):
+    """A model of another family whose config names Llama is refused, or has transformers' logits with a cache."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
@@ -264,7 +265,7 @@ def test_what_is_accepted_computes_what_transformers_does(family, model_type, tm
     saved.save_pretrained(tmp_path)
     changes = {"architectures": ["LlamaForCausalLM"]}
     change_config(tmp_path, **changes if model_type == "own" else changes | {"model_type": model_type})
-    # These have a Llama's keys and tensors alone: without their own name transformers, too, makes Llamas of them.
+    # These have only a Llama's keys and tensors. Without their own model_type, transformers loads them as Llamas, too.
     alike = ("mistral without a window", "helium") if model_type != "own" else ()
     if family not in ("llama with its defaults", *alike):
         assert refusal(tmp_path)
@@ -289,51 +290,51 @@ Q = "model.layers.1.self_attn.q_proj.weight"
 @pytest.mark.parametrize(
     "change, says",
     [
-        (lambda a: a.pop(Q), f"have no {Q} (shape [32, 32]), 1 of 21 tensors are missing"),
+        (lambda a: a.pop(Q), f"{Q} (shape [32, 32]), 1 of 21"),
         (lambda a: a.update({"model.layers.2.mlp.up_proj.weight": a[Q]}), "holds model.layers.2.mlp.up_proj.weight"),
-        (lambda a: a.update({Q.replace("weight", "bias"): a[Q][0]}), "q_proj.bias (shape [32]), which a Llama of 2"),
-        (lambda a: a.update({Q: a[Q][:16]}), f"{Q} has the shape [16, 32], by config.json it must be [32, 32]"),
-        (lambda a: a.update({Q: a[Q].reshape(-1)}), f"{Q} has the shape [1024], by config.json it must be [32, 32]"),
-        (lambda a: a.update({Q: a[Q].astype(np.int8)}), f"{Q} is of type I8, must be one of F16, BF16, F32, F64"),
-        (lambda a: a.update({Q: a[Q] * np.nan}), f"{Q} holds 1024 values that are no finite float32 numbers"),
-        (lambda a: a.update({Q: a[Q] + np.eye(32) * 1e300}), f"{Q} holds 32 values that are no finite"),
-        (lambda a: a.clear(), "have no model.embed_tokens.weight (shape ["),
+        (lambda a: a.update({Q.replace("weight", "bias"): a[Q][0]}), "q_proj.bias (shape [32])"),
+        (lambda a: a.update({Q: a[Q][:16]}), f"{Q} has the shape [16, 32]"),
+        (lambda a: a.update({Q: a[Q].reshape(-1)}), f"{Q} has the shape [1024]"),
+        (lambda a: a.update({Q: a[Q].astype(np.int8)}), f"{Q} is of type I8"),
+        (lambda a: a.update({Q: a[Q] * np.nan}), f"{Q} holds 1024 values"),
+        (lambda a: a.update({Q: a[Q] + np.eye(32) * 1e300}), f"{Q} holds 32 values"),
+        (lambda a: a.clear(), "model.embed_tokens.weight (shape ["),
     ],
     ids=["missing", "layer", "bias", "shape", "flat", "integers", "nan", "overflow", "empty"],
 )  # fmt: skip
-def test_other_weights_are_refused(folder, change, says):
+def test_wrong_weights_are_refused_by_name(folder, change, says):
     change_weights(folder, change)
     assert says in refusal(folder)
 
 
-def test_broken_folders_are_named(folder, tmp_path):
-    assert "no folder at" in refusal(tmp_path / "none")
+def test_broken_folders_are_refused_by_the_files_name(folder, tmp_path):
+    assert str(tmp_path / "none") in refusal(tmp_path / "none")
     whole = (folder / "model.safetensors").read_bytes()
     for content in (whole[:-9], whole[:40], b"", b"x" * 100):
         (folder / "model.safetensors").write_bytes(content)
-        assert "model.safetensors cannot be read: " in refusal(folder)
+        assert "model.safetensors" in refusal(folder)
     (folder / "model.safetensors").unlink()
-    assert "no model.safetensors and no model.safetensors.index.json in" in refusal(folder)
+    assert "model.safetensors.index.json" in refusal(folder)
     (folder / "pytorch_model.bin").write_bytes(b"never opened")
-    assert "weights as a pickle, pytorch_model.bin: only safetensors are read" in refusal(folder)
-    for content, says in (("{", "config.json is no JSON: "), ("[]", "config.json is no JSON object")):
+    assert "pytorch_model.bin" in refusal(folder)
+    for content in ("{", "[]"):
         (folder / "config.json").write_text(content)
-        assert says in refusal(folder)
+        assert "config.json" in refusal(folder)
     (folder / "config.json").unlink()
-    assert "no config.json in" in refusal(folder)
+    assert "config.json" in refusal(folder)
 
 
-def test_numbers_that_no_memory_or_float_holds_are_refused_at_once(folder):
+def test_numbers_too_large_for_memory_or_a_float_are_refused_at_once(folder):
     config = json.loads((folder / "config.json").read_text())
     for changes, says in (
-        ({"num_hidden_layers": 10**9}, "layers is 1000000000, the files hold fewer tensors"),
+        ({"num_hidden_layers": 10**9}, "layers is 1000000000"),
         ({"rope_theta": 10**400, "rope_parameters": None}, "rope_theta is 1000"),
     ):
         (folder / "config.json").write_text(json.dumps(config | changes))
         assert says in refusal(folder)
 
 
-def test_a_broken_index_is_named(folder):
+def test_a_broken_index_is_refused_by_name(folder):
     export_hf(tiny(), TOKENIZER, folder, shard_bytes=30_000)
     index = folder / "model.safetensors.index.json"
     places = json.loads(index.read_text())["weight_map"]
@@ -343,11 +344,12 @@ def test_a_broken_index_is_named(folder):
         index.write_text(json.dumps({"weight_map": content}))
         return refusal(folder)
 
-    assert "has no weight_map" in with_map([])
-    assert "must be the name of a file beside it" in with_map(places | {Q: "../hf/model.safetensors"})
-    assert "no model-9.safetensors in" in with_map(places | {"lm.weight": "model-9.safetensors"})
-    assert f"{Q}, model.safetensors.index.json says {first}" in with_map(places | {Q: first})
-    assert "index.json says nothing of it" in with_map({name: at for name, at in places.items() if name != Q})
-    assert f"{last} does not hold lm.weight, which" in with_map(places | {"lm.weight": last})
+    assert "weight_map" in with_map([])
+    assert "../hf/model.safetensors" in with_map(places | {Q: "../hf/model.safetensors"})
+    assert "model-9.safetensors" in with_map(places | {"lm.weight": "model-9.safetensors"})
+    line = with_map(places | {Q: first})
+    assert Q in line and first in line
+    assert Q in with_map({name: at for name, at in places.items() if name != Q})
+    assert f"{last} does not hold lm.weight" in with_map(places | {"lm.weight": last})
     shutil.copy(folder / first, folder / last)
-    assert f"model.safetensors.index.json says {first}" in with_map(places)
+    assert f"{last} holds" in with_map(places)

@@ -1,4 +1,4 @@
-"""Files and folders are there whole or not at all, whatever ends the process that writes them."""
+"""Atomic writes of files and folders: whatever ends the writing process, a file is complete or does not change."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 from apr_jax.io.files import LEFT_AFTER, part_of, remove_left, whole, write_text
 
 
-def test_a_file_is_there_when_the_block_ends(tmp_path):
+def test_a_file_exists_when_the_block_ends(tmp_path):
     path = tmp_path / "new" / "folder" / "file"
     with whole(path) as part:
         part.write_bytes(b"1")
@@ -18,13 +18,13 @@ def test_a_file_is_there_when_the_block_ends(tmp_path):
     assert path.read_bytes() == b"1" and list(path.parent.iterdir()) == [path]
 
 
-def test_a_file_takes_the_place_of_another(tmp_path):
+def test_a_file_replaces_another(tmp_path):
     write_text(tmp_path / "file", "one")
     write_text(tmp_path / "file", "zwölf →")
     assert (tmp_path / "file").read_bytes() == "zwölf →".encode() and len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_folder_is_there_when_the_block_ends(tmp_path):
+def test_a_folder_exists_when_the_block_ends(tmp_path):
     with whole(tmp_path / "folder") as part:
         part.mkdir()
         (part / "file").touch()
@@ -33,7 +33,7 @@ def test_a_folder_is_there_when_the_block_ends(tmp_path):
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_an_error_leaves_what_was_there(tmp_path, kind, error):
+def test_after_an_error_the_earlier_file_is_unchanged(tmp_path, kind, error):
     path = tmp_path / "name"
     write_text(path, "before")
     with pytest.raises(error):
@@ -53,7 +53,7 @@ def test_a_block_that_writes_nothing_is_an_error(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_kill_leaves_what_was_there_and_a_part(tmp_path):
+def test_after_a_kill_the_earlier_file_is_unchanged_and_a_part_file_is_left(tmp_path):
     path = tmp_path / "file"
     write_text(path, "before")
     program = (
@@ -65,11 +65,11 @@ def test_a_kill_leaves_what_was_there_and_a_part(tmp_path):
     assert path.read_text() == "before" and left.name.startswith("file.") and left.suffix == ".part"
 
 
-def test_parts_have_names_of_their_own(tmp_path):
+def test_part_files_have_unique_names(tmp_path):
     assert part_of(tmp_path / "file") != part_of(tmp_path / "file")
 
 
-def test_what_killed_processes_left_is_removed_and_nothing_younger(tmp_path):
+def test_only_old_part_files_are_removed(tmp_path):
     old = time.time() - LEFT_AFTER - 1
     file, folder, young = (part_of(tmp_path / name) for name in ("file", "folder", "young"))
     folder.mkdir()

@@ -1,7 +1,8 @@
-"""JSON lines: objects come back by iteration and by index, and a broken line is named."""
+"""JSON lines: reading by iteration and by index, and errors for broken lines."""
 
 import json
 import pickle
+import re
 import time
 
 import pytest
@@ -33,7 +34,7 @@ def test_written_rows_come_back(path):
     assert list(JsonLines(path)) == ROWS
 
 
-def test_a_line_is_on_disk_as_soon_as_it_is_written(path):
+def test_a_line_is_flushed_at_once(path):
     with path.open("a") as file:
         json_lines.append(file, ROWS[0])
         assert path.read_text() == json_lines.to_line(ROWS[0])
@@ -47,7 +48,7 @@ def test_rows_by_index(path):
         rows[3]
 
 
-def test_a_file_that_is_not_there_or_empty(path):
+def test_a_missing_or_empty_file(path):
     assert list(read_lines(path, cut_short=True)) == []
     for read in (JsonLines, lambda path: list(read_lines(path))):
         with pytest.raises(FileNotFoundError):
@@ -66,17 +67,18 @@ BROKEN = [b'{"a": 1', b"[1]", b"3", b"no", b"\xff\xfe{}x", b'{"a":' + b"[" * 100
 
 
 @pytest.mark.parametrize("line", BROKEN)
-def test_a_broken_line_is_named(path, line):
+def test_a_broken_line_is_named_by_file_and_number(path, line):
     path.write_bytes(b'{"a":1}\n\n' + line + b'\n{"a":4}\n')
     for read in (lambda: list(read_lines(path)), lambda: JsonLines(path)[1]):
         with pytest.raises(UserError) as error:
             read()
-        assert f"{path}, line 3:" in str(error.value) and "\n" not in str(error.value)
+        message = str(error.value).removeprefix(str(path))
+        assert message != str(error.value) and re.search(r"\b3\b", message) and "\n" not in message
     assert JsonLines(path)[2] == {"a": 4}
 
 
 @pytest.mark.parametrize("line", BROKEN)
-def test_what_a_kill_cut_short_is_left_out(path, line):
+def test_a_line_that_a_kill_cut_short_is_skipped(path, line):
     path.write_bytes(b'{"a":1}\n' + line)
     assert list(read_lines(path, cut_short=True)) == [(1, {"a": 1})]
 
@@ -93,7 +95,7 @@ def test_another_process_reads_the_same(path):
     assert list(pickle.loads(pickle.dumps(JsonLines(path)))) == ROWS
 
 
-def test_half_a_million_lines_are_there_at_once(path):
+def test_half_a_million_lines_are_indexed_within_a_second(path):
     line = json_lines.to_line({"numbers": [12, 34, 56, 78], "target": 90})
     path.write_text(line * 500_000)
     began = time.monotonic()

@@ -1,5 +1,5 @@
-"""Qwen3 as a family of a user's own, in one file: Llama with RMSNorm on the queries and keys of each head, and with a
-head size that is free of the width."""
+"""Qwen3 as an example of a user's own model family, in one file. It is Llama with RMSNorm on the queries and keys of
+each head, and its head size does not depend on the width."""
 
 import dataclasses
 from typing import ClassVar
@@ -63,7 +63,7 @@ FAMILY = Family(
         ),
         write_config=hf.write_config,
         read_config=read_config,
-        read=(*hf.READ, "layer_types", "max_window_layers"),  # the last says nothing without sliding windows
+        read=(*hf.READ, "layer_types", "max_window_layers"),  # max_window_layers: unused without sliding windows
         fixed=hf.FIXED,
         positions=32_768,
     ),

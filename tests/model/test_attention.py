@@ -1,4 +1,4 @@
-"""Packed attention against the dense oracle, and what a token can and cannot see."""
+"""Packed attention against the dense reference, and the visibility of tokens in packed rows."""
 
 import dataclasses
 import functools
@@ -19,7 +19,8 @@ from tests.tiny import TOKENIZER, make_model, plain_logits, random_thread
 
 
 def packed_rows(seed, row_length, rows, longest):
-    """Rows of random trees with padding; one row is padding alone, one segment fills the better part of a row."""
+    """Packed rows [rows + 1, row_length] of random trees with padding; the last row is padding alone. Blocks have up to
+    `longest` tokens, in one tree of three up to four times as many, so that some segments fill most of a row."""
     rng = random.Random(seed)
     segments = []
     while sum(map(len, segments)) < 0.8 * row_length * rows:
@@ -31,6 +32,7 @@ def packed_rows(seed, row_length, rows, longest):
 
 
 def arrays(seed, rows, heads, kv_heads, size=8):
+    """Random queries, keys, values and a cotangent of the output, for packed rows."""
     B, T = rows.enter.shape
     keys = jax.random.split(jax.random.key(seed), 4)
     shapes = ((B, T, heads, size), (B, T, kv_heads, size), (B, T, kv_heads, size), (B, T, heads, size))
@@ -46,12 +48,12 @@ def close(a, b, tolerance=2e-5):
     "row_length, heads, kv_heads, longest",
     [(40, 4, 2, 4), (128, 2, 2, 8), (200, 4, 1, 12), (512, 4, 2, 30), (700, 2, 1, 90), (2048, 1, 1, 60)],
 )
-def test_packed_attention_is_the_dense_one_forward_and_backward(row_length, heads, kv_heads, longest):
+def test_packed_attention_equals_dense_attention_forward_and_backward(row_length, heads, kv_heads, longest):
     rows = packed_rows(row_length, row_length, 2, longest)
     q, k, v, cotangent = arrays(1, rows, heads, kv_heads)
     real = jnp.asarray(rows.exit > rows.enter)
     assert 0 < real.mean() < 1
-    cotangent = jnp.where(real[:, :, None, None], cotangent, 0.0)  # padding is nobody's
+    cotangent = jnp.where(real[:, :, None, None], cotangent, 0.0)  # no loss depends on padding
 
     @jax.jit
     def packed(q, k, v):
@@ -73,13 +75,13 @@ def test_packed_attention_is_the_dense_one_forward_and_backward(row_length, head
 
 
 def test_rows_of_padding_alone_are_finite_forward_and_backward():
-    nothing = pack_rows([[]], 256)
-    q, k, v, cotangent = arrays(2, nothing, 2, 1)
-    out, back = jax.vjp(lambda *x: packed_attention(nothing.enter, nothing.exit)(*x, None)[0], q, k, v)
+    padding = pack_rows([[]], 256)
+    q, k, v, cotangent = arrays(2, padding, 2, 1)
+    out, back = jax.vjp(lambda *x: packed_attention(padding.enter, padding.exit)(*x, None)[0], q, k, v)
     assert all(np.isfinite(x).all() for x in (out, *back(cotangent)))
 
 
-def test_visible_is_the_context_of_the_block_that_a_token_stands_in():
+def test_a_token_sees_the_context_of_its_block():
     thread = Thread(
         (
             Block((1, 2), False), Block((3,), True),
@@ -92,10 +94,10 @@ def test_visible_is_the_context_of_the_block_that_a_token_stands_in():
         [1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
         [1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0],
-        [1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0],  # the call: what came before, and itself
+        [1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0],  # the call: the context before it, and itself
         [1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0],
         [1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0],
-        [1, 1, 1, 0, 0, 0, 1, 0, 0, 0, 0, 0],  # the join: the call is gone
+        [1, 1, 1, 0, 0, 0, 1, 0, 0, 0, 0, 0],  # the join: it does not see the call
         [1, 1, 1, 0, 0, 0, 1, 1, 0, 0, 0, 0],
         [0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0],  # another tree
         [0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 0, 0],
@@ -106,7 +108,7 @@ def test_visible_is_the_context_of_the_block_that_a_token_stands_in():
 
 @pytest.fixture(scope="module")
 def logits_of():
-    """A function of packed rows: the logits behind each token's predecessor, and which tokens have one."""
+    """A function of packed rows: the logits after each token's predecessor, [B, T, V]."""
     model = make_model(1)
     logits = jax.jit(lambda rows: row_logits(model, rows))
     return lambda rows: np.asarray(logits(rows))
@@ -130,8 +132,9 @@ def test_a_token_changes_only_what_follows_it_on_its_own_path(logits_of, seed):
         assert (moved == sees)[predicted].all()
 
 
-def test_the_logits_of_a_packed_thread_are_those_of_its_paths_alone(logits_of):
-    """Calls and other trees leave no trace behind a join, against the plain forward of the text as it then stands."""
+def test_the_logits_of_a_packed_thread_are_those_of_its_context_alone(logits_of):
+    """The reference is the plain forward of each thread's context: calls and other trees have no effect on the tokens
+    after a join."""
     rng = random.Random(5)
     threads = [thread for _ in range(3) for thread in random_thread(rng, longest=6).walk()][:8]
     rows = pack_rows([[flatten_thread(thread) for thread in threads]], 256)
@@ -150,8 +153,8 @@ def test_the_logits_of_a_packed_thread_are_those_of_its_paths_alone(logits_of):
 
 
 @pytest.mark.gpu
-def test_a_step_with_the_fused_kernel_is_the_dense_one():
-    """In the trainer's shard_map, forward and backward, in bfloat16."""
+def test_a_step_with_the_fused_kernel_equals_a_dense_one():
+    """Forward and backward, inside the trainer's shard_map, in bfloat16."""
     rows, found = packed_rows(5, 512, 3, 40), {}
     for kind in ("cudnn", "dense"):
         model = make_model(1, width=128, heads=2, kv_heads=2, dtype="bfloat16", attention=kind)

@@ -1,8 +1,8 @@
-"""A server that answers as SGLang does, with next tokens that depend on the context alone, and with faults.
+"""A fake SGLang server for tests, with faults on request. Its next token is a function of the context.
 
-In a thread for tests of the engine (`FakeServer`), or as a process: ``python -m tests.rollout.fake_server serve FOLDER
-PORT``, which lasts for FAKE_LASTS requests the first time (FOLDER/ended tells that there was one) and for ever after,
-and takes FAKE_WAIT seconds to answer.
+It runs in a thread (`FakeServer`) or as a process: ``python -m tests.rollout.fake_server serve FOLDER PORT``. The
+process takes FAKE_WAIT seconds for an answer. If FAKE_LASTS is set and FOLDER/ended does not exist, the process creates
+that file and dies after FAKE_LASTS requests.
 """
 
 import asyncio
@@ -16,17 +16,19 @@ from pathlib import Path
 
 from apr_jax.tasks.countdown import trace
 from apr_jax.tasks.countdown.vocabulary import countdown_tokenizer
+from apr_jax.tasks.tagged.protocol import TAGS
+from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.threads.engine import Decoded
 from tests.threads.fake_engine import FakeEngine
 
-TOKENIZER = countdown_tokenizer(30)  # that of tests.tiny, which needs JAX
-CONTEXT = 200  # that the server's model holds; it refuses prompts within 6 of it
-SPARE = 7  # what is lost of it for sequences
+TOKENIZER = countdown_tokenizer(30)  # as in tests.tiny, which cannot be imported here: it needs JAX
+CONTEXT = 200  # tokens of the model's context; the server refuses prompts of CONTEXT - 6 tokens or more
+SPARE = 7  # a sequence may have CONTEXT - SPARE tokens
 LIKELY = tuple(map(TOKENIZER.token, (trace.SPAWN_OPEN, trace.SPAWN_CLOSE, trace.JOIN_OPEN))) + (TOKENIZER.eos,)
 
 
 def next_token(ids):
-    """What follows a context: any token, often one that matters."""
+    """Return the next id after a context: any token, often one of LIKELY."""
     digest = hashlib.blake2b(",".join(map(str, ids)).encode(), digest_size=4).digest()
     return LIKELY[digest[1] % len(LIKELY)] if digest[0] < 50 else digest[2] % len(TOKENIZER)
 
@@ -36,7 +38,7 @@ def logprob(ids):
 
 
 class ContextEngine(FakeEngine):
-    """The same tokens without a server."""
+    """An engine in memory with the same tokens and log-probabilities as the fake server."""
 
     def __init__(self, context=CONTEXT - SPARE, **settings):
         super().__init__(lambda name, ids: iter(()), context=context, **settings)
@@ -53,16 +55,20 @@ class ContextEngine(FakeEngine):
 
 
 class FakeServer:
-    """`faults` are used up one per request, None is none; `requests` are the bodies that came. `parts`: where an answer
-    is cut; `incremental`: whether a part holds new ids, log-probabilities, or both alone ("ids", "logprobs", "both");
-    `write` makes the bytes of an event's JSON."""
+    """A fake server in a thread. Use it as a context manager. `requests` are the bodies it received.
+
+    Each request takes one entry of `faults`: a name, an HTTP status, or None for no fault. An answer is streamed in
+    parts that end at the token counts `parts`. Each part has all ids and log-probabilities so far; `incremental` names
+    which of them are new ones only ("ids", "logprobs" or "both"). `own_end` is an id at which the server stops by
+    itself. An answer takes `wait` seconds. `write` converts an event's JSON to bytes.
+    """
 
     def __init__(self, faults=(), own_end=None, wait=0.0, parts=(1,), incremental="", write=None):
         self.parts, self.incremental = parts, incremental
         self.write = write or (lambda event: f"data: {event}\n\n".encode())
         self.faults, self.own_end, self.wait = deque(faults), own_end, wait
         self.requests, self.seen = [], []
-        self.lasts = None  # requests, then the process ends
+        self.lasts = None  # requests until the process dies; None: it does not
         self.under_way = self.most_under_way = 0
 
     # -------------------------------------------------------------- in a thread
@@ -107,7 +113,7 @@ class FakeServer:
             writer.close()
 
     async def _answer(self, head, reader, writer):
-        """Whether the connection stays."""
+        """Answer one request. Returns whether the connection stays open."""
         length = next((int(h.split(":")[1]) for h in head.split("\r\n") if h.lower().startswith("content-length")), 0)
         body = await reader.readexactly(length)
         path = head.split()[1]
@@ -179,9 +185,11 @@ class FakeServer:
         return True
 
     def _events(self, body):
-        """The parts of a streamed answer."""
+        """Return the parts of a streamed answer."""
         prompt, how = body["input_ids"], body["sampling_params"]
-        assert all(0 <= one < len(TOKENIZER) for one in prompt), "a real server would be gone"
+        assert all(0 <= one < len(TOKENIZER) for one in prompt), (
+            "an id outside the vocabulary would crash a real server"
+        )
         cached = max((_common(prompt, old) for old in self.seen), default=0)
         limit = min(how["max_new_tokens"], CONTEXT - 2 - len(prompt))
         stop = {*how.get("stop_token_ids", ()), *([] if self.own_end is None else [self.own_end])}
@@ -218,17 +226,18 @@ def _common(a, b):
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
-def tokens(event, ids):
+def set_tokens(event, ids):
+    """Replace the ids of an event, and their count."""
     event["output_ids"], event["meta_info"]["completion_tokens"] = ids, len(ids)
 
 
 FAULTS = {
     "wrong id": lambda event: event["output_ids"].__setitem__(-1, len(TOKENIZER)),
     "text id": lambda event: event["output_ids"].__setitem__(-1, "7"),
-    "too many": lambda event: tokens(event, event["output_ids"] * 300),
-    "no tokens": lambda event: tokens(event, []),
+    "too many": lambda event: set_tokens(event, event["output_ids"] * 300),
+    "no tokens": lambda event: set_tokens(event, []),
     "other count": lambda event: event["meta_info"].update(completion_tokens=99),
-    "other tokens": lambda event: tokens(event, [token ^ 1 for token in event["output_ids"]]),
+    "other tokens": lambda event: set_tokens(event, [token ^ 1 for token in event["output_ids"]]),
     "no logprobs": lambda event: event["meta_info"].pop("output_token_logprobs"),
     "null logprob": lambda event: event["meta_info"]["output_token_logprobs"][0].__setitem__(0, None),
     "large logprob": lambda event: event["meta_info"]["output_token_logprobs"][0].__setitem__(0, 0.5),
@@ -238,7 +247,17 @@ FAULTS = {
 }
 
 
+def speak(folder):
+    """Answers in the tokens of the exported model in a folder. Of a task of tags, every tag is likely."""
+    global TOKENIZER, LIKELY
+    TOKENIZER = Tokenizer.load(Path(folder) / "tokenizer.json")
+    if tags := [ids[0] for ids in map(TOKENIZER.encode, TAGS) if len(ids) == 1]:
+        LIKELY = (*tags, TOKENIZER.eos)
+
+
 def main(_, folder, port):
+    if (Path(folder) / "tokenizer.json").is_file():
+        speak(folder)
     server, marker = FakeServer(wait=float(os.environ.get("FAKE_WAIT", 0))), Path(folder) / "ended"
     if (lasts := int(os.environ.get("FAKE_LASTS", 0))) and not marker.exists():
         server.lasts = lasts

@@ -1,4 +1,4 @@
-"""How tokens are drawn: greedily, from the softmax, and from what top-k and top-p leave of it."""
+"""Sampling of tokens: greedy, from the softmax, and from the softmax cut by top-k and top-p."""
 
 import asyncio
 
@@ -23,7 +23,7 @@ def distribution(temperature, top_k=40, top_p=1.0):
 
 
 def chi_square(counts, probabilities):
-    """p-value; rare tokens are one bin."""
+    """The p-value of a chi-square test; tokens that are expected less than 5 times share one bin."""
     expected = probabilities * counts.sum()
     rare = expected < 5
     observed, expected = (np.append(x[~rare], x[rare].sum())[: None if rare.any() else -1] for x in (counts, expected))
@@ -43,11 +43,14 @@ def test_draws_follow_the_softmax(temperature):
     np.testing.assert_allclose(logprobs, right[np.asarray(tokens)], atol=1e-5)
     np.testing.assert_allclose(model_logprobs, log_softmax(logits)[np.asarray(tokens)], atol=1e-5)
     again, *_ = sample(rows, keys[:1].repeat(n, axis=0), jnp.arange(n, dtype=jnp.int32), how, truncated=False)
-    assert chi_square(np.bincount(again, minlength=40), np.exp(right)) > 1e-3, "positions of one sequence are as good"
+    assert chi_square(np.bincount(again, minlength=40), np.exp(right)) > 1e-3, (
+        "positions of one sequence are as independent"
+    )
 
 
 def kept(logits, temperature, top_k, top_p):
-    """The words that may be drawn, by the definition: the likeliest first, until there are k, until they have p."""
+    """The tokens that top-k and top-p keep, by the definition: the likeliest k, and of these the likeliest until their
+    probabilities add up to p."""
     order = np.argsort(-logits, kind="stable")[: top_k or len(logits)]
     scaled = logits[order] / temperature
     probabilities = np.exp(scaled - scaled.max()) / np.exp(scaled - scaled.max()).sum()
@@ -58,7 +61,7 @@ def kept(logits, temperature, top_k, top_p):
 @pytest.mark.parametrize(
     "temperature, top_k, top_p", [(1.0, 5, 1.0), (1.0, 0, 0.6), (0.7, 8, 0.8), (1.0, 1, 1.0), (1.0, 0, 1e-6)]
 )
-def test_truncated_draws_follow_the_softmax_of_what_is_kept(temperature, top_k, top_p):
+def test_truncated_draws_follow_the_softmax_of_the_kept_tokens(temperature, top_k, top_p):
     logits = np.random.default_rng(0).normal(size=40).astype(np.float32) * 1.5
     n = 20_000
     keys = np.random.default_rng(1).integers(0, 2**32, (n, 2), np.uint32)
@@ -68,7 +71,7 @@ def test_truncated_draws_follow_the_softmax_of_what_is_kept(temperature, top_k, 
         np.asarray, sample(rows, keys, jnp.full(n, 11, jnp.int32), how, truncated=True)
     )
     allowed = kept(logits, temperature, top_k, top_p)
-    assert set(tokens) == set(allowed), "every one of them is drawn, and no other"
+    assert set(tokens) == set(allowed), "every kept token is drawn, and no other"
     right = np.full(40, -np.inf)
     right[allowed] = log_softmax(logits[allowed] / temperature)
     np.testing.assert_allclose(logprobs, right[tokens], atol=1e-5)
@@ -78,12 +81,13 @@ def test_truncated_draws_follow_the_softmax_of_what_is_kept(temperature, top_k, 
 
 
 def truncated(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """The probabilities [S, V] that an engine draws from."""
+    """The probabilities [P, V] from which the JAX engine samples, with top-k and top-p applied."""
     how = distribution(temperature, min(top_k or logits.shape[1], logits.shape[1]), top_p)
     return np.asarray(jax.nn.softmax(truncate(jnp.asarray(logits) / how.temperature, how), axis=1))
 
 
-def of_transformers(logits, temperature=1.0, top_k=0, top_p=1.0):
+def truncated_by_transformers(logits, temperature=1.0, top_k=0, top_p=1.0):
+    """The probabilities [P, V] from which transformers samples, with top-k and top-p applied."""
     scores = torch.tensor(logits) / temperature
     warpers = [TopKLogitsWarper(top_k)] if top_k else []
     for warper in [*warpers, *([TopPLogitsWarper(top_p)] if top_p < 1 else [])]:
@@ -97,22 +101,22 @@ def of_transformers(logits, temperature=1.0, top_k=0, top_p=1.0):
     [(20, 1.0), (1, 1.0), (300, 1.0), (5000, 1.0), (0, 0.9), (0, 0.05), (0, 0.999), (20, 0.9), (20, 0.3), (5000, 0.6)],
 )
 def test_top_k_then_top_p_are_those_of_transformers(temperature, top_k, top_p):
-    """Of distinct logits. The second is a share of what the first has left."""
+    """For distinct logits: tied ones are in the next test."""
     rng = np.random.default_rng(top_k)
     quantiles = np.tile(stats.norm.ppf((np.arange(300) + 0.5) / 300), (200, 1))
     logits = (rng.permuted(quantiles, axis=1) * rng.uniform(0.5, 5, (200, 1))).astype(np.float32)
     assert all(len(np.unique(row / np.float32(temperature))) == 300 for row in logits)
-    mine, theirs = (of(logits, temperature, top_k, top_p) for of in (truncated, of_transformers))
+    mine, theirs = (cut(logits, temperature, top_k, top_p) for cut in (truncated, truncated_by_transformers))
     assert ((mine > 0) == (theirs > 0)).all()
     np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("top_k, top_p", [(20, 1.0), (1, 1.0), (7, 0.5), (0, 0.5), (0, 0.97)])
-def test_of_equally_likely_tokens_the_lower_id_stays_first(top_k, top_p):
-    """Logits of nine values, as bfloat16 makes them. By our rule exactly k stay; transformers keeps all that are as
-    likely as the k-th, and lets its sort decide which of equals top-p takes away."""
+def test_of_equally_likely_tokens_the_lower_id_is_kept_first(top_k, top_p):
+    """Logits of nine values, since bfloat16 makes many logits equal. Our top-k keeps exactly k tokens. That of
+    transformers keeps all tokens as likely as the k-th, and its sort decides which of equal tokens top-p cuts."""
     logits = np.random.default_rng(3).integers(-4, 5, (200, 200)).astype(np.float32) / 2
-    mine, theirs = (of(logits, 1.0, top_k, top_p) for of in (truncated, of_transformers))
+    mine, theirs = (cut(logits, 1.0, top_k, top_p) for cut in (truncated, truncated_by_transformers))
     for row, found, other in zip(logits, mine, theirs, strict=True):
         allowed = kept(row.astype(np.float64), 1.0, top_k, top_p)
         assert set(np.flatnonzero(found)) == set(allowed)
@@ -124,8 +128,8 @@ def test_of_equally_likely_tokens_the_lower_id_stays_first(top_k, top_p):
         np.testing.assert_allclose(found[allowed], right, rtol=1e-5)
 
 
-def test_top_p_of_one_takes_no_token_away():
-    """Whatever float32 loses in sums: a tail of a millionth of the probability, over 50,000 tokens."""
+def test_a_top_p_of_one_cuts_no_token():
+    """Even where float32 sums lose a tail of a millionth of the probability, spread over 50,000 tokens."""
     logits = np.full((1, 50_000), -14.0, np.float32)
     logits[0, ::5000] = np.arange(10)
     for top_k in (0, 49_999, 50_000, 10**6, 2**40):
@@ -144,7 +148,7 @@ def test_the_smallest_top_p_keeps_the_likeliest_token(top_p, top_k):
 
 
 @pytest.mark.parametrize("sampling", [Sampling(1.0, top_k=10**12), Sampling(1.0, top_p=1e-50), Sampling(1e-6)])
-def test_an_engine_takes_every_sampling_that_is_allowed(sampling):
+def test_an_engine_accepts_every_sampling_that_is_allowed(sampling):
     engine = JaxEngine(make_model(1), data_mesh(1), slots=1, context=64, steps=4)
     decoded = asyncio.run(engine.decode(engine.open((1, 9, 30), (0,)), frozenset(), 4, sampling))
     assert np.isfinite(decoded.logprobs).all() and np.isfinite(decoded.model_logprobs).all()
@@ -157,12 +161,12 @@ def test_an_engine_takes_every_sampling_that_is_allowed(sampling):
     [{"temperature": 1e-50}, {"temperature": 1e-7}, {"temperature": float("nan")}, {"temperature": float("inf")},
      {"top_p": float("nan")}, {"top_k": 2.5}],
 )  # fmt: skip
-def test_numbers_that_float32_cannot_draw_by_are_refused(given):
-    with pytest.raises(UserError, match=f"was given {next(iter(given.values()))}"):
+def test_settings_that_float32_cannot_represent_are_refused(given):
+    with pytest.raises(UserError, match=f"{next(iter(given))}.* {next(iter(given.values()))}"):
         Sampling(**given)
 
 
-def test_greedy_takes_the_largest_logit_and_the_model_s_own_log_probability():
+def test_greedy_returns_the_largest_logit_and_the_model_s_own_log_probability():
     logits = np.random.default_rng(0).normal(size=(50, 40)).astype(np.float32)
     keys = np.zeros((50, 2), np.uint32)
     for truncated in (False, True):
@@ -175,7 +179,7 @@ def test_greedy_takes_the_largest_logit_and_the_model_s_own_log_probability():
 
 
 def test_an_engine_s_draws_follow_the_model_s_softmax():
-    plain, mesh = make_model(1), data_mesh(min(2, jax.device_count()))  # one on a GPU
+    plain, mesh = make_model(1), data_mesh(min(2, jax.device_count()))  # 1 on a machine with one GPU
     engine = JaxEngine(plain, mesh, slots=64, context=64, steps=1)
     prompt = (1, 9, 30)
 

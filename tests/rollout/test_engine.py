@@ -1,4 +1,5 @@
-"""The JAX engine: the tokens and log-probabilities of plain forwards, whatever the slots, the order and the company."""
+"""The JAX engine: its tokens and log-probabilities are those of plain forward passes, for any number of slots, order of
+requests and batch composition."""
 
 import asyncio
 import random
@@ -34,12 +35,12 @@ from tests.tiny import (
 )
 
 CONTEXT = 96
-NOWHERE = frozenset()  # no stop
+NO_STOP = frozenset()
 
 
 @pytest.fixture(scope="module")
 def mesh():
-    return data_mesh(min(2, jax.device_count()))  # one on a GPU
+    return data_mesh(min(2, jax.device_count()))  # 1 on a machine with one GPU
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +54,13 @@ def plain():
 
 
 def idle(engine):
-    """Nothing is left behind: no request, and no slot in anybody's hands."""
+    """Whether the engine has no request and no slot has an owner."""
     engine._scheduler.check()
     return not engine._scheduler.busy and not any(engine._scheduler.slots.owners)
 
 
 def run_trees(engine, protocol, budget, names, order=None, temperature=1.0):
-    """The trees of `names` by name, asked for in another order; the n-th problem is n."""
+    """The trees of problems 0, 1, ... with these names. They are returned in this order and requested in `order`."""
     runner = TreeRunner(engine, protocol, TOKENIZER, budget, Sampling(temperature))
     order = list(range(len(names))) if order is None else order
     jobs = [lambda i=i: runner.run(i, names[i]) for i in order]
@@ -72,12 +73,12 @@ def run_trees(engine, protocol, budget, names, order=None, temperature=1.0):
 
 
 async def walk(engine, ids, name, levels, sampling, found):
-    """One thread by hand: writes, waits for three children, goes on from a shorter fork, twice. Adds what it wrote
-    as (context, decoded) to `found`; returns something that depends on all of it."""
+    """Run one thread without a runner. Twice it writes, waits for three children, and resumes in a fork that is shorter
+    by two ids. Appends (context, decoded) of every decode to `found`. Returns an id that depends on all of them."""
     sequence = engine.open(ids, name)
     for turn in range(2):
         before = tuple(sequence.ids)
-        decoded = await engine.decode(sequence, NOWHERE, 5 + turn, sampling)
+        decoded = await engine.decode(sequence, NO_STOP, 5 + turn, sampling)
         assert tuple(sequence.ids) == before + decoded.ids and len(decoded.ids) == 5 + turn and not decoded.stopped
         found.append((before, decoded))
         if levels:
@@ -94,8 +95,8 @@ async def walk(engine, ids, name, levels, sampling, found):
     return last
 
 
-@pytest.mark.parametrize("slots", [2, 8, 48])  # the last: no eviction, every fork takes over its parent's slot
-def test_greedy_decoding_is_the_argmax_of_plain_forwards_through_forks_joins_and_evictions(plain, mesh, slots):
+@pytest.mark.parametrize("slots", [2, 8, 48])  # with 48 no sequence loses its slot, and forks take over their parents'
+def test_greedy_tokens_are_the_argmax_of_plain_forwards_despite_forks_joins_and_evictions(plain, mesh, slots):
     engine = JaxEngine(plain, mesh, slots=slots, context=CONTEXT, steps=4)
     found = []
 
@@ -112,27 +113,27 @@ def test_greedy_decoding_is_the_argmax_of_plain_forwards_through_forks_joins_and
         np.testing.assert_allclose(decoded.logprobs, right, atol=1e-4)
 
 
-def test_a_fork_leaves_its_parent_as_it_is(plain, mesh):
-    """Fork and parent both go on; the parent is freed before or after, and nobody's tokens change."""
+def test_a_fork_does_not_change_its_parent(plain, mesh):
+    """Forks and parent continue side by side, and each decodes the same tokens as a new sequence with the same ids."""
     engine = JaxEngine(plain, mesh, slots=2, context=CONTEXT)
     prompt = tuple(range(4, 24))
 
     async def alone(ids):
         sequence = engine.open(ids, (0,))
-        decoded = await engine.decode(sequence, NOWHERE, 6, Sampling(0.0))
+        decoded = await engine.decode(sequence, NO_STOP, 6, Sampling(0.0))
         engine.free(sequence)
         return decoded.ids
 
     async def forked():
         parent = engine.open(prompt, (0,))
-        first = await engine.decode(parent, NOWHERE, 6, Sampling(0.0))
+        first = await engine.decode(parent, NO_STOP, 6, Sampling(0.0))
         forks = [engine.fork(parent, length, (1, length)) for length in (20, 9, 1)]
         for fork in forks:
             engine.extend(fork, (30, 31))
         ids = [tuple(fork.ids) for fork in forks]
         assert ids == [(*(*prompt, *first.ids)[:length], 30, 31) for length in (20, 9, 1)]
         parent_ids = tuple(parent.ids)
-        both = await asyncio.gather(*(engine.decode(s, NOWHERE, 6, Sampling(0.0)) for s in (*forks, parent)))
+        both = await asyncio.gather(*(engine.decode(s, NO_STOP, 6, Sampling(0.0)) for s in (*forks, parent)))
         for sequence in (parent, *forks):
             engine.free(sequence)
         return [*ids, parent_ids], [decoded.ids for decoded in both]
@@ -147,10 +148,10 @@ def test_a_fork_leaves_its_parent_as_it_is(plain, mesh):
 
 @pytest.fixture(scope="module")
 def trees(spawning, mesh):
-    """Nested trees of nonsense, sampled with room for all."""
+    """Nested trees of nonsense, sampled with 16 slots: every other number of slots must give the same tokens."""
     engine = JaxEngine(spawning, mesh, slots=16, context=CONTEXT, seed=3, steps=8)
     found = run_trees(engine, NonsenseProtocol(), BUDGET, NAMES)
-    assert sum(map(children, found)) > 50 and max(map(depth, found)) == 3, "or the tests on them show little"
+    assert sum(map(children, found)) > 50 and max(map(depth, found)) == 3, "too few threads for the tests to mean much"
     assert sum(tree.outcome.suppressed_joins for tree in found) > 5
     return found
 
@@ -159,7 +160,7 @@ BUDGET = Budget(CONTEXT, threads=40, depth=3)
 NAMES = [(7, i) for i in range(12)]
 
 
-def test_the_training_forward_finds_the_log_probabilities_of_the_engine_again(trees, spawning):
+def test_the_training_forward_computes_the_log_probabilities_of_the_engine(trees, spawning):
     segments = [flatten_thread(thread) for tree in trees for thread in tree.threads()]
     rows = first_fit([len(segment) for segment in segments], 256)
     packed = pack_rows([[segments[i] for i in row] for row in rows], 256)
@@ -170,8 +171,8 @@ def test_the_training_forward_finds_the_log_probabilities_of_the_engine_again(tr
     assert (packed.logprobs[sampled] < 0).all()
 
 
-def test_children_that_inherit_decode_behind_their_parent_s_context(spawning, mesh):
-    """The packed forward finds the engine's log-probabilities again, and slots change no token."""
+def test_children_that_inherit_continue_their_parent_s_context(spawning, mesh):
+    """The packed training forward computes the engine's log-probabilities, and the number of slots changes no token."""
     protocol = NonsenseProtocol(2, inherit=True)
     found = run_trees(JaxEngine(spawning, mesh, slots=16, context=CONTEXT, seed=3, steps=8), protocol, BUDGET, NAMES)
     inheriting = [thread for tree in found for thread in tree.threads() if thread.inherits]
@@ -188,7 +189,7 @@ def test_children_that_inherit_decode_behind_their_parent_s_context(spawning, me
     assert list(map(without_logprobs, few)) == list(map(without_logprobs, found))
 
 
-def test_the_model_s_own_log_probabilities_come_with_the_tokens_where_they_differ(spawning, mesh):
+def test_the_model_s_own_log_probabilities_are_returned_if_they_differ(spawning, mesh):
     def trees(sampling):
         engine = JaxEngine(spawning, mesh, slots=16, context=CONTEXT, seed=3, steps=8)
         runner = TreeRunner(engine, NonsenseProtocol(), TOKENIZER, BUDGET, sampling)
@@ -220,7 +221,7 @@ def test_the_model_s_own_log_probabilities_come_with_the_tokens_where_they_diffe
         (2, 32, ACCELERATOR_SHAPES._replace(width=32, length=16)),
     ],
 )
-def test_tokens_depend_on_no_slots_no_devices_no_shapes_and_no_order(trees, spawning, devices, slots, shapes):
+def test_tokens_do_not_depend_on_slots_devices_shapes_or_order(trees, spawning, devices, slots, shapes):
     order = random.Random(slots).sample(range(len(NAMES)), len(NAMES))
     mesh = data_mesh(min(devices, jax.device_count()))
     engine = JaxEngine(spawning, mesh, slots=slots, context=CONTEXT, seed=3, steps=8, shapes=shapes)
@@ -228,8 +229,8 @@ def test_tokens_depend_on_no_slots_no_devices_no_shapes_and_no_order(trees, spaw
         assert without_logprobs(tree) == without_logprobs(other) and tree.outcome == other.outcome
 
 
-def test_tokens_depend_on_no_company_and_no_chunks(trees, spawning, mesh):
-    """Every tree alone, in an engine that stops at other places to look around."""
+def test_tokens_do_not_depend_on_batch_composition_or_the_length_of_decode_calls(trees, spawning, mesh):
+    """Trees run alone, in an engine whose decode calls have another number of steps."""
     engine = JaxEngine(spawning, mesh, slots=2, context=CONTEXT, seed=3, steps=16)
     for i in (0, 5):
         runner = TreeRunner(engine, NonsenseProtocol(), TOKENIZER, BUDGET, Sampling(1.0))
@@ -239,21 +240,22 @@ def test_tokens_depend_on_no_company_and_no_chunks(trees, spawning, mesh):
 def test_names_and_seeds_decide_the_draws(trees, spawning, mesh):
     engine = JaxEngine(spawning, mesh, slots=16, context=CONTEXT, seed=4, steps=8)
     reseeded = run_trees(engine, NonsenseProtocol(), BUDGET, NAMES)
-    assert sum(without_logprobs(a) == without_logprobs(b) for a, b in zip(reseeded, trees)) <= 2  # short ones
+    equal = sum(without_logprobs(a) == without_logprobs(b) for a, b in zip(reseeded, trees))
+    assert equal <= 2, "only short trees may be equal, by chance"
     runner = TreeRunner(engine, NonsenseProtocol(), TOKENIZER, BUDGET, Sampling(1.0))
     same_prompt = asyncio.run(run_all([lambda name=name: runner.run(1, name) for name in NAMES]))
     assert len({without_logprobs(tree) for tree in same_prompt}) >= len(NAMES) - 2
 
 
-def test_a_position_written_twice_is_drawn_twice(plain, mesh):
-    """A fork continues with noise of its own, or a join would repeat the draws of its call."""
+def test_a_fork_draws_other_tokens_than_its_parent_at_the_same_positions(plain, mesh):
+    """Without that, a thread would repeat the random numbers of its call after the join."""
     engine = JaxEngine(plain, mesh, slots=2, context=CONTEXT)
 
     async def both():
         parent = engine.open((1, 5, 6), (0,))
-        first = await engine.decode(parent, NOWHERE, 20, Sampling(1.0))
+        first = await engine.decode(parent, NO_STOP, 20, Sampling(1.0))
         fork = engine.fork(parent, 3, (0, 1))
-        second = await engine.decode(fork, NOWHERE, 20, Sampling(1.0))
+        second = await engine.decode(fork, NO_STOP, 20, Sampling(1.0))
         engine.free(parent)
         engine.free(fork)
         return first.ids, second.ids
@@ -263,8 +265,8 @@ def test_a_position_written_twice_is_drawn_twice(plain, mesh):
 
 
 @pytest.mark.parametrize("wide, threads", [(4, 160), pytest.param(15, 4000, marks=pytest.mark.slow)])
-def test_two_slots_end_wide_nested_trees_of_waiting_parents(mesh, wide, threads):
-    """Far more parents wait than there are slots; every tree ends, with the tokens that many slots give."""
+def test_two_slots_complete_wide_nested_trees_of_waiting_parents(mesh, wide, threads):
+    """Far more parents wait than there are slots. Every tree ends, with the same tokens as with many slots."""
     model, budget = spawning_model(1, opens=6.5, closes=5.0, ends=0.0), Budget(CONTEXT, threads, depth=3)
     few, many = (
         run_trees(
@@ -276,8 +278,9 @@ def test_two_slots_end_wide_nested_trees_of_waiting_parents(mesh, wide, threads)
     assert list(map(without_logprobs, few)) == list(map(without_logprobs, many))
 
 
-def test_what_is_forced_is_what_was_asked_for(trees):
-    """Prompts, joins and the guard's tokens are forced and carry no log-probability; all else is sampled."""
+def test_only_prompts_joins_and_replaced_openings_are_forced(trees):
+    """Prompts, joins and a spawn opening that replaces a join opening are forced and have no log-probabilities. All
+    other blocks are sampled."""
     open_, close = (TOKENIZER.token(text) for text in (NonsenseProtocol.spawn_open, NonsenseProtocol.spawn_close))
     suppressed = 0
     for tree in trees:
@@ -296,7 +299,7 @@ def test_what_is_forced_is_what_was_asked_for(trees):
     assert suppressed == sum(tree.outcome.suppressed_joins for tree in trees)
 
 
-# ---------------------------------------------------------------------- whatever a model writes
+# ---------------------------------------------------------------------- malformed output and failures
 
 
 @pytest.mark.parametrize("malformed", ["stop", "fail"])
@@ -321,7 +324,7 @@ def test_trees_of_an_untrained_model_end_without_an_exception(mesh, count, malfo
 
 
 class Breaking(NonsenseProtocol):
-    """Fails in the middle of some problems' trees, while their other threads decode."""
+    """A protocol that raises an error when a child thread of a `broken` problem spawns, while other threads decode."""
 
     def __init__(self, broken):
         super().__init__()
@@ -339,8 +342,8 @@ class Breaking(NonsenseProtocol):
         return request
 
 
-def test_a_tree_that_raises_ends_the_evaluation_and_leaves_the_engine_whole(spawning, mesh, tmp_path):
-    """The same engine goes on: with trees that do not raise every record is that of an evaluation in one go."""
+def test_a_tree_that_raises_ends_the_evaluation_and_leaves_the_engine_usable(spawning, mesh, tmp_path):
+    """The evaluation is resumed with the same engine. Its records are those of an evaluation without interruption."""
     problems = [Problem((1, 2), 100 + i) for i in range(12)]
     engine = JaxEngine(spawning, mesh, slots=4, context=CONTEXT, seed=3, steps=8)
 
@@ -348,7 +351,7 @@ def test_a_tree_that_raises_ends_the_evaluation_and_leaves_the_engine_whole(spaw
         runner = TreeRunner(engine, Breaking(which), TOKENIZER, BUDGET, Sampling(1.0))
         return evaluate(runner, problems, path, task=Nonsense(), variant="threads", name="x", at_once=3)
 
-    with pytest.raises(ZeroDivisionError, match="on purpose"):
+    with pytest.raises(ZeroDivisionError):
         records({problem.target for problem in problems[3::3]}, tmp_path / "broken.jsonl")
     assert idle(engine)
     kept = read_records(tmp_path / "broken.jsonl.partial")
@@ -363,7 +366,7 @@ def test_a_tree_that_raises_ends_the_evaluation_and_leaves_the_engine_whole(spaw
     assert tokens(kept) == tokens(whole[record.index] for record in kept)
 
 
-def test_an_engine_goes_on_after_a_run_that_was_broken_off(spawning, trees, mesh):
+def test_an_engine_is_usable_after_a_run_that_raised(spawning, trees, mesh):
     engine = JaxEngine(spawning, mesh, slots=4, context=CONTEXT, seed=3, steps=8)
 
     class Broken(NonsenseProtocol):
@@ -377,24 +380,25 @@ def test_an_engine_goes_on_after_a_run_that_was_broken_off(spawning, trees, mesh
     assert list(map(without_logprobs, again)) == list(map(without_logprobs, trees[:3]))
 
 
-def test_a_failure_inside_the_engine_reaches_everybody_who_waits(plain, mesh):
+def test_a_failure_inside_the_engine_is_raised_by_every_decode(plain, mesh):
     engine = JaxEngine(plain, mesh, slots=2, context=CONTEXT)
 
     async def ask():
         sequences = [engine.open((1, 5), (i,)) for i in range(5)]
-        work = (engine.decode(sequence, frozenset({10**6}), 3, Sampling()) for sequence in sequences)  # no such id
+        outside = frozenset({10**6})  # a stop id that is not in the vocabulary
+        work = (engine.decode(sequence, outside, 3, Sampling()) for sequence in sequences)
         return await asyncio.wait_for(asyncio.gather(*work, return_exceptions=True), 60)
 
     errors = asyncio.run(ask())
     assert len(errors) == 5 and all(isinstance(error, RuntimeError) and "IndexError" in str(error) for error in errors)
 
 
-def test_new_weights_are_the_ones_that_decode(plain, mesh):
+def test_loaded_weights_are_used(plain, mesh):
     engine, other = JaxEngine(plain, mesh, slots=2, context=CONTEXT), make_model(9)
 
     async def greedy():
         sequence = engine.open((1, 9, 30), (0,))
-        decoded = await engine.decode(sequence, NOWHERE, 8, Sampling(0.0))
+        decoded = await engine.decode(sequence, NO_STOP, 8, Sampling(0.0))
         engine.free(sequence)
         return decoded.ids
 
@@ -411,50 +415,50 @@ def test_new_weights_are_the_ones_that_decode(plain, mesh):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"slots": 3}, "multiple of the 2 devices, was given 3"),
-        ({"slots": 0}, "was given 0"),
-        ({"context": SIZES["context"] + 1}, f"holds {SIZES['context']} tokens, an engine of {SIZES['context'] + 1}"),
+        ({"slots": 3}, "slots.* 3"),
+        ({"slots": 0}, "slots.* 0"),
+        ({"context": SIZES["context"] + 1}, f"{SIZES['context']} .*{SIZES['context'] + 1}"),
     ],
 )
-def test_engines_that_cannot_be_are_refused_with_what_was_given(plain, mesh, settings, message):
+def test_invalid_engine_settings_are_refused_with_their_value(plain, mesh, settings, message):
     with pytest.raises(ValueError, match=message):
         JaxEngine(plain, mesh, **{"slots": 2, "context": CONTEXT} | settings)
 
 
-def test_sequences_that_cannot_be_are_refused(plain, mesh):
+def test_invalid_sequences_and_requests_are_refused(plain, mesh):
     engine = JaxEngine(plain, mesh, slots=2, context=8)
     for ids in ((), (1,) * 9):
-        with pytest.raises(ValueError, match=f"1 to 8 tokens, was given {len(ids)}"):
+        with pytest.raises(ValueError, match=f"1 to 8 .*{len(ids)}"):
             engine.open(ids, (0,))
     sequence = engine.open((1, 2, 3), (0,))
     for length in (0, 4):
-        with pytest.raises(ValueError, match=f"1 to 3 tokens, was given {length}"):
+        with pytest.raises(ValueError, match=f"1 to 3 .*{length}"):
             engine.fork(sequence, length, (1,))
 
     def decode(sequence, limit=3):
-        return asyncio.run(engine.decode(sequence, NOWHERE, limit, Sampling()))
+        return asyncio.run(engine.decode(sequence, NO_STOP, limit, Sampling()))
 
-    with pytest.raises(ValueError, match="no room"):
+    with pytest.raises(ValueError, match="8 of 8"):
         decode(engine.open((1,) * 8, (0,)))
-    with pytest.raises(ValueError, match="no room"):
+    with pytest.raises(ValueError, match="3 of 8"):
         decode(sequence, limit=0)
     engine.free(sequence)
     with pytest.raises(ValueError, match="freed"):
         decode(sequence)
     for name, given in (("temperature", -1), ("top_k", -2), ("top_p", 0), ("top_p", 2)):
-        with pytest.raises(ValueError, match=f"was given {given}"):
+        with pytest.raises(ValueError, match=f"{name}.* {given}"):
             Sampling(**{name: given})
-    with pytest.raises(ValueError, match="window of 9 tokens was asked of an engine that holds 8"):
+    with pytest.raises(ValueError, match="9 .*8"):
         TreeRunner(engine, NonsenseProtocol(), TOKENIZER, Budget(9), Sampling())
 
 
-def test_a_window_is_filled_to_its_last_token(plain, mesh):
+def test_a_context_is_filled_to_its_last_token(plain, mesh):
     for context in (8, 128, 250):
         engine = JaxEngine(plain, mesh, slots=2, context=context)
 
         async def fill():
             sequence = engine.open((1, 9, 30), (0,))
-            decoded = await engine.decode(sequence, NOWHERE, 10**6, Sampling(0.0))
+            decoded = await engine.decode(sequence, NO_STOP, 10**6, Sampling(0.0))
             engine.free(sequence)
             return decoded
 

@@ -1,4 +1,4 @@
-"""The scheduler alone, played without a model: who gets a slot when, and which calls fill caches and decode."""
+"""The scheduler without a model: the order in which sequences get slots, and the calls that fill caches and decode."""
 
 import random
 
@@ -15,14 +15,14 @@ def scheduler(slots, devices=1):
 
 
 class Play:
-    """Sequences through a scheduler, and lists in the place of caches: what a copy or a prefill writes, and what a
-    decode call reads, is checked at its moment."""
+    """A simulated engine whose caches are lists of ids. It does the copies and prefills of the scheduler's rounds, and
+    checks at every decode call that the slots contain the ids that their sequences need."""
 
     def __init__(self, slots, devices, seed=0):
         self.scheduler = scheduler(slots, devices)
         self.devices, self.rng = devices, random.Random(seed)
         self.cache = [[] for _ in range(slots)]
-        self.given = []  # requests in the order in which they got a slot
+        self.started = []  # requests in the order in which they got a slot
 
     def ask(self, sequence, tokens):
         request = Request(sequence, tokens)
@@ -30,8 +30,8 @@ class Play:
         return request
 
     def step(self):
-        """One turn of the engine's loop; returns the requests that ended."""
-        known = set(map(id, self.given))
+        """Do one turn of the engine's loop. Returns the requests that ended."""
+        known = set(map(id, self.started))
         for copies, prefills in self.scheduler.admit():
             for source, target, count in copies:
                 assert self.scheduler.slots.device(source) == self.scheduler.slots.device(target)
@@ -41,7 +41,7 @@ class Play:
         self.scheduler.check()
         groups = list(self.scheduler.groups())
         running = [request for group in groups for there in group.requests for request in there]
-        self.given += [request for request in running if id(request) not in known]
+        self.started += [request for request in running if id(request) not in known]
         self.check_groups(groups, running)
         for request in running:
             self.draw(request, min(request.left, self.rng.randint(1, STEPS)))
@@ -55,14 +55,15 @@ class Play:
     def draw(self, request, count):
         sequence = request.sequence
         cached = len(sequence.ids) - 1
-        assert self.cache[sequence.slot][:cached] == sequence.ids[:-1], "the slot holds what the sequence needs"
+        assert self.cache[sequence.slot][:cached] == sequence.ids[:-1], "the slot lacks ids of its sequence"
         sequence.ids.extend(self.rng.randrange(50) for _ in range(count))
         self.cache[sequence.slot][cached:] = sequence.ids[cached:-1]
         self.scheduler.slots.note(sequence, len(sequence.ids) - 1)
         request.left -= count
 
     def check_groups(self, groups, running):
-        """Every running request is in one call, and fits it; a call is as short and as full as promised."""
+        """Check that every running request is in one call, that a call has the smallest width that fits, and that it is
+        as full as FILLED demands."""
         owners = [owner for owner in self.scheduler.slots.owners if owner and owner.state is State.RUNNING]
         assert sorted(map(id, owners)) == sorted(id(request.sequence) for request in running)
         slots = [request.sequence.slot for request in running]
@@ -82,11 +83,12 @@ class Play:
 
 @pytest.mark.parametrize("slots, devices", [(1, 1), (2, 2), (5, 1), (12, 2), (60, 3)])
 @pytest.mark.parametrize("seed", range(3))
-def test_whatever_is_asked_decodes_in_the_end(slots, devices, seed):
-    """Trees of waiting parents that fork, free, go on, or are dropped in between, with any number of slots."""
+def test_every_request_ends(slots, devices, seed):
+    """Random trees of parents that wait for children, fork and resume, with any number of slots. Some requests are
+    cancelled."""
     play, rng = Play(slots, devices, seed), random.Random(seed)
     stems = [[rng.randrange(50) for _ in range(40)] for _ in range(3)]
-    asked, children, parents = {}, {}, {}  # by id of a request; of children, by id of a parent's sequence
+    asked, children, parents = {}, {}, {}  # keyed by id(): of a request, of a parent's sequence, of a child's request
     ended = 0
 
     def ask(sequence, parent=None):
@@ -96,13 +98,14 @@ def test_whatever_is_asked_decodes_in_the_end(slots, devices, seed):
             children.setdefault(id(parent), set()).add(id(request))
             parents[id(request)] = parent
 
-    def gone(request, drop):
-        """A request that ended or was dropped: its sequence has children, or is freed, and its parent may go on."""
+    def finish(request, cancelled):
+        """After a request that ended or was cancelled: its sequence gets children or is freed. When a parent's last
+        child is done, the parent resumes in a fork."""
         nonlocal ended
         ended += 1
         del asked[id(request)]
         sequence, parent = request.sequence, parents.pop(id(request), None)
-        if sequence.depth < 4 and not drop and len(sequence.ids) < 150 and rng.random() < 0.7:
+        if sequence.depth < 4 and not cancelled and len(sequence.ids) < 150 and rng.random() < 0.7:
             for _ in range(rng.randint(1, 3)):
                 child = Sequence(sequence.ids[: rng.randint(1, len(sequence.ids))] + [3, 4], None, sequence.depth + 1)
                 child.parent, child.shared = sequence, len(child.ids) - 2
@@ -127,27 +130,27 @@ def test_whatever_is_asked_decodes_in_the_end(slots, devices, seed):
         if not play.scheduler.busy:
             break
         for request in play.step():
-            gone(request, drop=False)
+            finish(request, cancelled=False)
         if rng.random() < 0.1 and asked:
-            dropped = rng.choice(list(asked.values()))
-            play.scheduler.end(dropped)
+            cancelled = rng.choice(list(asked.values()))
+            play.scheduler.end(cancelled)
             play.scheduler.check()
-            gone(dropped, drop=True)
+            finish(cancelled, cancelled=True)
     assert not asked and not play.scheduler.busy and ended > 12
     play.scheduler.check()
 
 
-def test_longer_names_come_first_and_equal_ones_in_their_order():
+def test_longer_names_are_served_first_and_equal_ones_in_order_of_arrival():
     play = Play(slots=1, devices=1)
     depths = [1, 3, 2, 3, 1, 2]
     requests = [play.ask(Sequence([7, 8, index], None, depth), 1) for index, depth in enumerate(depths)]
     while play.scheduler.busy:
         for request in play.step():
             play.scheduler.slots.free(request.sequence)
-    assert [requests.index(request) for request in play.given] == [1, 3, 2, 5, 0, 4]
+    assert [requests.index(request) for request in play.started] == [1, 3, 2, 5, 0, 4]
 
 
-def test_who_does_not_run_longest_loses_its_slot_and_who_runs_keeps_it():
+def test_the_longest_idle_sequence_loses_its_slot_and_a_running_one_keeps_it():
     play = Play(slots=3, devices=1)
     first, second, third, fourth, fifth = (Sequence([number] * 4, None, 1) for number in range(5))
     play.ask(first, 1), play.ask(second, 1), play.ask(third, 100)
@@ -163,7 +166,7 @@ def test_who_does_not_run_longest_loses_its_slot_and_who_runs_keeps_it():
     again = play.ask(first, 5)
     play.ask(fifth, 5)
     play.step()
-    assert first.state is State.WAITING and again.left == 5, "all slots run"
+    assert first.state is State.WAITING and again.left == 5, "a running sequence lost its slot"
     assert [s.state for s in (second, third, fourth)] == [State.RUNNING] * 3
 
 
@@ -172,17 +175,17 @@ def test_a_ready_sequence_may_lose_its_slot_to_a_longer_name():
     root, child = Sequence([1, 2], None, 1), Sequence([3, 4], None, 2)
     play.ask(root, 1)
     play.step()
-    going_on = play.ask(root, 2)
+    resumed = play.ask(root, 2)
     play.ask(child, 1)
     assert root.state is State.READY
     play.step()
-    assert child.state is State.IDLE and root.state is State.WAITING and going_on.left == 2
+    assert child.state is State.IDLE and root.state is State.WAITING and resumed.left == 2
     while play.scheduler.busy:
         play.step()
-    assert root.state is State.IDLE and child.state is State.OUTSIDE and not going_on.left
+    assert root.state is State.IDLE and child.state is State.OUTSIDE and not resumed.left
 
 
-def test_when_nothing_waits_the_shortest_of_the_fullest_device_move():
+def test_when_no_request_waits_the_shortest_sequences_of_the_fullest_device_move():
     play = Play(slots=40, devices=2)
     requests = [play.ask(Sequence([50 + index] * (60 + index), None, 1), 100) for index in range(40)]
     play.scheduler.admit()
@@ -200,7 +203,7 @@ def test_when_nothing_waits_the_shortest_of_the_fullest_device_move():
     assert [(p.sequence, p.first) for r in plan for p in r.prefills] == [(r.sequence, 0) for r in moved]
 
 
-def test_equal_lengths_decode_in_one_call_and_a_long_one_apart():
+def test_sequences_of_equal_length_share_a_call_and_a_long_one_has_its_own():
     play = Play(slots=16, devices=1)
     for length in [20] * 6 + [200]:
         play.ask(Sequence(range(length), None, 1), 50)
@@ -209,35 +212,35 @@ def test_equal_lengths_decode_in_one_call_and_a_long_one_apart():
     assert [(g.width, g.size, [len(there) for there in g.requests]) for g in groups] == [(256, 1, [1]), (64, 8, [6])]
 
 
-def test_a_group_s_empty_places_go_to_the_next_shorter():
+def test_a_group_s_empty_places_go_to_the_next_shorter_sequences():
     play = Play(slots=16, devices=2)
     for index in range(14):
         play.ask(Sequence(range(100 if index < 6 else 20), None, 1), 50)
     play.scheduler.admit()
     first, *_ = groups = list(play.scheduler.groups())
     assert first.width == 128 and first.size == 4
-    assert [len(there) for there in first.requests] == [4, 4], "three of a width, and one that is shorter"
+    assert [len(there) for there in first.requests] == [4, 4], "three of the width, and a shorter one"
     assert sum(len(there) for group in groups for there in group.requests) == 14
 
 
-def test_what_cannot_be_asked_is_refused():
+def test_invalid_requests_are_refused():
     play = Play(slots=2, devices=1)
     sequence = Sequence([1, 2, 3], None, 1)
     request = play.ask(sequence, 50)
-    for _ in range(2):  # it waits, then it runs
-        with pytest.raises(ValueError, match="decodes already"):
+    for _ in range(2):  # first the request waits, then it runs
+        with pytest.raises(ValueError, match="already"):
             play.ask(sequence, 1)
-        with pytest.raises(ValueError, match="while it decodes"):
+        with pytest.raises(ValueError, match="decodes"):
             play.scheduler.slots.free(sequence)
         play.step()
     play.scheduler.end(request)
     play.scheduler.slots.free(sequence)
-    with pytest.raises(ValueError, match="a freed sequence cannot decode"):
+    with pytest.raises(ValueError, match="freed"):
         play.ask(sequence, 1)
     play.scheduler.check()
 
 
-def test_all_requests_end_at_once():
+def test_all_requests_can_be_ended_at_once():
     play = Play(slots=2, devices=1)
     requests = [play.ask(Sequence([index, 1], None, 1), 50) for index in range(5)]
     play.step()
@@ -249,7 +252,7 @@ def test_all_requests_end_at_once():
 
 
 @pytest.mark.parametrize("field, value", [("state", State.OUTSIDE), ("slot", 1), ("cached", 1)])
-def test_a_check_finds_what_does_not_fit_together(field, value):
+def test_a_check_finds_contradictions(field, value):
     play = Play(slots=2, devices=1)
     request = play.ask(Sequence([1, 2, 3], None, 1), 50)
     play.step()
@@ -259,8 +262,8 @@ def test_a_check_finds_what_does_not_fit_together(field, value):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_plan_in_its_order_fills_every_slot_with_what_it_should_hold(seed):
-    """Played on lists: copies read what stands there at their moment, prefills write what they were given."""
+def test_a_plan_s_rounds_fill_every_slot_with_its_sequence_s_ids(seed):
+    """Caches are lists of ids. A copy reads the content that a slot has at that time."""
     rng = random.Random(seed)
     table = Slots(12, devices=2)
     cache = [[] for _ in range(12)]
@@ -291,7 +294,7 @@ def test_a_plan_in_its_order_fills_every_slot_with_what_it_should_hold(seed):
         for sequence in filled:
             assert cache[sequence.slot][: len(sequence.ids) - 1] == sequence.ids[:-1]
         for sequence in [s for s in live if s.state is State.OUTSIDE or rng.random() < 0.2]:
-            live.remove(sequence)  # evicted, or idle: it may be
+            live.remove(sequence)  # it lost its slot, or becomes idle and may lose it
             if sequence.state is State.RUNNING:
                 table.rest(sequence)
         for sequence in rng.sample(live, rng.randint(0, len(live))):

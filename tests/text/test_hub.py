@@ -1,8 +1,10 @@
-"""Tokenizers of transformers, trained here: a task's tokens survive decoding, ends are kept, wrong ids are refused."""
+"""Hugging Face tokenizers, trained by the tests: a task's tokens survive decoding, a model may have several end ids,
+and wrong ids are refused."""
 
 import asyncio
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -30,7 +32,8 @@ CORPUS = [thread.text for thread in TREE.threads()]
 
 
 def trained(kind: str) -> tokenizers.Tokenizer:
-    """A BPE tokenizer of bytes, as Llama 3's, or of characters with a mark for spaces, as Llama 2's."""
+    """Return a trained BPE tokenizer: of bytes, like Llama 3's ("bytes"), or of characters with a mark for spaces,
+    like Llama 2's ("characters")."""
     special = ["<s>", "</s>", "<pad>", "<unk>"]
     backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
     if kind == "bytes":
@@ -51,6 +54,7 @@ def of_transformers(backend: tokenizers.Tokenizer, **changes) -> PreTrainedToken
     return PreTrainedTokenizerFast(tokenizer_object=backend, **special | changes)
 
 
+# Ways in which a user may add a task's tokens to a tokenizer of transformers.
 ADD = {
     "further special": lambda theirs: theirs.add_special_tokens({"additional_special_tokens": TASK}),
     "special": lambda theirs: theirs.add_tokens([AddedToken(text, special=True, normalized=False) for text in TASK]),
@@ -59,6 +63,7 @@ ADD = {
 
 
 def with_task(kind: str, way: str) -> HubTokenizer:
+    """Return a trained tokenizer with the task's tokens added in one of the ways of `ADD`."""
     theirs = of_transformers(trained(kind), clean_up_tokenization_spaces=True)
     ADD[way](theirs)
     return HubTokenizer(theirs)
@@ -72,7 +77,7 @@ TEXTS = st.lists(
 
 
 @pytest.mark.parametrize("which", TOKENIZERS, ids=" ".join)
-def test_a_tasks_tokens_survive_decoding_and_roles_vanish(which):
+def test_decoding_keeps_a_tasks_tokens_and_leaves_out_begin_end_and_padding(which):
     tokenizer = TOKENIZERS[which]
 
     @settings(max_examples=40)
@@ -102,7 +107,7 @@ def test_rollouts_spawn_with_added_tokens(which):
     assert len(found.root.children) == len(TREE.root.children) > 0 and found.outcome.correct
 
 
-def test_ours_with_added_tokens_is_read_as_one_of_transformers(tmp_path):
+def test_our_tokenizer_with_added_tokens_is_loaded_as_one_of_transformers(tmp_path):
     theirs = of_transformers(tokenizers.Tokenizer.from_str(TOKENIZER.backend.to_str()))
     theirs.add_tokens(["<help>"], special_tokens=True)
     theirs.save_pretrained(tmp_path)
@@ -114,11 +119,12 @@ def test_ours_with_added_tokens_is_read_as_one_of_transformers(tmp_path):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-# ---------------------------------------------------------------------- ends of a text
+# ---------------------------------------------------------------------- end ids
 
 
 def saved(folder, ends, file="generation_config.json"):
-    """A tokenizer of transformers with a second token for the end, beside a model's file that names the `ends`."""
+    """Save a tokenizer of transformers that has a second end token, and a model's `file` with `ends` as end ids, in
+    one folder. Returns the id of the second end token."""
     theirs = of_transformers(trained("bytes"))
     ADD["special"](theirs)
     theirs.add_special_tokens({"additional_special_tokens": ["<end of turn>"]})
@@ -136,7 +142,7 @@ def test_all_ends_of_a_model_end_its_threads(tmp_path, file):
     assert tokenizer.ends == {tokenizer.eos, second} == {1, second}
     text = "Moving to Node #0"
     assert tokenizer.decode([*tokenizer.encode(text), second]) == text
-    tree = encode_tree(TREE, tokenizer.encode, tokenizer.bos, second)  # whose threads end with the other
+    tree = encode_tree(TREE, tokenizer.encode, tokenizer.bos, second)  # threads that end with the second end token
     engine = scripted(scripts_of(tree, (0,)), context=10**5)
     runner = TreeRunner(engine, CountdownProtocol(), tokenizer, Budget(10**5), Sampling(1.0))
     found = asyncio.run(runner.run(PROBLEM, (0,)))
@@ -144,7 +150,7 @@ def test_all_ends_of_a_model_end_its_threads(tmp_path, file):
     assert {thread.blocks[-1].content[-1] for thread in found.threads()} == {second}
 
 
-def test_one_end_or_none_is_the_tokenizers_own(tmp_path):
+def test_without_further_ends_the_tokenizers_own_end_is_the_only_one(tmp_path):
     for ends in (1, [1], [], None):
         saved(tmp_path, ends)
         assert load_tokenizer(str(tmp_path)).ends == {1}
@@ -153,26 +159,27 @@ def test_one_end_or_none_is_the_tokenizers_own(tmp_path):
 
 
 @pytest.mark.parametrize("ends", [9000, -1, [1, 9000], "</s>", [1, "x"], True, 1.5, {"a": 1}])
-def test_an_end_that_is_no_id_is_refused_by_file_and_value(tmp_path, ends):
+def test_an_end_that_is_no_id_is_refused_with_file_and_value(tmp_path, ends):
     saved(tmp_path, ends)
-    with pytest.raises(UserError, match="generation_config.json: eos_token_id is .*, must be an id"):
+    wrong = next((end for end in ends if end != 1), None) if isinstance(ends, list) else ends
+    with pytest.raises(UserError, match=f"generation_config.json.*eos_token_id.*{re.escape(json.dumps(wrong))}"):
         load_tokenizer(str(tmp_path))
     (tmp_path / "generation_config.json").write_text("{")
-    with pytest.raises(UserError, match="generation_config.json is no JSON"):
+    with pytest.raises(UserError, match="generation_config.json"):
         load_tokenizer(str(tmp_path))
 
 
-def test_our_tokenizer_has_the_ends_of_the_model_beside_it(tmp_path):
+def test_our_tokenizer_has_the_ends_of_the_model_in_its_folder(tmp_path):
     TOKENIZER.save(tmp_path / "tokenizer.json")
     assert load_tokenizer(str(tmp_path / "tokenizer.json")).ends == TOKENIZER.ends == {TOKENIZER.eos}
     other = TOKENIZER.token("7")
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [TOKENIZER.eos, other]}))
     tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))
     assert tokenizer.ends == {TOKENIZER.eos, other}
-    assert tokenizer.decode(tokenizer.encode("17 and 7")) == "17 and 7"  # an end that is text is shown
+    assert tokenizer.decode(tokenizer.encode("17 and 7")) == "17 and 7", "decoding left out an end that is text"
 
 
-def test_a_token_of_the_task_ends_no_text():
+def test_a_token_of_the_task_as_an_end_is_refused():
     for text in (trace.SPAWN_OPEN, trace.SPAWN_CLOSE, trace.JOIN_OPEN):
         tokenizer = Tokenizer(TOKENIZER.backend, [TOKENIZER.token(text)])
         with pytest.raises(UserError, match="eos_token_id") as caught:
@@ -180,24 +187,24 @@ def test_a_token_of_the_task_ends_no_text():
         assert repr(text) in str(caught.value)
 
 
-# ---------------------------------------------------------------------- ids past the length
+# ---------------------------------------------------------------------- ids at or above the length
 
 
 def renumbered(backend: tokenizers.Tokenizer, index: int) -> str:
-    """tokenizer.json with the last token's id changed."""
+    """Return the content of tokenizer.json with the id of the last token changed to `index`."""
     stored = json.loads(backend.to_str())
     vocabulary = stored["model"]["vocab"]
     vocabulary[max(vocabulary, key=vocabulary.get)] = index
     return json.dumps(stored)
 
 
-def test_a_tokenizer_with_an_id_at_or_past_its_length_is_refused(tmp_path):
+def test_a_tokenizer_with_an_id_at_or_above_its_length_is_refused(tmp_path):
     ours, theirs = tmp_path / "ours.json", tmp_path / "theirs"
     length = len(TOKENIZER)
     for index in (length, length + 663):
         ours.write_text(renumbered(TOKENIZER.backend, index))
         for load in (Tokenizer.load, load_tokenizer):
-            with pytest.raises(UserError, match=f"{length} tokens, but .* has the id {index}"):
+            with pytest.raises(UserError, match=f"{length}.*{index}"):
                 load(str(ours))
     of_transformers(trained("bytes")).save_pretrained(theirs)
     backend = tokenizers.Tokenizer.from_file(str(theirs / "tokenizer.json"))
@@ -205,11 +212,11 @@ def test_a_tokenizer_with_an_id_at_or_past_its_length_is_refused(tmp_path):
     assert len(load_tokenizer(str(theirs))) == length
     (theirs / "tokenizer.json").write_text(renumbered(backend, length + 1))
     for name in (theirs, theirs / "tokenizer.json"):
-        with pytest.raises(UserError, match=f"{length} tokens, but .* has the id {length + 1}"):
+        with pytest.raises(UserError, match=f"{length}.*{length + 1}"):
             load_tokenizer(str(name))
 
 
-def test_the_tokenizer_of_a_run_is_the_nearest(tmp_path):
+def test_the_nearest_tokenizer_is_found(tmp_path):
     run = tmp_path / "run"
     step = run / "sft" / "checkpoints" / "10"
     step.mkdir(parents=True)

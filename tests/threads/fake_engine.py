@@ -1,4 +1,5 @@
-"""Engines in memory for tests: they play scripts or draw at random, and check how they are used."""
+"""Fake engines without a model for tests: they play scripts or draw random tokens, and assert that callers keep to the
+engine contract."""
 
 import asyncio
 import random
@@ -8,15 +9,22 @@ from apr_jax.threads.engine import Decoded
 
 
 class FakeSequence:
+    """A sequence of `FakeEngine`. `thread` is the name of the thread that writes it; `tape` yields that thread's
+    tokens."""
+
     def __init__(self, ids, name, tape, thread):
         self.ids, self.name, self.tape, self.thread = list(ids), tuple(name), tape, tuple(thread)
 
 
 class FakeEngine:
-    """`tape(name, ids)` gives the tokens that a thread will write, as an iterator that its forks go on with; a child
-    that inherits its parent's context, a fork by a child's name, has its own.
+    """An `Engine` whose threads write given tokens.
 
-    Trees end in an order that `shuffle` decides: every decode waits some turns of the event loop first.
+    `tape(name, ids)` returns an iterator over the tokens that a thread will write. `name` is the thread's name; `ids`
+    is its context at the beginning. When a thread resumes in a fork, the fork continues the same iterator. A fork for a
+    child that inherits the context gets an iterator of its own.
+
+    `shuffle` seeds the order in which trees end: every decode first waits a random number of turns of the event loop.
+    `live` are the sequences that were not freed; `names` are the names of all sequences, in order.
     """
 
     def __init__(self, tape, context=4096, shuffle=0):
@@ -37,7 +45,7 @@ class FakeEngine:
     def fork(self, sequence, length, name):
         assert sequence in self.live and 1 <= length <= len(sequence.ids)
         ids = sequence.ids[:length]
-        if len(name) == len(sequence.thread) + 1:  # the same thread goes on
+        if len(name) == len(sequence.thread) + 1:  # one more number: the same thread resumes
             return self._add(FakeSequence(ids, name, sequence.tape, sequence.thread))
         return self._add(FakeSequence(ids, name, self.tape(tuple(name), tuple(ids)), thread=name))
 
@@ -63,7 +71,8 @@ class FakeEngine:
 
 
 def scripts_of(tree, name):
-    """What every thread of a tree of ids wrote, calls included, by the name that a runner gives the thread."""
+    """Return the tokens that each thread of a tree of ids wrote, calls included, by the name that a runner gives the
+    thread. `name` is the root's."""
     scripts = {}
 
     def add(thread, name):
@@ -84,16 +93,18 @@ def scripts_of(tree, name):
 
 
 def scripted(scripts, **settings):
-    """An engine that plays token ids by thread name; it runs out where a thread writes more than its script."""
+    """Return an engine that plays `scripts`: the ids of each thread by its name. Decoding beyond a script raises an
+    error."""
     return FakeEngine(lambda name, ids: iter(scripts[name]), **settings)
 
 
-def drawing(vocabulary, likely, **settings):
-    """An engine of noise: tokens drawn by the thread's name alone, half of them from `likely`."""
+def drawing(vocab_size, likely, **settings):
+    """Return an engine of random tokens that depend on the thread's name alone. Half of them are from `likely`, the
+    others from all `vocab_size` ids."""
 
     def tape(name, ids):
         rng = random.Random(repr(name))
         while True:
-            yield rng.choice(likely) if rng.random() < 0.5 else rng.randrange(vocabulary)
+            yield rng.choice(likely) if rng.random() < 0.5 else rng.randrange(vocab_size)
 
     return FakeEngine(tape, **settings)

@@ -1,4 +1,4 @@
-"""Costs of a tree against a slow oracle that counts tokens one by one, and the tree's JSON."""
+"""Costs of a tree against a slow reference that counts tokens one by one, and the tree's JSON form."""
 
 import dataclasses
 import itertools
@@ -23,6 +23,7 @@ FAILURES = st.sampled_from([None, "length", "malformed:empty"])
 
 
 def threads(levels):
+    """A strategy for threads of ids with up to `levels` levels of children."""
     item = SAMPLED
     if levels:
         children = st.lists(threads(levels - 1), min_size=1, max_size=3)
@@ -61,7 +62,9 @@ EXAMPLE = ThreadTree(
 
 
 def events(thread, number=itertools.count()):
-    """The oracle: every token of the tree as (id, ids that must be there before it, tokens held with it)."""
+    """The reference: one tuple for each token of a thread and its descendants. It is (number of the token, numbers of
+    the tokens that must be written before it, numbers of the tokens in its context and itself, whether it was
+    sampled)."""
     out = []
 
     def run(thread, before, inherited=()):
@@ -76,7 +79,7 @@ def events(thread, number=itertools.count()):
                     out.append((me, last, list(context), block.sampled))
                     last = [me]
             if isinstance(item, Spawn):
-                # No token of the join before every child has ended.
+                # The join can begin only when every child has ended.
                 shared = context[:start]
                 ends = [run(child, last, shared if child.inherits else ()) for child in item.children]
                 last = last + [end for one in ends for end in one]
@@ -93,6 +96,7 @@ def events(thread, number=itertools.count()):
 
 
 def longest_chain(tokens):
+    """Return the length of the longest chain in the tuples of `events`."""
     depth = {}
     for me, before, _, _ in tokens:
         depth[me] = 1 + max((depth[other] for other in before), default=0)
@@ -134,7 +138,7 @@ def test_one_thread_costs_the_same_however_it_is_counted():
 
 
 @given(TREES)
-def test_json_loses_nothing(tree):
+def test_json_restores_an_equal_tree(tree):
     assert tree_json.tree_from_json(json.loads(json.dumps(tree_json.tree_to_json(tree)))) == tree
 
 
@@ -145,13 +149,20 @@ def test_json_keeps_text_and_rounds_only_when_asked():
     assert tree_json.tree_from_json(tree_json.tree_to_json(tree)) == tree
 
 
-def test_an_outcome_stands_in_the_json_of_a_rollout_alone():
+def test_only_the_json_of_a_rollout_has_an_outcome():
     outcome = TreeOutcome(correct=False, answered=True, failures={"length": 2}, suppressed_joins=1)
     assert "outcome" not in tree_json.tree_to_json(EXAMPLE)
     assert tree_json.tree_to_json(dataclasses.replace(EXAMPLE, outcome=outcome))["outcome"] == {
         "correct": False, "answered": True, "failures": {"length": 2}, "malformed": {}, "suppressed_joins": 1,
         "forced_spawns": 0,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("reward", [None, -0.25, 0.0])
+def test_a_reward_of_the_task_comes_back_from_json(reward):
+    tree = dataclasses.replace(EXAMPLE, outcome=TreeOutcome(True, True, reward=reward))
+    row = json.loads(json.dumps(tree_json.tree_to_json(tree)))
+    assert row["outcome"].get("reward") == reward and tree_json.tree_from_json(row) == tree
 
 
 OUTCOME = dataclasses.asdict(TreeOutcome(True, True, {"length": 1}))
@@ -168,5 +179,5 @@ BROKEN += [
 
 @pytest.mark.parametrize("broken", BROKEN)
 def test_broken_json_is_a_value_error(broken):
-    with pytest.raises(ValueError, match="no thread tree"):
+    with pytest.raises(ValueError, match="thread tree"):
         tree_json.tree_from_json(broken)

@@ -1,10 +1,12 @@
-"""The runner over an engine that plays scripts: what it makes of what a model writes."""
+"""The runner over a fake engine that plays scripts: the trees that result from the tokens of a model."""
 
 import asyncio
+import dataclasses
 import random
 
 import pytest
 
+from apr_jax.errors import UserError
 from apr_jax.tasks.countdown import CountdownProtocol, Problem, ProblemRange, trace
 from apr_jax.tasks.countdown.solver import SOLVERS, SolverConfig
 from apr_jax.tasks.countdown.vocabulary import countdown_tokenizer
@@ -48,11 +50,12 @@ def runner(engine, context=2048, protocol=CountdownProtocol(), **budget):
 
 
 def play(scripts, problem=PROBLEM, **budget):
-    """The tree of a problem whose threads write `scripts`: texts (or ids) by thread name, ends included."""
+    """Run the tree of a problem and return it. `scripts` are the texts or ids that the threads write, by thread name;
+    an end token is appended to texts."""
     engine = scripted({name: text if isinstance(text, tuple) else ids(text) for name, text in scripts.items()})
     tree = asyncio.run(runner(engine, **budget).run(problem, (7,)))
     assert not engine.live, "a sequence was not freed"
-    assert len(set(engine.names)) == len(engine.names), "two sequences drew with one name"
+    assert len(set(engine.names)) == len(engine.names), "two sequences have the same name, so the same random draws"
     return tree
 
 
@@ -64,16 +67,17 @@ def plain(thread):
     return map_blocks(thread, lambda block: type(block)(tuple(block.content), block.sampled))
 
 
-@pytest.mark.parametrize("style", ["apr", "sos_plus"])
-def test_replays_a_solver_exactly(style):
-    """Contents, who wrote them, calls, joins and ends: the runner makes of a trace the tree it came from."""
+@pytest.mark.parametrize("variant", ["apr", "sos_plus"])
+def test_replays_a_solver_exactly(variant):
+    """Where the model writes a solver's text, the runner's tree equals the solver's: contents, writers, calls, joins
+    and ends."""
     rng = random.Random(3)
-    protocol, source = CountdownProtocol(style), ProblemRange(max_number=20, max_target=30)
+    protocol, source = CountdownProtocol(variant), ProblemRange(max_number=20, max_target=30)
     apr = SolverConfig.paper_apr(beam=(2, 5), sub_beam=(2, 6))
-    config = {"apr": apr, "sos_plus": SolverConfig.paper_sos_plus()}[style]
+    config = {"apr": apr, "sos_plus": SolverConfig.paper_sos_plus()}[variant]
     condition = protocol.condition(6)
     problems = [source.draw(rng) for _ in range(30)]
-    texts = [conditioned(SOLVERS[style](problem, config, rng), condition) for problem in problems]
+    texts = [conditioned(SOLVERS[variant](problem, config, rng), condition) for problem in problems]
     trees = [encode_tree(text, TOKENIZER.encode, TOKENIZER.bos, TOKENIZER.eos) for text in texts]
     scripts = {}
     for index, tree in enumerate(trees):
@@ -87,13 +91,13 @@ def test_replays_a_solver_exactly(style):
         assert plain(result.root) == tree.root
         assert result.outcome.correct == result.outcome.answered == text.info["solved"]
         assert result.outcome.failures == result.outcome.malformed == {} and result.outcome.suppressed_joins == 0
-    assert sorted(ended) == list(range(30)) and ended != sorted(ended), "trees go at their own pace"
+    assert sorted(ended) == list(range(30)) and ended != sorted(ended), "no tree overtook another"
     assert not engine.live
-    if style == "apr":
+    if variant == "apr":
         assert sum(len(tree.root.spawns) for tree in trees) > 20
 
 
-def test_a_join_takes_the_place_of_the_call_and_tells_who_found_what():
+def test_a_join_replaces_the_call_and_has_the_results_of_all_children():
     tree = play({
         (7,): BODY + call("0,0", "0,1") + trace.reached(9, 9) + ANSWER,
         (7, 0, 0): FOUND, (7, 0, 1): NOT_FOUND,
@@ -112,7 +116,7 @@ def test_a_join_takes_the_place_of_the_call_and_tells_who_found_what():
 
 
 def test_a_spawn_is_parsed_once_and_joined_as_it_was_parsed():
-    """The text of the join block is encoded as the protocol gives it."""
+    """`join` gets the very request that `parse_spawn` returned, and its text is encoded unchanged."""
     parsed, joined = [], []
 
     class Noting(CountdownProtocol):
@@ -137,8 +141,8 @@ def test_log_probabilities_stay_with_their_tokens_when_a_call_is_cut_out():
     assert joint == tuple(-0.25 * i for i in range(len(joint)))
 
 
-def test_guard_turns_a_written_join_into_a_spawn():
-    """A thread that begins a join block is made to spawn instead, and only the replaced token is forced."""
+def test_the_guard_replaces_a_sampled_opening_of_a_join_by_that_of_a_spawn():
+    """Only this token is forced; the rest of the call is sampled."""
     fake = BODY + trace.JOIN_OPEN + call("0,0").removeprefix(trace.SPAWN_OPEN) + NOT_FOUND
     tree = play({(7,): fake, (7, 0, 0): FOUND})
     assert tree.outcome.suppressed_joins == 1 and tree.outcome.failures == {}
@@ -151,7 +155,7 @@ def test_guard_turns_a_written_join_into_a_spawn():
     assert "Goal Reached in Sub Search 0" in text_of(spawn.join)
 
 
-def test_guard_holds_again_and_again_and_leaves_no_written_join():
+def test_the_guard_replaces_every_opening_of_a_join():
     join = ids(trace.JOIN_OPEN, end=False)
     tree = play({(7,): join * 5 + ids(NOT_FOUND)})
     assert tree.outcome.suppressed_joins == 5 and tree.root.failure is None
@@ -177,12 +181,12 @@ def test_malformed_spawns_end_their_thread_and_are_counted_by_kind(kind, written
     assert tree.root.failure == f"malformed:{kind}"
     assert tree.outcome.malformed == {kind: 1} and tree.outcome.failures == {f"malformed:{kind}": 1}
     assert not tree.outcome.correct
-    assert text_of(tree.root.blocks[-1]) == written, "what was written is kept to be trained on"
+    assert text_of(tree.root.blocks[-1]) == written, "the malformed call is not kept for training"
 
 
 @pytest.mark.parametrize("kind", ["empty", "bad_line", "unknown_node", "too_deep"])
 def test_malformed_spawns_may_count_as_children_that_failed(kind):
-    """The thread goes on behind a join that tells of nothing found."""
+    """The thread resumes after a join without results."""
     written = {
         "empty": call(),
         "bad_line": trace.SPAWN_OPEN + "please search\n" + trace.SPAWN_CLOSE,
@@ -197,7 +201,7 @@ def test_malformed_spawns_may_count_as_children_that_failed(kind):
     assert "".join(map(text_of, spawn.call)) == written
 
 
-def test_children_over_the_budget_are_not_run_where_a_malformed_spawn_may_go_on():
+def test_children_over_the_budget_are_not_run_and_count_as_failed():
     tree = play(
         {(7,): BODY + call("0,0", "0,1", "0,0") + NOT_FOUND, (7, 0, 0): FOUND, (7, 0, 1): NOT_FOUND},
         malformed="fail", threads=3,
@@ -208,8 +212,8 @@ def test_children_over_the_budget_are_not_run_where_a_malformed_spawn_may_go_on(
         assert line in text_of(spawn.join)
 
 
-def test_a_join_of_nothing_stands_in_the_place_of_the_whole_call():
-    """Also where the call spells another opening in characters."""
+def test_an_empty_join_replaces_the_whole_call():
+    """Even where the call contains a second opening that is spelled in tokens of characters."""
     spelled = tuple(TOKENIZER.token(character) for character in trace.SPAWN_OPEN)
     opened = ids(trace.SPAWN_OPEN, end=False)
     written = ids(BODY, end=False) + opened + spelled + ids(trace.SPAWN_CLOSE, end=False) + ids(NOT_FOUND)
@@ -219,19 +223,19 @@ def test_a_join_of_nothing_stands_in_the_place_of_the_whole_call():
 
 
 @pytest.mark.parametrize("kind, children", [("empty", ()), ("too_deep", ("0,0",))])
-def test_a_thread_that_writes_nothing_but_bad_spawns_ends(kind, children):
+def test_a_thread_ends_after_too_many_malformed_spawns(kind, children):
     written = ids(BODY, end=False) + ids(call(*children), end=False) * 500
     tree = play({(7,): written}, malformed="fail", threads=5, depth=int(kind != "too_deep"))
     assert tree.root.failure == f"malformed:{kind}" and tree.outcome.malformed == {kind: 5}
 
 
-def test_a_spawn_that_no_token_opened_ends_its_thread_under_either_policy():
+def test_a_spawn_without_an_opening_ends_its_thread_under_either_policy():
     tree = play({(7,): BODY + trace.SPAWN_CLOSE}, malformed="fail")
     assert tree.root.failure == "malformed:unopened"
 
 
-def test_the_tokens_of_a_tree_are_shared_out_and_never_passed():
-    """What a tree may sample goes to children in even parts, of which one stays for the parent."""
+def test_the_limit_of_sampled_tokens_is_divided_among_threads_and_never_exceeded():
+    """Two children and their parent each get a third of the tokens that are left at the spawn."""
     scripts = {(7,): BODY + call("0,0", "0,1") + NOT_FOUND + BODY * 9, (7, 0, 0): BODY * 9, (7, 0, 1): NOT_FOUND}
     before = len(ids(BODY + call("0,0", "0,1"), end=False))
     for tokens in (before - 5, before + 2, before + 90, before + 91, before + 200):
@@ -244,13 +248,15 @@ def test_the_tokens_of_a_tree_are_shared_out_and_never_passed():
             first, second = tree.root.children
             assert first.failure == "tokens" and first.sampled_tokens == each
             assert second.sampled_tokens == min(each, len(ids(NOT_FOUND)))
-            assert tree.root.failure == "tokens" and sampled_tokens(tree) == tokens, "what a child leaves is not lost"
+            assert tree.root.failure == "tokens" and sampled_tokens(tree) == tokens, (
+                "the tokens that a child left were lost"
+            )
     assert tree.outcome.failures == {"tokens": 2}
     whole = play({(7,): BODY + NOT_FOUND}, tokens=len(ids(BODY + NOT_FOUND)))
     assert whole.root.failure is None
 
 
-def test_a_root_that_ends_with_too_few_children_is_made_to_spawn():
+def test_a_root_that_ends_with_too_few_children_is_forced_to_spawn():
     asked = call("0,1").removeprefix(trace.SPAWN_OPEN)
     written = (*ids(BODY + call("0,0") + NOT_FOUND), *ids(asked + NOT_FOUND))
     scripts = {(7,): written, (7, 0, 0): NOT_FOUND, (7, 1, 0): FOUND}
@@ -265,22 +271,22 @@ def test_a_root_that_ends_with_too_few_children_is_made_to_spawn():
 
 
 @pytest.mark.parametrize(
-    "budget, says",
+    "budget, message",
     [
-        ({"threads": 0}, "threads of a budget is at least 1, was given 0"),
-        ({"tokens": 0}, "tokens of a budget is at least 1, was given 0"),
-        ({"threads": 3, "min_children": 3}, "3 children at least need more than 3 threads"),
-        ({"depth": 0, "min_children": 1}, "1 children at least need a depth of 1 or more"),
-        ({"malformed": "ignore"}, "malformed is one of stop, fail, was given 'ignore'"),
+        ({"threads": 0}, "threads.*0"),
+        ({"tokens": 0}, "tokens.*0"),
+        ({"threads": 3, "min_children": 3}, "3.*threads"),
+        ({"depth": 0, "min_children": 1}, "1.*depth"),
+        ({"malformed": "ignore"}, "malformed.*stop.*fail.*'ignore'"),
     ],
 )
-def test_budgets_and_policies_that_cannot_be_are_named(budget, says):
-    with pytest.raises(ValueError, match=says):
+def test_wrong_budgets_are_refused_with_setting_and_value(budget, message):
+    with pytest.raises(UserError, match=message):
         runner(scripted({}), **budget)
 
 
 def test_a_spawn_spelled_in_characters_is_no_spawn():
-    """Only the opening token opens a call: what is cut out must begin at a token."""
+    """Only the opening token begins a call, since the call must be cut out of the context at a token."""
     spelled = tuple(TOKENIZER.token(character) for character in trace.SPAWN_OPEN)
     rest = ids(call("0,0").removeprefix(trace.SPAWN_OPEN), end=False)
     tree = play({(7,): ids(BODY, end=False) + spelled + rest})
@@ -296,7 +302,7 @@ def test_a_child_that_fails_is_a_child_without_a_solution():
     assert tree.outcome.failures == {"malformed:unopened": 1}
 
 
-def test_an_answer_is_only_right_where_the_thread_ended_by_itself():
+def test_an_answer_is_correct_only_where_the_root_wrote_its_end():
     right = BODY + trace.reached(9, 9) + ANSWER
     whole = 1 + len(ids(CountdownProtocol().root_prompt(PROBLEM) + right))
     assert play({(7,): right}, context=whole).outcome.correct
@@ -319,7 +325,7 @@ def test_a_prompt_that_fills_the_window_and_a_join_that_overflows_it_are_length_
     assert tree.root.failure == "length" and len(tree.root.spawns) == 1
 
 
-def test_children_may_spawn_where_the_budget_has_a_level_for_them():
+def test_children_may_spawn_where_the_budget_allows_the_depth():
     child = (
         "\nExploring Operation: 4+5=9, Resulting Numbers: [9]\nGenerated Node #0,0,0: 9:[9] Operation: 4+5=9\n"
         + call("0,0,0", level=2) + trace.reached(9, 9) + PATH
@@ -333,7 +339,7 @@ def test_children_may_spawn_where_the_budget_has_a_level_for_them():
 
 
 def test_the_budget_of_threads_holds_in_every_order():
-    """Two children that spawn at the same time must not both take the last places."""
+    """Two children that spawn at the same time must not both take the last threads."""
     script = {(7,): BODY + call("0,0", "0,1") + NOT_FOUND}
     for index in (0, 1):
         nodes = (f"0,{index},0", f"0,{index},1")
@@ -345,7 +351,7 @@ def test_the_budget_of_threads_holds_in_every_order():
         engine = scripted({name: ids(text) for name, text in script.items()}, shuffle=shuffle)
         made.append(asyncio.run(runner(engine, threads=6, depth=2).run(PROBLEM, (7,))))
     assert max(len(list(tree.threads())) for tree in made) <= 6
-    assert all(tree == made[0] for tree in made), "which spawn is refused must not depend on timing"
+    assert all(tree == made[0] for tree in made), "timing decided which spawn was refused"
 
 
 def test_children_with_one_prompt_are_two_threads():
@@ -354,8 +360,8 @@ def test_children_with_one_prompt_are_two_threads():
     assert first.blocks[0] == second.blocks[0] and first.blocks[1] != second.blocks[1]
 
 
-def test_noise_makes_trees_and_nothing_else():
-    """Whatever is written, a tree comes out: no exception, nothing lost, every failure of a known kind."""
+def test_random_tokens_always_give_a_tree():
+    """Every tree ends without an exception, all sequences are freed, and each failure has a known kind."""
     likely = [TOKENIZER.token(t) for t in (trace.SPAWN_OPEN, trace.SPAWN_CLOSE, trace.JOIN_OPEN, "Moving to Node #0")]
     likely += [TOKENIZER.eos, *ids(call("0"), end=False), *ids("\nMoving to Node #0\n", end=False)]
 
@@ -371,10 +377,10 @@ def test_noise_makes_trees_and_nothing_else():
     kinds = {kind for tree in made for kind in tree.outcome.failures}
     assert {"malformed:unopened", "malformed:empty"} <= kinds
     assert all(kind == "length" or kind.startswith("malformed:") for kind in kinds)
-    assert made == trees(2), "trees do not depend on the order in which they run"
+    assert made == trees(2), "trees depend on the order in which they run"
 
 
-def test_an_engine_that_breaks_breaks_its_tree_and_frees_what_it_held():
+def test_an_error_of_the_engine_is_raised_and_all_sequences_are_freed():
     def tape(name, prompt):
         yield from ids(BODY + call("0,0"), end=False)
         raise MemoryError("no room")
@@ -385,8 +391,8 @@ def test_an_engine_that_breaks_breaks_its_tree_and_frees_what_it_held():
     assert not engine.live
 
 
-def test_where_a_child_raises_all_other_threads_have_ended_before_it_is_known():
-    """Of its own tree and of the trees beside it: no task is left, and no sequence is held."""
+def test_all_other_threads_have_ended_before_the_error_of_a_child_is_raised():
+    """In its own tree and in trees that run at the same time: no asyncio task and no live sequence is left."""
     scripts = {(7,): BODY + call("0,0", "0,1") + NOT_FOUND, (7, 0, 0): BODY * 9, (8,): BODY * 9}
 
     def tape(name, prompt):
@@ -410,6 +416,26 @@ def test_where_a_child_raises_all_other_threads_have_ended_before_it_is_known():
     assert asyncio.run(work()) == (set(), set())
 
 
-def test_a_window_beyond_the_engine_is_refused():
-    with pytest.raises(ValueError, match="5000"):
+def test_a_window_above_the_context_of_the_engine_is_refused():
+    with pytest.raises(UserError, match="5000.*4096"):
         runner(scripted({}), context=5000)
+
+
+def test_a_protocol_may_give_a_reward_of_its_own_and_nothing_else_changes():
+    """It gets the problem and the rollout as text, with its outcome; without one the tree's outcome has none."""
+    seen = []
+
+    class Rewarding(CountdownProtocol):
+        def reward(self, problem, tree):
+            seen.append((problem, tree))
+            return 0.25
+
+    scripts = {(7,): ids(NOT_FOUND)}
+    plain, own = (
+        asyncio.run(runner(scripted(scripts), protocol=protocol).run(PROBLEM, (7,)))
+        for protocol in (CountdownProtocol(), Rewarding())
+    )
+    assert (plain.outcome.reward, own.outcome.reward) == (None, 0.25) and plain.root == own.root
+    assert dataclasses.replace(own.outcome, reward=None) == plain.outcome
+    ((problem, tree),) = seen
+    assert problem == PROBLEM and tree.root.text.endswith(NOT_FOUND) and tree.outcome == plain.outcome

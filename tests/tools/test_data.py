@@ -1,4 +1,4 @@
-"""tools.data: a data set made, told of, exported in the authors' format and imported again."""
+"""Tests of tools.data: making, statistics, and export and import in the authors' format."""
 
 import json
 import random
@@ -15,8 +15,8 @@ from apr_jax.tasks.countdown.solver import SOLVERS
 from apr_jax.tasks.countdown.task import Countdown
 from apr_jax.threads import decode_tree
 from experiments.command import load_config
-from experiments.data_stage import make_data
 from experiments.settings import read_settings
+from experiments.stages.data import make_data
 from tools import data
 
 CONFIG = "experiments/configs/smoke.py"
@@ -96,7 +96,7 @@ def test_what_is_exported_can_be_imported(made, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def files(made, tmp_path_factory):
-    """The trees of the data set as the authors' files: its folder."""
+    """Return a folder with the trees of the data set as files in the authors' format."""
     folder = tmp_path_factory.mktemp("files")
     for style in ("apr", "sos_plus"):
         assert call("export", made / f"{style}_train", f"--out={folder}/{style}.json") == 0
@@ -109,13 +109,13 @@ def write(path, rows):
 
 
 def keys(folder, *names):
-    """The problems of the trees in some stores."""
+    """Return the problems of the trees in the named stores."""
     infos = (tree.info for name in names for tree in TreeStore(folder / name))
     return {(*sorted(info["numbers"]), info["target"]) for info in infos}
 
 
 def test_held_out_problems_are_trained_on_by_nobody(files, tmp_path, capsys):
-    """Neither by SFT nor by GRPO, which draws from train.jsonl, wherever the traces stand in their file."""
+    """Held-out problems are in no training tree and not in train.jsonl, for any order of the traces in their file."""
     rows = json.loads((files / "apr.json").read_text())
     chosen = [{"nums": row["nums"][::-1], "target": row["target"]} for row in (*rows[:5], *rows[70:85])]
     held_out = {(*sorted(row["nums"]), row["target"]) for row in chosen}
@@ -143,7 +143,7 @@ def test_a_variant_with_too_few_traces_is_refused(files, tmp_path, capsys):
 
 
 def test_traces_of_stream_of_search_are_the_one_thread_variants(tmp_path, capsys):
-    """A run reads them as it reads SoS+'s."""
+    """A run uses them like traces of SoS+."""
     source, made = ProblemRange(count=3, max_number=10, max_target=20), []
     for seed in range(80):
         problem = source.draw(random.Random(seed))
@@ -186,7 +186,7 @@ def test_what_cannot_be_a_data_set_leaves_one_line_and_nothing_else(files, tmp_p
 
 
 def test_problems_of_any_size_are_one_data_set(files, tmp_path):
-    """Of other counts of numbers, and of numbers that no array of 32 or 64 bits holds."""
+    """Problems have different counts of numbers, some of them larger than 32 or 64 bits."""
     odd = [trace_of([1, 2, 3, 4], 10), trace_of([10**20, 2, 3], 10)]
     rows = [*json.loads((files / "sos_plus.json").read_text())[:90], *odd]
     held_out = [GOOD, {"nums": [1, 2], "target": 3}, {"nums": [1, 10**20], "target": 10**20 + 1}]
@@ -211,7 +211,7 @@ def test_a_plot_is_written_to_the_file_that_is_named_or_not_at_all(made, tmp_pat
 
 
 def test_stats_of_validation_trees_that_were_all_dropped(tmp_path, capsys):
-    """A held-out problem whose trees do not fit leaves an empty store."""
+    """A held-out problem whose trees do not fit the window leaves an empty store."""
     line = ("--set=data.train=60", "--set=data.held_out=1", "--set=window=160")
     assert call("make", f"--config={CONFIG}", f"--out={tmp_path}/data", *line, "--processes=1") == 0
     assert 0 in {counts["trees"] for name, counts in read_manifest(tmp_path / "data").items() if "_validation" in name}

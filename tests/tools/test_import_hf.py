@@ -1,6 +1,7 @@
-"""tools.import_hf: a folder becomes a checkpoint that loads and exports again; what is wrong is one line."""
+"""Tests of tools.import_hf: imports load and export again unchanged, and errors are one line."""
 
 import json
+import re
 
 import huggingface_hub
 import jax
@@ -21,7 +22,7 @@ from tools import import_hf as command
 
 
 def call(capsys, *arguments) -> tuple[int, list[str]]:
-    """Exit code and lines on stderr."""
+    """Run tools.import_hf. Return the exit code and the lines on stderr."""
     capsys.readouterr()
     code = command.main(["import_hf", *(f"--{argument}" for argument in arguments)])
     return code, capsys.readouterr().err.splitlines()
@@ -34,26 +35,27 @@ def folder(tmp_path):
 
 
 def same(a, b) -> bool:
+    """Return whether two models have equal configs and weights."""
     equal = jax.tree.map(lambda x, y: bool(np.array_equal(x, y)), nnx.state(a), nnx.state(b))
     return a.config == b.config and all(jax.tree.leaves(equal))
 
 
-def test_an_export_of_ours_tells_what_it_was_trained_on(tmp_path, capsys):
+def test_an_export_of_ours_contains_what_it_was_trained_on(tmp_path, capsys):
     trained = {"task": "factors", "task_settings": {"largest": 40}, "variant": "inherit", "condition": "few "}
-    told = {**trained, "family": "llama", "window": 96}
+    stored = {**trained, "family": "llama", "window": 96}
     export_hf(make_model(1), TOKENIZER, tmp_path / "hf", {**trained, "step": 3, "config": {"window": 96}})
-    assert json.loads((tmp_path / "hf" / "config.json").read_text())["apr_jax"] == told
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["apr_jax"] == stored
     assert "`factors`" in (tmp_path / "hf" / "README.md").read_text()
     assert call(capsys, f"model={tmp_path}/hf", f"out={tmp_path}/imported") == (0, [])
     assert load_model(tmp_path / "imported")[1].items() >= {**trained, "window": 96}.items()
     again = ["export_hf", f"--checkpoint={tmp_path}/imported", f"--out={tmp_path}/again", "--check=0"]
     assert export_command.main(again) == 0
-    assert json.loads((tmp_path / "again" / "config.json").read_text())["apr_jax"] == told
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["apr_jax"] == stored
 
 
-def test_import_and_export_go_round(folder, tmp_path, capsys):
+def test_an_imported_export_is_exported_again_unchanged(folder, tmp_path, capsys):
     out, again = tmp_path / "imported", tmp_path / "again"
-    for _ in range(2):  # the second in place of the first
+    for _ in range(2):  # the second import replaces the first
         assert call(capsys, f"model={folder}", f"out={out}") == (0, [])
     model, meta = load_model(out)
     assert same(model, make_model(1))
@@ -67,7 +69,7 @@ def test_import_and_export_go_round(folder, tmp_path, capsys):
 
 
 def save_foreign_tokenizer(folder) -> None:
-    """A word-level tokenizer of transformers, as no text of ours is cut."""
+    """Save a word-level tokenizer of transformers, which splits text differently from ours."""
     from transformers import PreTrainedTokenizerFast
 
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "Moving": 3}, "<unk>"))
@@ -76,14 +78,14 @@ def save_foreign_tokenizer(folder) -> None:
     PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(folder)
 
 
-def test_a_model_with_a_tokenizer_of_its_own(folder, tmp_path, capsys):
+def test_a_model_with_a_foreign_tokenizer_keeps_it(folder, tmp_path, capsys):
     save_foreign_tokenizer(folder)
     out, again = tmp_path / "imported", tmp_path / "again"
     for _ in range(2):
         assert call(capsys, f"model={folder}", f"out={out}") == (0, [])
-    assert load_model(out)[0].config.context == 256 + 8  # that of ours went with our tokenizer
-    words = load_tokenizer(str(out / "tokenizer.json"))
-    assert isinstance(words, HubTokenizer) and words.encode("Moving on") == [3, 0]
+    assert load_model(out)[0].config.context == 256 + 8  # not marked as our export: the spare positions count
+    tokenizer = load_tokenizer(str(out / "tokenizer.json"))
+    assert isinstance(tokenizer, HubTokenizer) and tokenizer.encode("Moving on") == [3, 0]
     for _ in range(2):
         assert export_command.main(["export_hf", f"--checkpoint={out}", f"--out={again}", "--check=0"]) == 0
     assert load_tokenizer(str(again)).encode("Moving on") == [3, 0]
@@ -93,49 +95,49 @@ def test_a_model_with_a_tokenizer_of_its_own(folder, tmp_path, capsys):
     assert load_meta(out)[0] == load_meta(tmp_path / "imported")[0]
 
 
-def test_what_is_wrong_is_one_line(folder, tmp_path, capsys, monkeypatch):
-    out, tokenizer = tmp_path / "out", tmp_path / "words.json"
+def test_errors_are_one_line(folder, tmp_path, capsys, monkeypatch):
+    out, tokenizer = tmp_path / "out", tmp_path / "own.json"
     model = make_model(1)
     TOKENIZER.save(tokenizer)
 
     def fails(match: str, *arguments: str) -> None:
         code, lines = call(capsys, *arguments)
-        assert code == 1 and len(lines) == 1 and lines[0].startswith("error: ") and match in lines[0], lines
+        assert code == 1 and len(lines) == 1 and lines[0].startswith("error: ") and re.search(match, lines[0]), lines
         assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
-    fails("--model is needed")
-    fails("--out is needed", f"model={folder}")
+    fails("--model ")
+    fails("--out ", f"model={folder}")
     fails("no-such", f"model={folder}", f"out={out}", "no-such=1")
-    fails("--variant goes with --task", f"model={folder}", f"out={out}", "variant=apr")
-    fails("variants of countdown are apr, sos_plus", f"model={folder}", f"out={out}", "task=countdown", "variant=sos")
-    fails("no folder at nowhere, and a model of the hub is OWNER/NAME", "model=nowhere", f"out={out}")
-    fails("no folder at", f"model={tmp_path / 'none'}", f"out={out}")
-    fails("no tokenizer at", f"model={folder}", f"out={out}", f"tokenizer={tmp_path / 'none'}")
-    fails("is no tokenizer.json", f"model={folder}", f"out={out}", f"tokenizer={folder / 'config.json'}")
+    fails("--variant .*--task", f"model={folder}", f"out={out}", "variant=apr")
+    fails("countdown .*apr, sos_plus.*'sos'", f"model={folder}", f"out={out}", "task=countdown", "variant=sos")
+    fails("nowhere.*OWNER/NAME", "model=nowhere", f"out={out}")
+    fails(f"{tmp_path}/none", f"model={tmp_path / 'none'}", f"out={out}")
+    fails(f"tokenizer .*{tmp_path}/none", f"model={folder}", f"out={out}", f"tokenizer={tmp_path / 'none'}")
+    fails("config.json .*tokenizer.json", f"model={folder}", f"out={out}", f"tokenizer={folder / 'config.json'}")
 
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
-    fails("no import's, such as thesis.tex", f"model={folder}", f"out={tmp_path / 'mine'}")
-    fails("is a file", f"model={folder}", f"out={tokenizer}")
+    fails("thesis.tex", f"model={folder}", f"out={tmp_path / 'mine'}")
+    fails(f"{tokenizer} is a file", f"model={folder}", f"out={tokenizer}")
     fails("Not a directory", f"model={folder}", f"out={tokenizer / 'below'}")
     meta = {"model": config_json(model.config), "variant": "apr", "stage": "sft", "step": 0}
     save_model(tmp_path / "trained", model, meta)
-    fails("no import's, such as 0", f"model={folder}", f"out={tmp_path / 'trained'}")
+    fails(" 0: ", f"model={folder}", f"out={tmp_path / 'trained'}")
     assert same(load_model(tmp_path / "trained")[0], model)
 
     (folder / "tokenizer.json").unlink()
-    fails("no tokenizer.json in", f"model={folder}", f"out={out}")
+    fails(f"tokenizer.json .*{folder}", f"model={folder}", f"out={out}")
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-5])
-    fails("model.safetensors cannot be read", f"model={folder}", f"out={out}", f"tokenizer={tokenizer}")
-    export_hf(make_model(1, vocabulary=len(TOKENIZER)), TOKENIZER, folder)
+    fails(f"{weights} ", f"model={folder}", f"out={out}", f"tokenizer={tokenizer}")
+    export_hf(make_model(1, vocab_size=len(TOKENIZER)), TOKENIZER, folder)
     large = tmp_path / "large.json"
     Tokenizer.build([], [], [f"word{i}" for i in range(300)]).save(large)
     fails(f"the model {len(TOKENIZER)}", f"model={folder}", f"out={out}", f"tokenizer={large}")
     assert not out.exists()
 
 
-def test_the_hub_gives_safetensors_or_one_line(folder, tmp_path, capsys, monkeypatch):
+def test_safetensors_are_downloaded_from_the_hub_and_errors_are_one_line(folder, tmp_path, capsys, monkeypatch):
     asked = []
 
     def snapshot_download(name, allow_patterns):
@@ -150,9 +152,9 @@ def test_the_hub_gives_safetensors_or_one_line(folder, tmp_path, capsys, monkeyp
     assert load_meta(out)[1]["source"] == "someone/llama"
     code, lines = call(capsys, "model=someone/else", f"out={out}")
     assert code == 1 and len(lines) == 1
-    assert "no folder at someone/else, and the hub did not give a model of that name: Got: ConnectError" in lines[0]
+    assert "someone/else" in lines[0] and "Got: ConnectError" in lines[0]
     assert asked == [(name, ["*.safetensors", "*.json"]) for name in ("someone/llama", "someone/else")]
-    assert load_meta(out)[1]["source"] == "someone/llama"  # what was there stays
+    assert load_meta(out)[1]["source"] == "someone/llama"  # a failure leaves the earlier import
 
 
 def test_help(capsys):
@@ -160,11 +162,11 @@ def test_help(capsys):
     assert "--model=" in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------------- models of others
+# ---------------------------------------------------------------------- foreign models
 
 
 def save_foreign_model(folder, rows: int = 60, positions: int = 128, **config) -> None:
-    """A random Llama as transformers saves it, with the word-level tokenizer."""
+    """Save a random Llama of transformers, with the word-level tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -176,7 +178,7 @@ def save_foreign_model(folder, rows: int = 60, positions: int = 128, **config) -
 
 
 def export(capsys, *arguments) -> tuple[int, str, list[str]]:
-    """Exit code, what was printed, and lines on stderr but for progress."""
+    """Run tools.export_hf. Return the exit code, the text on stdout, and the lines of errors on stderr."""
     capsys.readouterr()
     code = export_command.main(["export_hf", *(f"--{argument}" for argument in arguments)])
     out, err = capsys.readouterr()
@@ -187,18 +189,17 @@ def read(path) -> dict:
     return json.loads(path.read_text())
 
 
-def test_a_foreign_model_comes_out_as_it_went_in(tmp_path, capsys):
-    """Positions, ends and the tokenizer's length stay; the check compares logits and says that trees do not apply."""
+def test_a_foreign_model_is_exported_again_unchanged(tmp_path, capsys):
+    """Positions, ends and the tokenizer's length are kept. Logits are compared, trees are not."""
     theirs, out, again = (tmp_path / name for name in ("theirs", "imported", "again"))
     save_foreign_model(theirs, eos_token_id=[2, 3], bos_token_id=1)
     length = read(theirs / "tokenizer_config.json").get("model_max_length")
-    for source in (theirs, again):  # a second time round changes nothing
+    for source in (theirs, again):  # the second import is of our own export
         assert call(capsys, f"model={source}", f"out={out}") == (0, [])
         assert load_model(out)[0].config.context == 128
-        code, said, errors = export(capsys, f"checkpoint={out}", f"out={again}", "check=2")
+        code, printed, errors = export(capsys, f"checkpoint={out}", f"out={again}", "check=2")
         assert (code, errors) == (0, [])
-        assert "largest difference of a logit" in said and "2 sequences" in said
-        assert "the check of trees does not apply: the model was trained on no task" in said
+        assert re.search("logit.* 2 sequences", printed) and re.search("trees .*no task", printed)
         config = read(again / "config.json")
         assert config["max_position_embeddings"] == 128
         assert config["eos_token_id"] == read(again / "generation_config.json")["eos_token_id"] == [2, 3]
@@ -211,12 +212,12 @@ def test_the_check_of_trees_needs_the_tasks_tokens(tmp_path, capsys):
     theirs, out, again = (tmp_path / name for name in ("theirs", "imported", "again"))
     save_foreign_model(theirs)
     assert call(capsys, f"model={theirs}", f"out={out}", "task=countdown") == (0, [])
-    code, said, errors = export(capsys, f"checkpoint={out}", f"out={again}", "check=1")
+    code, printed, errors = export(capsys, f"checkpoint={out}", f"out={again}", "check=1")
     assert (code, errors) == (0, [])
-    assert "the check of trees does not apply: '<Calling Sub Searches>\\n' is not one token" in said
+    assert re.search(r"trees .*'<Calling Sub Searches>\\n'", printed)
 
 
-def test_a_foreign_model_without_a_number_of_positions_has_transformers_number(tmp_path, capsys):
+def test_a_foreign_model_without_a_number_of_positions_has_the_default_of_transformers(tmp_path, capsys):
     theirs, out, again = (tmp_path / name for name in ("theirs", "imported", "again"))
     save_foreign_model(theirs)
     config = read(theirs / "config.json")
@@ -227,7 +228,7 @@ def test_a_foreign_model_without_a_number_of_positions_has_transformers_number(t
     assert load_model(out)[0].config.context == read(again / "config.json")["max_position_embeddings"] == 2048
 
 
-def test_trees_are_checked_where_a_foreign_tokenizer_has_the_tasks_tokens(tmp_path, capsys):
+def test_trees_are_compared_if_a_foreign_tokenizer_has_the_tasks_tokens(tmp_path, capsys):
     from transformers import AutoTokenizer
 
     theirs, out, again = (tmp_path / name for name in ("theirs", "imported", "again"))
@@ -237,31 +238,31 @@ def test_trees_are_checked_where_a_foreign_tokenizer_has_the_tasks_tokens(tmp_pa
     tokenizer.add_special_tokens({"additional_special_tokens": texts})
     tokenizer.save_pretrained(theirs)
     assert call(capsys, f"model={theirs}", f"out={out}", "task=countdown", "variant=sos_plus") == (0, [])
-    code, said, errors = export(capsys, f"checkpoint={out}", f"out={again}", "check=2", "window=64")
-    assert (code, errors) == (0, []) and "greedy trees equal token for token: 2 of 2" in said
+    code, printed, errors = export(capsys, f"checkpoint={out}", f"out={again}", "check=2", "window=64")
+    assert (code, errors) == (0, []) and re.search("trees .*2 of 2", printed)
 
 
-def test_a_second_end_is_kept_wherever_the_model_says_it(folder, tmp_path, capsys):
-    """Also beside our own tokenizer, and by generation_config.json, which transformers asks first."""
+def test_a_second_end_token_of_generation_config_is_kept(folder, tmp_path, capsys):
+    """transformers reads ends from generation_config.json first. They are kept with our own tokenizer, too."""
     out, again = tmp_path / "imported", tmp_path / "again"
     ends = [TOKENIZER.eos, TOKENIZER.token("7")]
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
     for _ in range(2):
         assert call(capsys, f"model={folder}", f"out={out}", "task=countdown") == (0, [])
     assert load_tokenizer(str(out / "tokenizer.json")).ends == set(ends)
-    code, said, errors = export(capsys, f"checkpoint={out}", f"out={again}", "check=1", "window=64")
-    assert (code, errors) == (0, []) and "1 of 1" in said
+    code, printed, errors = export(capsys, f"checkpoint={out}", f"out={again}", "check=1", "window=64")
+    assert (code, errors) == (0, []) and "1 of 1" in printed
     assert read(again / "config.json")["eos_token_id"] == ends
     (folder / "generation_config.json").write_text('{"eos_token_id": [2, 9999]}')
     code, (line,) = call(capsys, f"model={folder}", f"out={tmp_path / 'other'}")
-    assert code == 1 and "generation_config.json: eos_token_id is 9999" in line
+    assert code == 1 and re.search("generation_config.json.*eos_token_id.*9999", line)
 
 
 @pytest.mark.parametrize("changes", [{"model_type": "mistral"}, {"sliding_window": 8}, {"logits_scaling": 2.0}])
-def test_what_is_no_llama_is_refused_by_name_and_value(folder, tmp_path, capsys, changes):
+def test_a_config_that_is_not_a_llamas_is_refused_by_key_and_value(folder, tmp_path, capsys, changes):
     path = folder / "config.json"
     path.write_text(json.dumps(read(path) | changes))
     code, (line,) = call(capsys, f"model={folder}", f"out={tmp_path / 'out'}")
     ((key, value),) = changes.items()
-    assert code == 1 and f"config.json: {key} is {json.dumps(value)}" in line
+    assert code == 1 and re.search(f"config.json.*{key} .*{re.escape(json.dumps(value))}", line)
     assert not (tmp_path / "out").exists()

@@ -1,5 +1,5 @@
-"""The server script: what it refuses, what it pins; and, where its environment is installed, a real SGLang server with
-a model of ours: the same trees as the JAX engine's, token for token."""
+"""Tests of the server script: its errors and its pinned versions. If its environment is installed, a real SGLang server
+runs a model of ours, and its trees must equal those of the JAX engine, token for token."""
 
 import asyncio
 import os
@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from apr_jax.export.hf import export_hf
+from apr_jax.rollout.client import context_of_servers
 from apr_jax.rollout.engine import JaxEngine
 from apr_jax.rollout.measure import Measurements
 from apr_jax.rollout.servers import StartedServers
-from apr_jax.rollout.sglang import SglangEngine, context_of_servers
+from apr_jax.rollout.sglang import SglangEngine
 from apr_jax.tasks.countdown import CountdownProtocol, Problem, ProblemRange
 from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.threads import Spawn
@@ -27,27 +28,27 @@ from tests.tiny import log_softmax, plain_logits, without_logprobs
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tools" / "serve_sglang.sh"
-TRAINED = ROOT / "experiments" / "results" / "workstation"  # a checkpoint that spawns
-WINDOW = 768  # the context it was trained for
+TRAINED = ROOT / "experiments" / "results" / "workstation"  # the folder of a model that spawns
+WINDOW = 768  # the window that it was trained with
 
 
 def call(*words, **environment):
     return subprocess.run([SCRIPT, *map(str, words)], capture_output=True, text=True, env={**os.environ, **environment})
 
 
-def test_wrong_words_are_one_line(tmp_path):
+def test_wrong_arguments_are_refused_in_one_line(tmp_path):
     away = {"APR_SGLANG_ENV": str(tmp_path / "env"), "APR_SGLANG_DEVICE": "cpu"}
     (tmp_path / "config.json").write_text("{}")
-    for words, message in (
-        (["serve"], "serve CHECKPOINT PORT, was given nothing"),
-        (["serve", tmp_path / "no", 80], "holds no config.json"),
-        (["serve", tmp_path, "http"], "a port is a number, was given http"),
-        (["serve", tmp_path, 80], f"is not in {tmp_path}/env: .*serve_sglang.sh install"),
+    for arguments, message in (
+        (["serve"], "CHECKPOINT PORT"),
+        (["serve", tmp_path / "no", 80], "no.*config.json"),
+        (["serve", tmp_path, "http"], "port.* http"),
+        (["serve", tmp_path, 80], f"{tmp_path}/env.*serve_sglang.sh install"),
     ):
-        found = call(*words, **away)
+        found = call(*arguments, **away)
         assert found.returncode == 1 and found.stderr.startswith("error: ") and found.stderr.count("\n") == 1
         assert re.search(message, found.stderr)
-    assert "APR_SGLANG_DEVICE is cuda or cpu, was given tpu" in call("where", APR_SGLANG_DEVICE="tpu").stderr
+    assert re.search("APR_SGLANG_DEVICE.*cuda.*cpu.*tpu", call("where", APR_SGLANG_DEVICE="tpu").stderr)
     assert call("where", **away).returncode == 1
     assert "install" in call().stdout and "serve CHECKPOINT PORT" in call("help").stdout
 
@@ -68,7 +69,7 @@ def test_every_version_is_pinned(device):
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """(model, its tokenizer, addresses of servers of it)"""
+    """(a model, its tokenizer, the addresses of servers that run it)"""
     if call("where").returncode:
         pytest.skip("no SGLang here: tools/serve_sglang.sh install")
     folder, (model, _) = tmp_path_factory.mktemp("served"), load_model(TRAINED / "checkpoints")
@@ -82,11 +83,11 @@ def served(tmp_path_factory):
 def engine_of(urls, model, measurements=None):
     context = asyncio.run(context_of_servers(urls))
     assert context >= model.config.context
-    return SglangEngine(urls, context=context, vocabulary=model.config.vocab_size, measurements=measurements)
+    return SglangEngine(urls, context=context, vocab_size=model.config.vocab_size, measurements=measurements)
 
 
 @pytest.mark.slow
-def test_a_real_servers_greedy_trees_are_the_jax_engines(served):
+def test_greedy_trees_of_a_real_server_equal_those_of_the_jax_engine(served):
     model, tokenizer, urls = served
     budget, measurements, rng = Budget(WINDOW), Measurements(), random.Random(0)
     problems = [ProblemRange(max_number=10, max_target=30).draw(rng) for _ in range(20)]
@@ -117,7 +118,7 @@ def _sampled(trees):
 
 
 @pytest.mark.slow
-def test_a_real_servers_log_probabilities_are_those_of_the_model(served):
+def test_log_probabilities_of_a_real_server_equal_those_of_the_model(served):
     model, tokenizer, urls = served
     prompt = CountdownProtocol("apr").root_prompt(Problem((3, 5, 7, 8), 24))
     ids = [tokenizer.bos, *tokenizer.encode(prompt)]
@@ -130,8 +131,8 @@ def test_a_real_servers_log_probabilities_are_those_of_the_model(served):
         finally:
             engine.free(sequence)
 
-    # What is drawn differs from run to run, so it stays in the window that was trained for: past it float32 rounds
-    # unlikely tokens up to 1e-4 apart. Greedy text is the same each time: a sequence as long as the model holds, too.
+    # Sampled text differs from run to run, so it stays within the window of training: beyond it, float32 rounding moves
+    # the log-probabilities of unlikely tokens by up to 1e-4. Greedy text is always the same, so it fills the context.
     for temperature, limits in ((0.0, (20, model.config.context)), (1.0, (20, WINDOW)), (0.7, (20, WINDOW))):
         for limit in limits:
             engine_of_running = engine_of(urls, model)

@@ -1,6 +1,6 @@
-"""What `test_devices` checks, in a process with eight virtual CPU devices: python -m tests.train.eight_devices
+"""The measurements of `test_devices`, in a process with eight virtual CPU devices: python -m tests.train.eight_devices
 
-Prints one JSON line: the measurement that each test looks at, by the test's name.
+It prints one JSON line: the result of each of its functions, by the function's name.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ import jax
 
 from apr_jax.devices import start_devices
 
-start_devices(8, cache=False)  # the tests' own cache stays
+start_devices(8, cache=False)  # no compilation cache but that of the tests
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 import numpy as np  # noqa: E402
@@ -42,16 +42,16 @@ from tests.tiny import TOKENIZER, NonsenseProtocol, make_model, random_thread, s
 from tests.train.objectives import make_config  # noqa: E402
 
 
-def apart(a, b):
-    """The largest difference between two trees of arrays."""
+def distance(a, b):
+    """The largest absolute difference between two pytrees of arrays."""
     return max(
         float(np.abs(np.asarray(x) - np.asarray(y)).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b))
     )
 
 
 def step():
-    """One plain descent step by 8 devices, by 1, and by nothing but `jax.grad`, on rows of very different weight:
-    one is empty, so that a device without a token takes part."""
+    """One step of gradient descent on 8 devices, on 1, and by `jax.grad` alone. The rows have very different numbers of
+    tokens; one is empty, so that one device has no token."""
     rng = random.Random(0)
     sizes = (0, 1, 1, 2, 3, 5, 9, 12)
     segments = [[flatten_thread(random_thread(rng, depth=0, longest=4)) for _ in range(size)] for size in sizes]
@@ -77,17 +77,18 @@ def step():
     plain = nnx.to_pure_dict(plain)
     return {
         "per_row": np.isin(rows.role, SAMPLED_ROLES).sum(axis=1).tolist(),
-        "moved": apart(weights[0], nnx.to_pure_dict(before)),
-        "one_device": apart(weights[0], weights[1]), "plain": apart(weights[0], plain),
-        "microbatches": apart(jax.device_get(twice.weights), weights[1]), "norm": abs(norms[0] - norms[1]) / norms[1],
+        "moved": distance(weights[0], nnx.to_pure_dict(before)),
+        "one_device": distance(weights[0], weights[1]), "plain": distance(weights[0], plain),
+        "microbatches": distance(jax.device_get(twice.weights), weights[1]),
+        "norm": abs(norms[0] - norms[1]) / norms[1],
         "weight": [float(sums["weight"]), float(sums_twice["weight"])],
     }  # fmt: skip
 
 
 def sharded():
-    """Three steps of Muon, or of AdamW with a part frozen and under a scan, in two microbatches: on one device, and on
-    eight of which one, two or all share a copy of the weights. How far weights and moments are apart, and how much a
-    device holds."""
+    """Three steps in two microbatches, of Muon, and of AdamW with frozen parameters and a scan over layers. Each runs
+    on one device, and on eight devices, of which one, two or eight share a copy of the weights. Returns the distances
+    of weights and moments from those of one device, and the fraction of a parameter that a device has."""
     rng = random.Random(1)
     batches = [
         pack_rows([[flatten_thread(random_thread(rng, depth=1, longest=4))] for _ in range(16)], 192) for _ in range(3)
@@ -109,30 +110,30 @@ def sharded():
                 state, sums = trainer.step(state, halves)
             q = state.weights["layers"]["q_LxDxNxH"]
             states[f"{devices}/{fsdp}"] = jax.device_get((state.weights, state.optimizer, sums["gradient_norm"]))
-            found[f"{name} {devices}/{fsdp} share"] = q.addressable_shards[0].data.size / q.size
-        right = states.pop("1/1")
-        found |= {f"{name} {key}": apart(right, other) for key, other in states.items()}
-        found[f"{name} moved"] = apart(right[0], nnx.to_pure_dict(nnx.state(model)))
-        found[f"{name} q moved"] = apart(right[0]["layers"]["q_LxDxNxH"], model.layers["q_LxDxNxH"][...])
+            found[f"{name} {devices}/{fsdp} shard"] = q.addressable_shards[0].data.size / q.size
+        one_device = states.pop("1/1")
+        found |= {f"{name} {key}": distance(one_device, other) for key, other in states.items()}
+        found[f"{name} moved"] = distance(one_device[0], nnx.to_pure_dict(nnx.state(model)))
+        found[f"{name} q moved"] = distance(one_device[0]["layers"]["q_LxDxNxH"], model.layers["q_LxDxNxH"][...])
     return found
 
 
-def elsewhere():
-    """A run of four steps: on eight devices, and begun there and ended on two, whose weights then are apart by what
-    order of addition makes."""
+def resumed():
+    """A run of four steps on eight devices, and the same run resumed after two steps on four devices: the distance of
+    their final weights, which differ by the order of additions alone."""
     segments = [flatten_thread(random_thread(random.Random(3), depth=0)) for _ in range(40)]
     config = SftConfig(4, 8, 64, OptimizerConfig(peak_lr=1e-2), save_every=2)
     with tempfile.TemporaryDirectory() as folder:
         whole = run_sft(SftJob(make_model(0), config, segments, data_mesh(8), Path(folder) / "whole"))
-        begun = Path(folder) / "begun"
-        shutil.copytree(Path(folder) / "whole", begun)
-        shutil.rmtree(begun / "checkpoints" / "4")
-        moved = run_sft(SftJob(make_model(0), config, segments, data_mesh(4, 2), begun))
-    return apart(nnx.state(whole), nnx.state(moved))
+        half = Path(folder) / "half"
+        shutil.copytree(Path(folder) / "whole", half)
+        shutil.rmtree(half / "checkpoints" / "4")
+        resumed = run_sft(SftJob(make_model(0), config, segments, data_mesh(4, 2), half))
+    return distance(nnx.state(whole), nnx.state(resumed))
 
 
 def tokens():
-    """The same trees by 8 devices with a slot each and by 1 with 5."""
+    """The same trees sampled on 8 devices with a slot each and on 1 device with 5 slots."""
     found = []
     for devices, slots in ((8, 8), (1, 5)):
         engine = JaxEngine(spawning_model(1), data_mesh(devices), slots=slots, context=96, seed=3)
@@ -144,8 +145,8 @@ def tokens():
 
 
 def policy():
-    """Two inner steps of GRPO with a reference and importance weights on the same trees: by 8 devices, of which two
-    share a copy of the weights, and by 1."""
+    """Two inner steps of GRPO with a reference and importance weights on the same trees: on 8 devices, where two share
+    each copy of the weights, and on 1."""
     model, rng = spawning_model(1, kv_heads=4), random.Random(5)
     outcomes = [TreeOutcome(correct=bool(i % 2), answered=True) for i in range(4)]
     groups = [
@@ -161,13 +162,14 @@ def policy():
         weights.append((jax.device_get(state.weights), metrics))
     (eight, ours), (one, other) = weights
     return {
-        "apart": apart(eight, one), "moved": apart(one, nnx.to_pure_dict(nnx.state(model))),
+        "distance": distance(eight, one), "moved": distance(one, nnx.to_pure_dict(nnx.state(model))),
         "metrics": {name: [ours[name], other[name]] for name in ours if "seconds" not in name},
     }  # fmt: skip
 
 
 def preset():
-    """The paper's preset, narrow, with short rows and a tiny window: one step of each kind on all 8 devices."""
+    """One SFT step and one GRPO step of the paper's preset on 8 devices, with a narrow model, short rows and a small
+    window."""
     c = paper.get_config()
     c.model.width, c.model.layers, c.model.heads, c.model.feed_forward = 32, 2, 4, 64
     c.window = 256
@@ -189,11 +191,11 @@ def preset():
         trained = run_sft(SftJob(model, settings.sft, segments, mesh, Path(folder)))
         (line,) = (Path(folder) / "metrics.jsonl").read_text().splitlines()
     weights = [leaf for leaf in jax.tree.leaves(nnx.state(trained)) if leaf.ndim]
-    rollouts = RolloutSpec(task.protocol("apr"), tokenizer, settings.budget, settings.grpo_slots)
+    rollouts = RolloutSpec(task.protocol("apr"), tokenizer, settings.budget, settings.grpo.slots)
     trainer = GrpoTrainer(trained, settings.grpo, rollouts, mesh)
     state = trainer.trainer.init(trained)
     groups, _ = trainer.sample(state, 1, problems[:2])
-    # An untrained model solves nothing: the rewards are given, or there would be no update.
+    # An untrained model solves nothing. Without made-up rewards there would be no update.
     groups = [
         [
             dataclasses.replace(tree, outcome=dataclasses.replace(tree.outcome, correct=i == 0))
@@ -204,14 +206,14 @@ def preset():
     state, metrics = trainer.update(state, groups)
     return {
         "devices": [len(leaf.sharding.device_set) for leaf in weights], "sft": json.loads(line)["loss"],
-        "sft_moved": apart(nnx.state(model), nnx.state(trained)), "vocabulary": len(tokenizer),
-        "slots": sorted({shard.data.shape[0] for shard in trainer.engine._cache[0].k_SxKxWxH.addressable_shards}),
-        "grpo_moved": apart(nnx.to_pure_dict(nnx.state(trained)), jax.device_get(state.weights)),
+        "sft_moved": distance(nnx.state(model), nnx.state(trained)), "vocabulary": len(tokenizer),
+        "slots": sorted({shard.data.shape[0] for shard in trainer.engine._cache[0].k_PxKxWxH.addressable_shards}),
+        "grpo_moved": distance(nnx.to_pure_dict(nnx.state(trained)), jax.device_get(state.weights)),
         "updates": int(state.step), "grpo": metrics,
     }  # fmt: skip
 
 
 if __name__ == "__main__":
     assert jax.device_count() == 8
-    parts = (step, sharded, elsewhere, tokens, policy, preset)
+    parts = (step, sharded, resumed, tokens, policy, preset)
     print(json.dumps({part.__name__: part() for part in parts}))

@@ -1,4 +1,4 @@
-"""What the tests of GRPO's objective, of its reward and of its loop share."""
+"""A config and a tree that the tests of GRPO's objective, reward and loop share."""
 
 from apr_jax.threads import Block, Spawn, Thread, ThreadTree, TreeOutcome
 from apr_jax.train.objective import GrpoConfig
@@ -13,8 +13,8 @@ def make_config(**changes):
 
 
 def hand_made_tree(**outcome):
-    """Root 3 + 2 sampled (its call counts), first child 4, second child none; `outcome` as `TreeOutcome`, by default a
-    wrong answer."""
+    """A root with 5 sampled tokens, 3 before its call and 2 in it, and two children, with 4 and with no sampled tokens.
+    `outcome` has fields of `TreeOutcome`; the default is a wrong answer."""
     prompt, four = Block((5, 6), False), Block((7, 8, 9, 10), True)
     spawn = Spawn((Block((12, 13), True),), (Thread((prompt, four)), Thread((prompt,))), Block((14, 15, 16), False))
     outcome = TreeOutcome(**{"correct": False, "answered": True} | outcome)

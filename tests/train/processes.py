@@ -1,7 +1,7 @@
 """One of two processes that train together: python -m tests.train.processes ADDRESS INDEX FOLDER [SIGTERM]
 
-Writes what it ended with as FOLDER/INDEX.npz. With the last word the second process gets a SIGTERM when it has read its
-first step; both then end with code 143.
+It writes its final weights to FOLDER/INDEX.npz. With the argument SIGTERM the second process gets a SIGTERM when it
+reports its first step; both then end with code 143.
 """
 
 import os
@@ -34,16 +34,16 @@ def weights_of(model):
     return {path_name(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(nnx.state(model))}
 
 
-def notify():
-    """SIGTERM to this process as it reads its first step."""
+def preempt():
+    """Make this process send itself a SIGTERM when it reports its first step."""
     report = SftRun.report
 
-    def noticed(self, step, sums):
+    def preempted(self, step, sums):
         if step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return report(self, step, sums)
 
-    SftRun.report = noticed
+    SftRun.report = preempted
 
 
 if __name__ == "__main__":
@@ -53,7 +53,7 @@ if __name__ == "__main__":
     jax.distributed.initialize(address, 2, index)
     assert jax.device_count() == 8 and jax.local_device_count() == 4
     if sys.argv[4:] and index == 1:
-        notify()
+        preempt()
     try:
         np.savez(folder / f"{index}.npz", **weights_of(train(data_mesh(8, 4), folder / "together")))
     except Terminated as ended:

@@ -1,7 +1,8 @@
-"""The tiny runs that the tests of resuming start, stop and start again, also as a process that kills itself:
+"""Tiny runs for the tests of resuming; as a command, a run that kills itself:
 
-python -m tests.train.runs KIND FOLDER MOMENT    (sft or grpo; a moment of `kill_on`, or "long": a longer run that
-                                                  somebody else kills)
+python -m tests.train.runs KIND FOLDER POINT
+
+KIND is sft or grpo. POINT is where the run kills itself, see `kill_at`; or "long", a longer run that the caller kills.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ from apr_jax.train.sft import SftConfig, SftJob, run_sft
 from apr_jax.train.step import data_mesh
 from tests.tiny import TOKENIZER, NonsenseProtocol, make_model, random_thread, spawning_model
 
-KINDS = {"sft": 6, "grpo": 3}  # their steps
+KINDS = {"sft": 6, "grpo": 3}  # steps of a run
 OPTIMIZER = OptimizerConfig(peak_lr=1e-2, warmup_steps=2)
 
 
@@ -45,7 +46,7 @@ def grpo(folder, steps=3, **changes):
 
 
 def long_sft(folder):
-    """Half a minute on two cores; saves and validates often, logs now and then."""
+    """Half a minute on two cores. It saves and validates often, and logs every fifth step."""
     optimizer = dataclasses.replace(OPTIMIZER, name="muon")
     return sft(folder, 1200, batch_rows=4, microbatches=2, save_every=30, validate_every=50, log_every=5,
                optimizer=optimizer)  # fmt: skip
@@ -58,12 +59,14 @@ def kill():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def kill_on(moment, kind, folder):
-    """SIGKILL in the last step but one (of GRPO's phases in the last): as it is logged, in the middle of a save of the
-    one before, in the middle of a rollout, before and between the inner steps, in a validation, as the best weights are
-    saved."""
+def kill_at(point, kind, folder):
+    """Make this process kill itself at a point of the run.
+
+    "log": as the last step but one is logged. "save": while an earlier step is being saved. "best": while GRPO saves
+    its best weights. Other points are phases of GRPO's last step, see `kill_in`.
+    """
     last = KINDS[kind]
-    if moment == "log":
+    if point == "log":
         write = MetricsLog.write
 
         def log(self, step, values):
@@ -72,18 +75,20 @@ def kill_on(moment, kind, folder):
                 kill()
 
         MetricsLog.write = log
-    elif moment == "save":
+    elif point == "save":
         saved = last - 2 if kind == "sft" else last - 1
         kill_when(lambda: any(path.name.startswith(f"{saved}.") for path in (folder / "checkpoints").glob("*")))
-    elif moment == "best":  # the first: which steps improve on it is chance
+    elif point == "best":  # at step 0: whether a later step is better is chance
         kill_when(lambda: any(path.name.startswith("0.") for path in (folder / "best").glob("*")))
     else:
-        kill_in(moment, last)
+        kill_in(point, last)
 
 
-def kill_when(told):
+def kill_when(condition):
+    """Kill this process as soon as `condition()` is true; a thread polls it."""
+
     def watch():
-        while not told():
+        while not condition():
             time.sleep(0.0005)
         kill()
 
@@ -91,7 +96,8 @@ def kill_when(told):
 
 
 def kill_in(phase, last):
-    """In a phase of GRPO's last step: "sample", "update", "inner" (between two inner steps) or "validate"."""
+    """Kill this process in a phase of GRPO's last step: "sample" and "validate", after two trees; "update", before it;
+    "inner", between two inner steps."""
     sample, update, validate, run = GrpoTrainer.sample, GrpoTrainer.update, GrpoTrainer.validate, TreeRunner.run
     reached = {"step": 0, "trees": 0}
 
@@ -109,8 +115,8 @@ def kill_in(phase, last):
     def updating(self, state, groups):
         if reached["step"] == last and phase == "update":
             kill()
-        between = lambda inner: kill() if reached["step"] == last and phase == "inner" else None  # noqa: E731
-        return update(self, state, groups, between)
+        after_inner_step = lambda _: kill() if reached["step"] == last and phase == "inner" else None  # noqa: E731
+        return update(self, state, groups, after_inner_step)
 
     def validating(self, *arguments):
         reached.update(trees=0, phase="validate")
@@ -124,9 +130,9 @@ if __name__ == "__main__":
     import jax
 
     jax.config.update("jax_num_cpu_devices", 2)
-    kind, folder, moment = sys.argv[1:]
-    if moment == "long":
+    kind, folder, point = sys.argv[1:]
+    if point == "long":
         LONG[kind](folder)
     else:
-        kill_on(moment, kind, Path(folder))
+        kill_at(point, kind, Path(folder))
         {"sft": sft, "grpo": grpo}[kind](folder)

@@ -1,4 +1,5 @@
-"""Eight devices do what one does. They are virtual CPU devices in a process of their own (`eight_devices`)."""
+"""Training and sampling on eight devices equal those on one. `eight_devices` runs with virtual CPU devices, in a
+process of its own, and prints the measurements that are checked here."""
 
 import json
 import math
@@ -26,53 +27,54 @@ def found():
 
 
 def test_a_step_on_eight_devices_is_the_step_on_one(found):
-    """Tokens weigh the same wherever they are: the mean of the devices' means would fail here."""
+    """Tokens weigh the same on every device, though devices have very different numbers of them: a mean of per-device
+    means would fail."""
     step = found["step"]
     assert step["per_row"][0] == 0 and max(step["per_row"]) > 5 * step["per_row"][1] > 0
     assert step["moved"] > 1e-2
     assert step["one_device"] < 1e-5 and step["plain"] < 1e-5 and step["norm"] < 1e-5
 
 
-def test_microbatches_are_added_up_by_their_tokens(found):
+def test_microbatches_are_weighted_by_their_tokens(found):
     step = found["step"]
     assert step["microbatches"] < 1e-5 and step["weight"][0] == step["weight"][1]
 
 
-@pytest.mark.parametrize("optimizer, shares", [("muon", {"8/1": 1, "8/2": 1 / 2}), ("adamw", {"8/8": 1 / 8})])
-def test_weights_split_over_devices_train_as_whole_ones(found, optimizer, shares):
-    """Shares of a half and an eighth; under a scan and remat; microbatches; frozen parameters stay."""
+@pytest.mark.parametrize("optimizer, shards", [("muon", {"8/1": 1, "8/2": 1 / 2}), ("adamw", {"8/8": 1 / 8})])
+def test_sharded_weights_train_like_replicated_ones(found, optimizer, shards):
+    """Shards of a half and of an eighth, with scan, remat and microbatches. Frozen parameters do not change."""
     sharded = found["sharded"]
-    assert {mesh: sharded[f"{optimizer} {mesh} share"] for mesh in shares} == shares
+    assert {mesh: sharded[f"{optimizer} {mesh} shard"] for mesh in shards} == shards
     assert sharded[f"{optimizer} moved"] > 1e-2
     # AdamW's first steps divide by the gradient's own size, however small it is.
     most = 1e-5 if optimizer == "muon" else 1e-4
-    assert all(sharded[f"{optimizer} {mesh}"] < most for mesh in shares), sharded
+    assert all(sharded[f"{optimizer} {mesh}"] < most for mesh in shards), sharded
     assert (sharded[f"{optimizer} q moved"] > 1e-2) == (optimizer == "muon")
 
 
-def test_a_run_goes_on_on_another_number_of_devices(found):
-    assert 0 <= found["elsewhere"] < 1e-5
+def test_a_run_resumes_on_another_number_of_devices(found):
+    assert 0 <= found["resumed"] < 1e-5
 
 
 def test_two_processes_train_as_one(tmp_path):
-    """Two processes of four devices each, through `jax.distributed`, in two microbatches and with weights split over
-    a process: the run that one process makes on one device. A SIGTERM to one of them ends both after the same step,
-    and the same command goes on."""
-    for code, words in ((143, ["SIGTERM"]), (0, [])):
+    """Two processes of four devices each, joined by `jax.distributed`, with two microbatches and weights sharded within
+    a process, give the weights of one process on one device. A SIGTERM to one of the two ends both after the same step,
+    and the same command resumes them."""
+    for code, extra in ((143, ["SIGTERM"]), (0, [])):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             address = f"localhost:{free.getsockname()[1]}"
         command = [sys.executable, "-m", "tests.train.processes", address]
         started = [
-            subprocess.Popen([*command, str(i), tmp_path, *words], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+            subprocess.Popen([*command, str(i), tmp_path, *extra], cwd=ROOT, stderr=subprocess.PIPE, text=True)
             for i in range(2)
         ]
         for process in started:
             _, errors = process.communicate(timeout=1800)
             assert process.returncode == code, errors[-4000:]
-            assert not words or "sft together is saved at step 4 of 8" in errors
-    right = processes.train(data_mesh(1), tmp_path / "alone")
-    alone, (together, other) = weights_of(right), (dict(np.load(tmp_path / f"{i}.npz")) for i in range(2))
+            assert not extra or "step 4 of 8" in errors
+    model = processes.train(data_mesh(1), tmp_path / "alone")
+    alone, (together, other) = weights_of(model), (dict(np.load(tmp_path / f"{i}.npz")) for i in range(2))
     assert alone.keys() == together.keys()
     for name, value in alone.items():
         np.testing.assert_array_equal(together[name], other[name])
@@ -84,19 +86,19 @@ def test_two_processes_train_as_one(tmp_path):
             assert a[name] == pytest.approx(b[name], rel=1e-4), name
 
 
-def test_sampled_tokens_depend_on_no_number_of_devices(found):
+def test_sampled_tokens_do_not_depend_on_the_number_of_devices(found):
     assert all(found["tokens"]["equal"]) and found["tokens"]["threads"] > 40
 
 
 def test_eight_devices_update_a_policy_as_one_does(found):
-    """With the reference and the old log-probabilities scored where the rows lie, and sharded weights."""
+    """With sharded weights; reference and old log-probabilities are computed on the device that has the row."""
     policy = found["policy"]
-    assert policy["apart"] < 1e-4 and policy["moved"] > 5e-3
+    assert policy["distance"] < 1e-4 and policy["moved"] > 5e-3
     for name, (eight, one) in policy["metrics"].items():
         assert eight == pytest.approx(one, rel=1e-3, abs=1e-5), name
 
 
-def test_the_paper_s_preset_builds_and_takes_a_step_of_each_kind_on_eight_devices(found):
+def test_the_paper_s_preset_takes_an_sft_and_a_grpo_step_on_eight_devices(found):
     preset = found["preset"]
     assert set(preset["devices"]) == {8} and preset["slots"] == [2]
     assert preset["sft"] == pytest.approx(math.log(preset["vocabulary"]), rel=0.35)

@@ -1,4 +1,4 @@
-"""What tells weights apart: their content alone."""
+"""Fingerprints of models depend on the weights, and on nothing else."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from apr_jax.train.checkpoint import fingerprint, load_model, save_model
 from tests.tiny import make_model
 
 
-def test_a_fingerprint_is_of_the_weights_alone(tmp_path):
+def test_a_fingerprint_depends_on_the_weights_alone(tmp_path):
     model = make_model(0)
     mine = fingerprint(model)
     assert mine == fingerprint(make_model(0)) != fingerprint(make_model(1)) and len(mine) == 16
@@ -21,10 +21,10 @@ def test_a_fingerprint_is_of_the_weights_alone(tmp_path):
         assert fingerprint(load_model(tmp_path / str(step))[0]) == mine
     other = Llama(dataclasses.replace(model.config, remat="full", dtype="bfloat16"), rngs=nnx.Rngs(5))
     nnx.update(other, nnx.state(model))
-    assert fingerprint(other) == mine, "how it is computed does not matter"
+    assert fingerprint(other) == mine, "dtype and remat of the computation do not matter"
 
 
-def test_the_last_bit_of_any_weight_changes_it():
+def test_the_last_bit_of_any_parameter_changes_the_fingerprint():
     model = make_model(0)
     graphdef, state = nnx.split(model)
     leaves, tree = jax.tree.flatten(state)

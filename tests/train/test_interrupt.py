@@ -1,4 +1,4 @@
-"""A signal ends what runs, also where the exception that it raises is lost on its way."""
+"""An interrupt ends training, rollouts and progress, even if JAX loses the exception that the signal raised."""
 
 import asyncio
 import contextlib
@@ -21,18 +21,18 @@ from tests.train.test_resume import bits, lines
 
 
 def lose_an_interrupt():
-    """A Ctrl-C whose exception nobody sees."""
+    """Send SIGINT to this process and suppress its KeyboardInterrupt."""
     with contextlib.suppress(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_lost_interrupt_ends_training_at_its_next_step_and_it_goes_on(tmp_path, monkeypatch):
-    before, right = signal.getsignal(signal.SIGINT), bits(runs.sft(tmp_path / "whole"))
-    write, seen = MetricsLog.write, []
+def test_a_lost_interrupt_ends_training_at_the_next_step_and_the_run_resumes(tmp_path, monkeypatch):
+    handler, expected = signal.getsignal(signal.SIGINT), bits(runs.sft(tmp_path / "whole"))
+    write, logged = MetricsLog.write, []
 
     def log(self, step, values):
         write(self, step, values)
-        seen.append(step)
+        logged.append(step)
         if step == 3:
             lose_an_interrupt()
 
@@ -40,16 +40,16 @@ def test_a_lost_interrupt_ends_training_at_its_next_step_and_it_goes_on(tmp_path
         patch.setattr(MetricsLog, "write", log)
         with pytest.raises(KeyboardInterrupt):
             runs.sft(tmp_path / "run")
-    assert max(seen) <= 4
-    assert signal.getsignal(signal.SIGINT) is before  # default, or ignored where a shell runs this in the background
-    assert bits(runs.sft(tmp_path / "run")) == right and lines(tmp_path / "run") == lines(tmp_path / "whole")
+    assert max(logged) <= 4
+    assert signal.getsignal(signal.SIGINT) is handler  # a shell may have set it to "ignored"
+    assert bits(runs.sft(tmp_path / "run")) == expected and lines(tmp_path / "run") == lines(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("other", [None, RuntimeError("INTERNAL: KeyboardInterrupt")])
 def test_an_interrupt_that_jax_lost_ends_a_rollout(other, monkeypatch):
-    """Dropped, or come out as an error of JAX: never a failure of the tree that was decoded."""
+    """JAX drops the exception or raises another error instead. Neither counts as a failure of the decoded tree."""
     engine = JaxEngine(make_model(), data_mesh(1), slots=1, context=64, steps=2)
-    decode, ended = JaxEngine._run_decode, []
+    decode, failures = JaxEngine._run_decode, []
 
     def interrupted(self, *arguments):
         lose_an_interrupt()
@@ -61,15 +61,15 @@ def test_an_interrupt_that_jax_lost_ends_a_rollout(other, monkeypatch):
         try:
             return await engine.decode(engine.open((1, 2), (0,)), frozenset(), 60, Sampling(0.0))
         except Exception as error:
-            ended.append(error)
+            failures.append(error)
 
     monkeypatch.setattr(JaxEngine, "_run_decode", interrupted)
     with interrupt.Interrupt(), pytest.raises(KeyboardInterrupt):
         asyncio.run(one())
-    assert not ended
+    assert not failures
 
 
-def test_progress_ends_what_was_interrupted(capfd):
+def test_progress_raises_a_lost_interrupt(capfd):
     progress = Progress("x", 3, "steps")
     progress.update(1)
     with interrupt.Interrupt():
@@ -78,7 +78,7 @@ def test_progress_ends_what_was_interrupted(capfd):
         with pytest.raises(KeyboardInterrupt):
             progress.update(2)
     with interrupt.Interrupt():
-        progress.update(3)  # the next command begins without it
+        progress.update(3)  # a new context has no pending interrupt
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -1,4 +1,4 @@
-"""The objective is the equation of its module: advantages, token weights, ratios, clips and divergence, in NumPy."""
+"""GRPO's objective against its equations in NumPy: advantages, token weights, ratios, clips and divergence."""
 
 import dataclasses
 import itertools
@@ -20,12 +20,13 @@ from tests.train.objectives import hand_made_tree, make_config
 
 
 def tree_segments(tree, advantage, config, window=64):
-    """The segments of one tree that is trained on, also with an advantage of 0."""
+    """The segments of one tree. They are made even for an advantage of 0, by a kl above 0."""
     return step_segments([(tree, advantage)], dataclasses.replace(config, kl=config.kl or 1.0), window)[0]
 
 
 def plain_logprobs(model, segment, temperature):
-    """Log-probability and entropy behind every token of a segment, each path forwarded alone."""
+    """(log-probabilities [n], entropies [n]) of the model's predictions of the n tokens of a segment, with each path
+    forwarded alone. Both are 0 for a token without a predecessor."""
     logprobs, entropy = np.zeros(len(segment)), np.zeros(len(segment))
     for last in set(range(len(segment))) - set(segment.predecessors.tolist()):
         path = [last]
@@ -37,7 +38,7 @@ def plain_logprobs(model, segment, temperature):
     return logprobs, entropy
 
 
-def test_advantages_are_rewards_against_their_group():
+def test_advantages_are_rewards_minus_the_mean_of_the_group():
     np.testing.assert_allclose(advantages([1, 0, 0, 0], normalise=False), [0.75, -0.25, -0.25, -0.25])
     np.testing.assert_allclose(advantages([1, 0, 0, 0], normalise=True), np.array([3, -1, -1, -1]) / 3**0.5)
     np.testing.assert_allclose(advantages([0, 1], normalise=True), [-1, 1])
@@ -48,7 +49,7 @@ def test_advantages_are_rewards_against_their_group():
 
 
 def test_rewards_that_differ_by_rounding_alone_are_equal():
-    """61 tokens and 1 child cost as much as 21 tokens and 5 children, though not to the last bit."""
+    """61 tokens and 1 child cost as much as 21 tokens and 5 children, but the sums differ in the last bit."""
     values = [1 - 0.001 * 61 - 0.01 * 1, 1 - 0.001 * 21 - 0.01 * 5]
     assert values[0] != values[1] and not differ(values)
     assert not advantages(values, True).any() and not advantages(values, False).any()
@@ -58,7 +59,8 @@ def test_rewards_that_differ_by_rounding_alone_are_equal():
 
 
 def token_terms(config, segment, advantage, p, b, o, q, t):
-    """Loss of token t of a segment and its derivative by p, as numbers: the module's equations, one token at a time."""
+    """(loss, its derivative by p[t], ratio, importance weight, k3 estimate) of token t of a segment, by the equations
+    in `apr_jax.train.objective`. The arrays p, b, o and q [n] have the names used there."""
     old, weight = b[t], 1.0
     if config.tis_clip:
         old, weight = o[t], min(np.exp(o[t] - b[t]), config.tis_clip)
@@ -77,7 +79,7 @@ def token_terms(config, segment, advantage, p, b, o, q, t):
 
 
 def leaf_paths(segment):
-    """The paths of a segment as lists of indices, one for each token that nothing follows."""
+    """The paths of a segment as lists of indices, one for each token that no other token follows."""
     found = []
     for last in sorted(set(range(len(segment))) - set(segment.predecessors.tolist())):
         path = [last]
@@ -88,8 +90,8 @@ def leaf_paths(segment):
 
 
 def gradient_by_paths(model, segments, slopes, temperature):
-    """The gradient of the sum of slope times log-probability, every path forwarded alone and each token counted on one:
-    by the chain rule that of the loss."""
+    """The gradient of the sum of slope times log-probability. By the chain rule it is the gradient of the loss whose
+    derivatives by log-probabilities are `slopes`. Each path is forwarded alone, and each token counts on one path."""
     paths = [(segment, slope, path) for segment, slope in zip(segments, slopes) for path in leaf_paths(segment)]
     padded = np.zeros((2, len(paths), max(len(path) for *_, path in paths)), np.float32)
     seen = set()
@@ -97,12 +99,14 @@ def gradient_by_paths(model, segments, slopes, temperature):
         padded[0, i, : len(path)] = segment.tokens[path]
         padded[1, i, : len(path)] = [0 if (id(segment), t) in seen else slope[t] for t in path]
         seen |= {(id(segment), t) for t in path}
-    tokens, weight = jnp.asarray(padded[0], jnp.int32), jnp.asarray(padded[1])
+    tokens_BxT, weight_BxT = jnp.asarray(padded[0], jnp.int32), jnp.asarray(padded[1])
     graphdef, parameters = nnx.split(model)
 
     def total(parameters):
-        logprobs = jax.nn.log_softmax(causal_logits(nnx.merge(graphdef, parameters), tokens)[:, :-1] / temperature)
-        return jnp.sum(weight[:, 1:] * jnp.take_along_axis(logprobs, tokens[:, 1:, None], axis=-1)[:, :, 0])
+        logits_BxTxV = causal_logits(nnx.merge(graphdef, parameters), tokens_BxT)[:, :-1]
+        logprobs_BxTxV = jax.nn.log_softmax(logits_BxTxV / temperature)
+        logprobs_BxT = jnp.take_along_axis(logprobs_BxTxV, tokens_BxT[:, 1:, None], axis=-1)[:, :, 0]
+        return jnp.sum(weight_BxT[:, 1:] * logprobs_BxT)
 
     return jax.jit(jax.grad(total))(parameters)
 
@@ -118,23 +122,14 @@ OBJECTIVES = {
 
 
 @pytest.mark.parametrize("changes", OBJECTIVES.values(), ids=OBJECTIVES)
-def test_loss_and_gradient_are_the_equations_in_numpy(changes):
-    """On small packed trees, with ratios on both sides of both clips under both signs of the advantage: the sums, and
-    the gradient, which is that of the paths forwarded one by one."""
+def test_loss_and_gradient_are_those_of_the_equations_in_numpy(changes):
+    """The sums are compared with NumPy's, the gradient with that of the paths forwarded one by one. The small packed
+    trees have ratios on both sides of both clips, for both signs of the advantage."""
     rng, noise = random.Random(1), np.random.default_rng(1)
     model = make_model(2)
     config = make_config(**{"clip_low": 0.2, "clip_high": 0.3, "temperature": 0.7} | changes)
-    names = (
-        "loss",
-        "weight",
-        "trained",
-        "logprob_mismatch",
-        "clipped_low",
-        "clipped_high",
-        "importance",
-        "kl",
-        "entropy",
-    )
+    counted = ("trained", "clipped_low", "clipped_high")
+    names = ("loss", "weight", "logprob_mismatch", "importance", "kl", "entropy", *counted)
     right, most = dict.fromkeys(names, 0.0), 0.0
     segments, slopes, columns = [], [], {"old_logprobs": [], "reference_logprobs": []}
     for advantage in (1.5, -0.5):
@@ -180,7 +175,8 @@ def test_loss_and_gradient_are_the_equations_in_numpy(changes):
 
 @pytest.mark.parametrize("advantage, low, high", [(1.0, 0, 1), (-1.0, 1, 0)])
 def test_a_clip_counts_where_it_binds(advantage, low, high):
-    """Of a token whose ratio is past the lower bound and one past the upper, one alone is held back by the clip."""
+    """One token's ratio is below the lower bound, the other's above the upper one. The clip removes the gradient of one
+    of them, depending on the sign of the advantage."""
     model, config = make_model(2), make_config()
     (segment,) = tree_segments(
         ThreadTree(Thread((Block((5,), False), Block((7, 8), True)))), advantage, config, window=64
@@ -192,13 +188,13 @@ def test_a_clip_counts_where_it_binds(advantage, low, high):
     assert (float(sums["clipped_low"]), float(sums["clipped_high"])) == (low, high)
 
 
-def test_the_first_ratio_is_one_wherever_the_old_policy_is_the_trainers_own():
-    """With a cap the trainer's own log-probabilities are the old ones, and what the sampler's differ by is a weight."""
+def test_the_first_ratio_is_1_with_a_tis_clip():
+    """With a tis_clip, ratios are against the trainer's old log-probabilities. The engine's are used for a weight."""
     model, config = make_model(2), make_config(tis_clip=2.0)
     segments = tree_segments(hand_made_tree(), 1.0, config, window=64)
     rows = pack_rows([segments], sum(map(len, segments)))
     rows = dataclasses.replace(rows, old_logprobs=np.asarray(policy_logprobs(model, rows, 1.0)))
-    for shift, weight in ((-1.0, 2.0), (0.5, np.exp(-0.5))):  # the sampler's are below, or above, the trainer's
+    for shift, weight in ((-1.0, 2.0), (0.5, np.exp(-0.5))):  # the engine's are below, then above the trainer's
         rows = dataclasses.replace(rows, logprobs=rows.old_logprobs + np.float32(shift))
         loss, sums = grpo_loss(model, rows, config)
         assert sums["clipped_low"] == sums["clipped_high"] == 0
@@ -206,16 +202,16 @@ def test_the_first_ratio_is_one_wherever_the_old_policy_is_the_trainers_own():
         assert float(loss) == pytest.approx(-weight * float(sums["weight"]), rel=1e-4)
 
 
-def test_the_gradient_of_k1_is_that_of_the_divergence():
-    """On average over what the model draws: here every word once, weighed by its probability, after the same prompt.
-    (As a term of the loss it would be 0: the mean of the gradient of a log-probability.)"""
+def test_the_mean_gradient_of_k1_is_that_of_the_divergence():
+    """The divergence is the one between model and reference, for the next token after one prompt. The mean is over all
+    next tokens, each weighted by its probability. In the loss, not in the advantage, k1 would have a mean of 0."""
     model, config = make_model(2), make_config(kl=1.0, kl_estimator="k1")
     V = model.config.vocab_size
     graphdef, parameters = nnx.split(model)
     reference = jnp.asarray(log_softmax(np.random.default_rng(0).normal(size=V)), jnp.float32)
     log_p = jnp.asarray(log_softmax(plain_logits(model, [5]))[0])
-    words = [Thread((Block((5,), False), Block((word,), True))) for word in range(V)]
-    rows = pack_rows([tree_segments(ThreadTree(thread), 0.0, config, window=64) for thread in words], 64)
+    threads = [Thread((Block((5,), False), Block((token,), True))) for token in range(V)]
+    rows = pack_rows([tree_segments(ThreadTree(thread), 0.0, config, window=64) for thread in threads], 64)
     rows.logprobs[:, 1], rows.loss_weight[:, 1] = log_p, jnp.exp(log_p)
     rows = dataclasses.replace(rows, reference_logprobs=np.zeros_like(rows.logprobs))
     rows.reference_logprobs[:, 1] = reference
@@ -242,7 +238,7 @@ def test_the_gradient_of_k1_is_that_of_the_divergence():
         ("constant", 1 / 64, 1 / 64, 1 / 64),
     ],
 )
-def test_every_way_to_aggregate_gives_its_share(aggregate, root, child, kl_root):
+def test_each_aggregation_gives_its_token_weights(aggregate, root, child, kl_root):
     segments = tree_segments(hand_made_tree(), -0.5, make_config(aggregate=aggregate), window=64)
     assert [int(segment.sampled.sum()) for segment in segments] == [5, 4, 0]
     np.testing.assert_allclose(segments[0].loss_weight, root, rtol=1e-6)
@@ -255,8 +251,8 @@ def test_every_way_to_aggregate_gives_its_share(aggregate, root, child, kl_root)
 
 
 def paper_sequences(tree):
-    """The authors' sequences of a tree, as lists of its written ids: what each request to their server gave. A spawn
-    ends a request, a join begins one; children's come behind their parent's."""
+    """The sampled ids of each request that the authors' code makes for a tree, as lists. A spawn ends a request, and
+    the next one begins after the join. A parent's requests come before its children's. Empty ones are left out."""
     found = []
 
     def walk(thread):
@@ -276,17 +272,17 @@ def paper_sequences(tree):
 
 
 def numbered(thread, numbers):
-    """The same thread with every id a new number."""
+    """The same thread with a new number for each of its ids."""
     return map_blocks(
         thread, lambda block: dataclasses.replace(block, content=tuple(next(numbers) for _ in block.content))
     )
 
 
 @pytest.mark.parametrize("kl", [0.0, 0.3])
-def test_the_paper_s_weights_are_those_of_its_requests(kl):
-    """50 random trees, some nested, some with children that inherit, a third of them without an advantage, against a
-    plain count: a sequence's mean, by the sequences of its tree, by all sequences of the step; without a kl those of
-    advantage 0 are dropped first."""
+def test_the_weights_of_the_paper_are_those_of_its_requests(kl):
+    """50 random trees, some nested, some with children that inherit, a third of them with advantage 0. A token weighs 1
+    over the tokens of its sequence, over the sequences of its tree (not for the kl), over the sequences of the step.
+    Without a kl, trees with advantage 0 are left out first."""
     rng, numbers = random.Random(7), itertools.count(1)
     config = make_config(aggregate="paper", kl=kl)
     trees = [
@@ -311,8 +307,9 @@ def test_the_paper_s_weights_are_those_of_its_requests(kl):
         assert found[token] == pytest.approx(weights, rel=1e-5)
 
 
-def test_the_paper_s_weights_of_a_tree_that_was_counted_by_hand():
-    """A root that writes 6 and a call of 2, a child of 4, 2 after the join; beside it a tree of one thread of 6."""
+def test_the_weights_of_the_paper_for_a_tree_counted_by_hand():
+    """The first tree: a root samples 6 tokens, a call of 2, and 2 after the join; its child samples 4. The second tree:
+    one thread of 6 tokens."""
 
     def written(n):
         return Block((7,) * n, True)
@@ -333,17 +330,16 @@ def test_the_paper_s_weights_of_a_tree_that_was_counted_by_hand():
     "aggregate, divisor, paper",
     [("tree", 3, 0), ("sequence", 3, 0), ("token", 27, 0), ("constant", 3, 0), ("paper", 4, 2)],
 )
-def test_a_step_is_divided_by_its_trees_tokens_or_requests(aggregate, divisor, paper, kl):
-    """Three trees of 9 tokens and 2 requests; one has no advantage, and with the paper counts only where there is a
-    kl."""
+def test_the_divisor_of_a_step_counts_trees_tokens_or_requests(aggregate, divisor, paper, kl):
+    """Three trees of 9 tokens and 2 requests. One has advantage 0: without a kl "paper" does not count its requests."""
     trees = [(hand_made_tree(), advantage) for advantage in (1.0, 0.0, -1.0)]
     segments, found = step_segments(trees, make_config(aggregate=aggregate, kl=kl), window=64)
     assert found == divisor + (paper if kl else 0)
     assert [float(segment.advantage[0]) for segment in segments[::3]] == ([1, 0, -1] if kl else [1, -1])
 
 
-def test_an_aggregation_of_ones_own_is_one_function(monkeypatch):
-    monkeypatch.setitem(AGGREGATIONS, "request", None)  # taken out again at the end
+def test_a_new_aggregation_is_one_function(monkeypatch):
+    monkeypatch.setitem(AGGREGATIONS, "request", None)  # so that it is removed after the test
 
     @aggregation("request")
     def by_request(tree, window, trained):
@@ -358,13 +354,13 @@ def test_an_aggregation_of_ones_own_is_one_function(monkeypatch):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"aggregate": "mean"}, "aggregate is one of tree, sequence, paper, token, constant, was given 'mean'"),
-        ({"kl_estimator": "k2"}, "kl_estimator is one of k1, k3, was given 'k2'"),
-        ({"group": 1}, "was given 1"),
-        ({"temperature": 0.0}, "was given 0.0"),
-        ({"validate_every": 2, "validation": 0}, "validation is at least 1, was given 0"),
+        ({"aggregate": "mean"}, "aggregate .*tree, sequence, paper, token, constant.* 'mean'"),
+        ({"kl_estimator": "k2"}, "kl_estimator .*k1, k3.* 'k2'"),
+        ({"group": 1}, "group .* 1$"),
+        ({"temperature": 0.0}, "temperature .* 0.0"),
+        ({"validate_every": 2, "validation": 0}, "validation .* 0"),
     ],
 )
-def test_configs_that_cannot_be_are_refused_with_what_was_given(changes, message):
+def test_invalid_configs_are_refused_with_the_setting_and_its_value(changes, message):
     with pytest.raises(ValueError, match=message):
         make_config(**changes)

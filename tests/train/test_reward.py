@@ -1,4 +1,4 @@
-"""What a tree is worth, and what is told of a step's trees."""
+"""Rewards of trees, and the metrics of the trees of a step."""
 
 import dataclasses
 
@@ -15,13 +15,13 @@ def tree(correct, failures=(), malformed=(), suppressed_joins=0):
     )
 
 
-def test_without_prices_a_tree_is_worth_whether_it_is_right():
+def test_without_penalties_the_reward_is_1_for_a_correct_answer_else_0():
     assert reward_terms(tree(True), Penalties()) == {"correct": 1.0}
     assert rewards([tree(True), tree(False)], Penalties()) == [1.0, 0.0]
 
 
-def test_every_price_is_taken_off_by_what_the_tree_cost():
-    """The tree samples 9 tokens, its longest chain has 16 (the root's 10, the longer child's 6), and 2 children."""
+def test_each_penalty_is_subtracted_once_per_item():
+    """The tree has 9 sampled tokens, 16 sequential tokens (10 of the root, 6 of the longer child) and 2 children."""
     penalties = Penalties(token=0.01, sequential_token=0.001, child=0.1, malformed=0.2)
     terms = reward_terms(tree(True, malformed={"bad_line": 1, "empty": 2}), penalties)
     assert terms == pytest.approx(
@@ -30,7 +30,7 @@ def test_every_price_is_taken_off_by_what_the_tree_cost():
     assert rewards([tree(True)], Penalties(child=0.25)) == [0.5]
 
 
-def test_an_answer_that_is_wrong_can_cost_more_than_none():
+def test_a_wrong_answer_can_cost_more_than_no_answer():
     silent = hand_made_tree(correct=False, answered=False)
     cut_off = ThreadTree(dataclasses.replace(tree(False).root, failure="length"), outcome=tree(False).outcome)
     group = [tree(True), tree(False), silent, cut_off]
@@ -40,7 +40,7 @@ def test_an_answer_that_is_wrong_can_cost_more_than_none():
 
 
 @pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
-def test_a_price_is_a_number_from_0_on(value):
+def test_a_negative_or_infinite_penalty_is_refused(value):
     with pytest.raises(ValueError, match="child"):
         Penalties(child=value)
 
@@ -60,7 +60,7 @@ def test_rollout_metrics_are_means_over_trees():
     assert not any(name.startswith("rollout/reward_") for name in metrics)
 
 
-def test_prices_make_a_signal_and_are_told_apart():
+def test_penalties_make_a_signal_and_are_logged_one_by_one():
     groups = [[tree(True), tree(True, malformed={"empty": 1})]]
     metrics = rollout_metrics(groups, Penalties(malformed=0.5, child=0.1))
     assert metrics["rollout/reward"] == pytest.approx(1 - 0.2 - 0.25) and metrics["rollout/correct"] == 1

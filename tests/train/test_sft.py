@@ -1,4 +1,4 @@
-"""What a run tells: losses by who wrote a token, arithmetic and its rate, skipped steps (the last in test_resume)."""
+"""SFT: its metrics (losses by kind of token, tokens, FLOP/s), its token budget, and microbatches."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ def rows():
     return pack_rows([segments[::2], segments[1::2]], 128)
 
 
-def test_losses_by_kind_are_those_of_the_tokens_of_each_kind(rows):
+def test_the_loss_of_a_kind_is_the_sum_over_its_tokens(rows):
     logprobs = np.take_along_axis(log_softmax(np.asarray(row_logits(MODEL, rows))), rows.tokens[:, :, None], -1)
     sums = loss_by_kind(MODEL, rows)
     for name, role in {"written": SAMPLED, "call": CALL_SAMPLED, "prompt": FORCED, "join": JOIN}.items():
@@ -43,8 +43,9 @@ def test_losses_by_kind_are_those_of_the_tokens_of_each_kind(rows):
 
 
 def test_validation_means_leave_out_kinds_that_do_not_occur():
-    totals = {f"{what}/{kind}": 0.0 for what in ("loss", "right", "count") for kind in KINDS}
-    totals |= {"loss/written": 6.0, "count/written": 2.0, "right/written": 1.0, "loss/prompt": 5.0, "count/prompt": 1.0}
+    totals = {f"{what}/{kind}": 0.0 for what in ("loss", "correct", "count") for kind in KINDS}
+    totals |= {"loss/written": 6.0, "count/written": 2.0, "correct/written": 1.0}
+    totals |= {"loss/prompt": 5.0, "count/prompt": 1.0}
     found = validation_metrics(totals, "sampled")
     assert found["validation_loss"] == found["validation_loss/written"] == 3.0
     assert found["validation_accuracy"] == 0.5 and found["validation_loss/prompt"] == 5.0
@@ -52,29 +53,29 @@ def test_validation_means_leave_out_kinds_that_do_not_occur():
     assert validation_metrics(totals, "all")["validation_loss"] == pytest.approx(11 / 3)
 
 
-def test_validation_that_fits_no_row_is_refused_before_the_first_step(tmp_path):
-    """It was found after the last one."""
+def test_validation_threads_that_fit_no_row_are_refused_before_the_first_step(tmp_path):
+    """Without the early check the error came after the last step."""
     short, long = (flatten_thread(Thread((Block(tuple(range(5, 5 + n)), sampled=True),))) for n in (20, 65))
     config = SftConfig(1, 2, 64, runs.OPTIMIZER)
-    with pytest.raises(UserError, match="no thread fits a row of 64 tokens"):
+    with pytest.raises(UserError, match=" 64 tokens"):
         run_sft(SftJob(make_model(0), config, [short] * 4, data_mesh(2), tmp_path, [long]))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_token_sees_its_path_up_to_itself(rows):
+def test_attended_pairs_are_each_token_with_its_path_up_to_itself(rows):
     sums = batch_sums(rows)
     enter, exit_ = rows.enter, rows.exit
     T = enter.shape[1]
     sees = (enter[:, None, :] <= enter[:, :, None]) & (enter[:, :, None] < exit_[:, None, :]) & np.tri(T, dtype=bool)
-    assert int(sums["seen"]) == sees.sum() and int(sums["tokens"]) == (exit_ > enter).sum()
+    assert int(sums["attended"]) == sees.sum() and int(sums["tokens"]) == (exit_ > enter).sum()
 
 
-def test_unshared_tokens_are_those_of_the_paths_alone(rows):
+def test_unshared_tokens_are_those_of_all_paths_without_sharing(rows):
     lengths = [len(path) for thread in nested_tree().threads() for path in paths(thread)]
     assert int(batch_sums(rows)["unshared"]) == sum(lengths) > int(batch_sums(rows)["tokens"])
 
 
-def test_a_run_tells_losses_by_kind_and_its_rate(tmp_path, monkeypatch):
+def test_a_run_logs_losses_by_kind_and_its_flops(tmp_path, monkeypatch):
     monkeypatch.setattr(flops, "PEAK", {"cpu": {"float32": 1e12}})
     runs.sft(tmp_path / "run", validate_every=3)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
@@ -91,10 +92,13 @@ def test_a_run_tells_losses_by_kind_and_its_rate(tmp_path, monkeypatch):
 
 
 def test_a_budget_of_tokens_ends_a_run_and_its_schedule(tmp_path):
-    """The same bits as a run of just so many steps, also when it goes on; the sooner of both limits counts."""
+    """A run with a budget of tokens ends in the bits of a run with as many steps, also if it is resumed. With both
+    limits the earlier one counts."""
     four = runs.sft(tmp_path / "four", steps=4)
     lines = [json.loads(line) for line in (tmp_path / "four" / "metrics.jsonl").open()]
-    tokens = int(sum(line["tokens"] for line in lines if "loss" in line and line["step"] < 4)) + 1  # into the fourth
+    tokens = (
+        int(sum(line["tokens"] for line in lines if "loss" in line and line["step"] < 4)) + 1
+    )  # the fourth step exceeds it
     for name, limits in {"tokens": {"tokens": tokens}, "both": {"steps": 4, "tokens": 10**9}}.items():
         found = runs.sft(tmp_path / name, **limits)
         jax.tree.map(np.testing.assert_array_equal, nnx.state(found), nnx.state(four))
@@ -114,6 +118,6 @@ def test_microbatches_change_nothing_but_the_order_of_addition(tmp_path):
         assert a["tokens"] == b["tokens"] and a["loss"] == pytest.approx(b["loss"], rel=1e-4)
 
 
-def test_microbatches_that_do_not_come_out_even_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="batch_rows .2. must be a multiple of the 2 devices times 2 microbatches"):
+def test_batch_rows_that_devices_times_microbatches_do_not_divide_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="batch_rows .2.*2 devices.*2 microbatches"):
         runs.sft(tmp_path / "run", microbatches=2)

@@ -1,4 +1,4 @@
-"""What a trainer compiles, and how models are counted and read without arrays of their own."""
+"""The trainer compiles once; models are counted and loaded without random weights; paths of checkpoints are checked."""
 
 import jax
 import jax.monitoring
@@ -20,15 +20,15 @@ jax.monitoring.register_event_duration_secs_listener(
 )
 
 
-def test_the_trained_model_is_compiled_once():
+def test_copying_the_trained_model_compiles_once():
     model = make_model()
     trainer = Trainer(model, lambda model, rows: supervised_loss(model, rows, "sampled"), optax.sgd(0.1), data_mesh(2))
     state = trainer.init(model)
     first = trainer.model(state)
-    seen = len(traced)
+    before = len(traced)
     for _ in range(3):
         again = trainer.model(state)
-    assert len(traced) == seen
+    assert len(traced) == before
     for a, b, c in zip(*(jax.tree.leaves(nnx.state(one)) for one in (model, first, again)), strict=True):
         np.testing.assert_array_equal(a, b)
         np.testing.assert_array_equal(a, c)
@@ -46,14 +46,14 @@ def test_parameters_are_counted_without_making_them(tied):
     assert parameter_count(abstract_model(huge))[1] == L * (4 * D * D + 3 * D * F + 2 * D) + D
 
 
-def test_no_random_model_is_made_to_read_one(tmp_path, monkeypatch):
+def test_loading_a_model_draws_no_random_weights(tmp_path, monkeypatch):
     model = make_model(3)
     meta = {"model": config_json(model.config), "step": 1}
     save_model(tmp_path / "right", model, meta)
     save_model(tmp_path / "wrong", model, meta | {"model": meta["model"] | {"width": 64, "heads": 8}})
 
     def normal(key, *_, **__):
-        assert isinstance(key, jax.core.Tracer), "random weights were made"
+        assert isinstance(key, jax.core.Tracer), "random weights were drawn"
         return original(key, *_, **__)
 
     original = jax.random.normal
@@ -61,19 +61,19 @@ def test_no_random_model_is_made_to_read_one(tmp_path, monkeypatch):
     found, _ = load_model(tmp_path / "right")
     jax.tree.map(np.testing.assert_array_equal, nnx.state(found), nnx.state(model))
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(nnx.state(found)))
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="wrong"):
         load_model(tmp_path / "wrong")
 
 
 @pytest.mark.parametrize("name", ["r[1]", "a\\b", "x*y", "x?"])
-def test_no_checkpoint_is_begun_where_it_could_not_be_read(tmp_path, name):
+def test_paths_that_orbax_cannot_read_are_refused_before_anything_is_written(tmp_path, name):
     for call in (check_folder, Checkpoints):
         with pytest.raises(CheckpointError):
             call(tmp_path / name / "checkpoints")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_checkpoint_of_a_renamed_folder_is_read_or_refused_by_name(tmp_path):
+def test_a_checkpoint_in_a_renamed_folder_is_read_or_its_path_refused(tmp_path):
     model = make_model()
     save_model(tmp_path / "run", model, {"model": config_json(model.config), "step": 1})
     (tmp_path / "run").rename(tmp_path / "r[1]")

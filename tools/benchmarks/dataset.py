@@ -1,10 +1,10 @@
-"""How fast data sets are made, and in how much memory: problems, SoS+ traces and APR trees, tokenised and stored.
+"""Measures the speed and memory of making a data set: problems, SoS+ traces and APR trees, tokenized and stored.
 
     python -m tools.benchmarks.dataset --problems=20000 --processes=2
     python -m tools.benchmarks.dataset --problems=500000 --processes=2 --out=experiments/results/data/speed.json
 
-Everything is the paper's: 4 numbers of 1 to 99, targets 10 to 100, its solvers' settings, a window of 4,096. Memory is
-the largest sum over all processes of what each holds for itself (proportional set size), looked at twice a second.
+All settings are the paper's: 4 numbers from 1 to 99, targets from 10 to 100, the solvers' settings, a window of 4,096.
+Memory is the proportional set size of all processes together, sampled twice a second; the largest sample is reported.
 """
 
 import os
@@ -23,7 +23,7 @@ from tools import command
 
 
 class MemoryWatch(threading.Thread):
-    """The most memory that this process and its children held together, bytes."""
+    """A thread that samples the memory of this process and its children. `stop` returns the largest sum, in bytes."""
 
     def __init__(self):
         super().__init__(daemon=True)
@@ -38,7 +38,7 @@ class MemoryWatch(threading.Thread):
             for process in (me, *me.children(recursive=True)):
                 try:
                     total += process.memory_full_info().pss
-                except psutil.Error:  # it has just ended
+                except psutil.Error:  # the process has just ended
                     continue
             self.most = max(self.most, total)
 
@@ -51,9 +51,9 @@ class MemoryWatch(threading.Thread):
 def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("problems", 20_000, "Training problems.", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("processes", os.cpu_count(), "Processes.", lower_bound=1, flag_values=values)
-    folder = "Where the data set is made and kept; default: a passing one."
+    folder = "Folder of the data set, which is kept. Default: a temporary folder."
     flags.DEFINE_string("folder", None, folder, flag_values=values)
-    flags.DEFINE_string("out", None, "A JSON file for the figures.", flag_values=values)
+    flags.DEFINE_string("out", None, "JSON file to write the measurements to.", flag_values=values)
 
 
 def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:

@@ -1,15 +1,16 @@
-"""The rollout engine beside transformers' batched `generate`, both driving the same trees of the same checkpoint.
+"""Compares our rollout engine with transformers' batched `generate`, on the same trees of the same checkpoint.
 
     python -m tools.benchmarks.rollout                                          # the published workstation model
-    python -m tools.benchmarks.rollout --widen=2                                # the same function in 3.6 M parameters
+    python -m tools.benchmarks.rollout --widen=2                                # same function, 3.6 M parameters
     python -m tools.benchmarks.rollout --trees=1024 --slots=1024 --torch=false  # on a GPU
 
-Three measurements, each of ratios within this one process:
+Three measurements, each a ratio within this one process:
 
-    trees      sampled tokens a second of greedy trees of held-out problems, rounds alternating, medians; slot occupancy
-               (tokens sampled of slot steps run, padding of groups included); whether the trees are the same
-    fork       a sequence begun as a fork of 512 tokens, against one whose prompt must be prefilled, 8 at once
-    children   the time of one tree of a parent and C children at once, over that of its longest chain as one thread
+    trees      sampled tokens per second of greedy trees, medians of alternating rounds; slot occupancy (sampled tokens
+               divided by slot steps, where padding of groups counts as steps); how many trees are equal
+    fork       the time to begin a sequence as a fork of 512 tokens, and by a prefill of 512 tokens, 8 at once
+    children   the time of a tree of a parent and C parallel children, divided by the time of one thread with the tokens
+               of its longest chain
 """
 
 import asyncio
@@ -46,24 +47,28 @@ from apr_jax.train.checkpoint import load_model
 from apr_jax.train.step import data_mesh
 from tools import command
 
-NOWHERE: frozenset[int] = frozenset()  # no stop
+NOWHERE: frozenset[int] = frozenset()  # no stop tokens
 
 
 def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
-        "checkpoint", "experiments/results/workstation", "A folder with checkpoints and tokenizer.json.",
+        "checkpoint", "experiments/results/workstation", "A folder with checkpoints/ and tokenizer.json.",
         flag_values=values,
     )  # fmt: skip
-    flags.DEFINE_integer("widen", 1, "Times the width, the function unchanged.", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer("trees", 64, "Trees of a round.", lower_bound=1, flag_values=values)
+    widen = "Factor of the model's width. It still computes the same function."
+    flags.DEFINE_integer("widen", 1, widen, lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("trees", 64, "Trees per round.", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("slots", 128, "Slots of the engine.", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer("rounds", 3, "Rounds of each engine.", lower_bound=1, flag_values=values)
-    flags.DEFINE_boolean("torch", True, "Whether to run transformers, too.", flag_values=values)
-    flags.DEFINE_string("out", None, "A JSON file for the figures.", flag_values=values)
+    flags.DEFINE_integer("rounds", 3, "Rounds per engine.", lower_bound=1, flag_values=values)
+    flags.DEFINE_boolean("torch", True, "Run transformers, too.", flag_values=values)
+    flags.DEFINE_string("out", None, "JSON file to write the measurements to.", flag_values=values)
 
 
 def widened(model: Model, times: int) -> Model:
-    """The same function in a model `times` as wide: heads, width and feed-forward are padded with zeros."""
+    """Return a model that is `times` as wide and computes the same function.
+
+    Heads, width and feed-forward are padded with zeros.
+    """
     old = model.config
     config = dataclasses.replace(
         old, width=old.width * times, heads=old.heads * times, kv_heads=old.kv * times, feed_forward=old.hidden * times
@@ -71,7 +76,7 @@ def widened(model: Model, times: int) -> Model:
     wide = make_model(config, 0)
 
     def padded(path, target, value):
-        # A norm divides by the root of the mean square, which zeros make smaller.
+        # The zeros reduce the mean square that a norm divides by, so its gain is scaled to compensate.
         scale = times**-0.5 if "norm" in jax.tree_util.keystr(path) else 1.0
         return jnp.zeros_like(target).at[tuple(map(slice, value.shape))].set(scale * value)
 
@@ -80,7 +85,7 @@ def widened(model: Model, times: int) -> Model:
 
 
 def run_trees(engine: Engine, tokenizer: Tokenizer, problems: Sequence, budget: Budget) -> tuple[list, float]:
-    """(greedy trees, seconds)."""
+    """Return (greedy trees of the problems, seconds)."""
     runner = TreeRunner(engine, CountdownProtocol("apr"), tokenizer, budget, Sampling(0.0))
     began = time.perf_counter()
     trees = asyncio.run(
@@ -90,19 +95,24 @@ def run_trees(engine: Engine, tokenizer: Tokenizer, problems: Sequence, budget: 
 
 
 async def chain(engine: Engine, ids: Sequence[int], name: tuple[int, ...], tokens: int) -> None:
+    """Decode `tokens` tokens of one sequence."""
     sequence = engine.open(ids, name)
     await engine.decode(sequence, NOWHERE, tokens, Sampling(0.0))
     engine.free(sequence)
 
 
 def timed(work) -> float:
+    """Run a coroutine, and return its seconds."""
     began = time.perf_counter()
     asyncio.run(work)
     return time.perf_counter() - began
 
 
 async def tree(engine: Engine, count: int, before: int, each: int, after: int) -> None:
-    """A parent of `before` tokens, `count` children of `each` at once, a join of 20 and `after` more."""
+    """Decode `before` tokens of a parent, `each` tokens of `count` parallel children, and `after` tokens after a join.
+
+    The join has 20 tokens.
+    """
     prompt = tuple(range(4, 24))
     parent = engine.open(prompt, (0,))
     await engine.decode(parent, NOWHERE, before, Sampling(0.0))
@@ -115,7 +125,10 @@ async def tree(engine: Engine, count: int, before: int, each: int, after: int) -
 
 
 def _children(engine: JaxEngine, rounds: int) -> dict[str, float]:
-    """Time of a tree by its children, over that of a single thread of as many sequential tokens."""
+    """Return, for each number of children, the time of a tree divided by that of one thread.
+
+    The thread has as many sequential tokens as the tree.
+    """
     before, each, after = 150, 300, 60
     prompt = tuple(range(4, 24))
     times: dict[str, list[float]] = {}
@@ -129,8 +142,10 @@ def _children(engine: JaxEngine, rounds: int) -> dict[str, float]:
 
 
 def _fork(engine: JaxEngine, rounds: int, vocabulary: int, tokens: int = 512) -> dict[str, float]:
-    """Milliseconds to begin each of 8 sequences at once (their first token included): prompts that nobody holds, and
-    forks of one that a slot holds."""
+    """Return the milliseconds to begin a sequence, including its first token, when 8 begin at once.
+
+    "prefill": each prompt is new. "fork": each is a fork of a sequence that is in a slot.
+    """
     rng = np.random.default_rng(0)
     times: dict[str, list[float]] = {"prefill": [], "fork": []}
 
@@ -155,15 +170,15 @@ def _fork(engine: JaxEngine, rounds: int, vocabulary: int, tokens: int = 512) ->
 
 
 def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
-    jax.config.update("jax_enable_compilation_cache", False)  # compiling is measured
+    jax.config.update("jax_enable_compilation_cache", False)  # since compilation is measured
     published = Path(values["checkpoint"].value)
     model, meta = load_model(published / "checkpoints")
     model = widened(model, values["widen"].value)
     tokenizer = Tokenizer.load(published / "tokenizer.json")
-    given = meta["config"]
-    window = given["window"]
-    budget = Budget(window, given["budget"]["threads"], given["budget"]["depth"])
-    limits = (given["problems"][name] for name in ("count", "max_number", "min_target", "max_target"))
+    trained = meta["config"]
+    window = trained["window"]
+    budget = Budget(window, trained["budget"]["threads"], trained["budget"]["depth"])
+    limits = (trained["problems"][name] for name in ("count", "max_number", "min_target", "max_target"))
     drawn, rng = ProblemRange(*limits), random.Random("rollout")
     problems = [drawn.draw(rng) for _ in range(values["trees"].value)]
     devices = math.gcd(jax.device_count(), values["slots"].value)
@@ -180,7 +195,7 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     trees: dict[str, list] = {}
     times: dict[str, list[float]] = {name: [] for name in engines}
     for _ in range(rounds):
-        engine.load(nnx.state(model))  # what slots hold of the last round is forgotten
+        engine.load(nnx.state(model))  # clears the slots of the previous round
         for name, one in engines.items():
             trees[name], seconds = run_trees(one, tokenizer, problems, budget)
             times[name].append(seconds)

@@ -1,10 +1,10 @@
-"""Our problems and solvers beside the authors', in one process and at equal settings: rates, and what they make.
+"""Compares our problem generator and solvers with the authors': rates, and statistics of the traces.
 
     python -m tools.benchmarks.solvers --authors=FOLDER                    # a checkout of Parallel-Reasoning/APR
     python -m tools.benchmarks.solvers --authors=FOLDER --problems=2000 --out=experiments/results/data/solvers.json
 
-Rounds alternate, so that whatever else the machine does hits both. Statistics are over the same problems; a difference
-is within sampling error where it is under three of its standard errors.
+Both run in one process with equal settings. Rounds alternate, so that other load on the machine affects both. The
+statistics are over the same problems. A difference is within sampling error if it is below three standard errors.
 """
 
 import os
@@ -27,19 +27,19 @@ from apr_jax.threads import Spawn, ThreadTree
 from tools import command
 
 ROUNDS = 8
-MOST_APART = 3  # standard errors
+MAX_APART = 3  # in standard errors, within sampling error
 
 
 def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "authors", None, "A checkout of the authors' repository, Parallel-Reasoning/APR.", flag_values=values
     )
-    flags.DEFINE_integer("problems", 2000, "Problems solved by both.", lower_bound=ROUNDS, flag_values=values)
-    flags.DEFINE_string("out", None, "A JSON file for the figures.", flag_values=values)
+    flags.DEFINE_integer("problems", 2000, "Problems that both solve.", lower_bound=ROUNDS, flag_values=values)
+    flags.DEFINE_string("out", None, "JSON file to write the measurements to.", flag_values=values)
 
 
 def sequences(tree: ThreadTree) -> list[str]:
-    """The texts that the authors count: a thread up to each of its calls, call included, and to its end."""
+    """Return the texts that the authors count: each thread's text up to each call, with the call, and to its end."""
     texts = []
     for thread in tree.threads():
         before = ""
@@ -53,13 +53,13 @@ def sequences(tree: ThreadTree) -> list[str]:
 
 
 def authors_sequences(trace: dict) -> list[str]:
-    """All texts of one of the authors' trace dictionaries."""
+    """Return all texts of a `trace_dict` of the authors."""
     below = [text for calls in trace["sub_calls"] for child in calls for text in authors_sequences(child)]
     return trace["main_calls"] + below
 
 
 class Authors:
-    """Their generators, called as their scripts do."""
+    """The authors' generators of problems and traces, called with the arguments of their scripts."""
 
     def __init__(self, folder: str):
         if not (Path(folder) / "src" / "data" / "search.py").is_file():
@@ -91,7 +91,10 @@ class Authors:
 
 
 def rates(ours: Callable[[int], int], theirs: Callable[[int], int]) -> dict:
-    """Things per second of both, over alternating rounds; each is called with the round and returns how many."""
+    """Return the items per second of both functions, over alternating rounds.
+
+    Each function is called with the number of the round and returns how many items it made.
+    """
     made, seconds = [0, 0], [0.0, 0.0]
     for number in range(ROUNDS):
         for side, work in enumerate((ours, theirs)):
@@ -103,12 +106,16 @@ def rates(ours: Callable[[int], int], theirs: Callable[[int], int]) -> dict:
 
 
 def quantities(solved: bool, texts: list[str]) -> tuple[float, ...]:
+    """Return the quantities of a tree that `compare` compares, in its order."""
     lengths = [len(text) for text in texts]
     return solved, len(texts), sum(lengths), max(lengths), sum(lengths) / len(lengths)
 
 
 def compare(ours: list[ThreadTree], theirs: list[dict]) -> dict:
-    """Per quantity the two means, and their difference in standard errors."""
+    """Compare our trees with the authors' traces.
+
+    Returns both means of each quantity, and their difference in standard errors.
+    """
     names = ("solved", "sequences", "characters", "longest sequence", "characters per sequence")
     one = np.array([quantities(tree.info["solved"], sequences(tree)) for tree in ours], float)
     two = np.array(
@@ -122,7 +129,7 @@ def compare(ours: list[ThreadTree], theirs: list[dict]) -> dict:
             "ours": round(float(a.mean()), 3),
             "authors": round(float(b.mean()), 3),
             "standard_errors": (apart := round(float(abs(a.mean() - b.mean()) / max(error, 1e-12)), 2)),
-            "within_sampling_error": apart < MOST_APART,
+            "within_sampling_error": apart < MAX_APART,
         }
     return found
 
@@ -132,7 +139,7 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     random.seed(0)
     source, rng = ProblemRange(), random.Random(0)
     problems = source.draw_each([random.Random(f"bench/{i}") for i in range(count)])
-    share = count // ROUNDS
+    per_round = count // ROUNDS
     configs = {"sos_plus": SolverConfig.paper_sos_plus(), "apr": SolverConfig.paper_apr()}
 
     def draw(number: int) -> int:
@@ -144,34 +151,34 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
         return 150
 
     found = {"rates": {"problems": rates(draw, authors_draw)}, "statistics": {}}
-    for style, config in configs.items():
+    for solver, config in configs.items():
         made: tuple[list, list] = ([], [])
 
         def ours(number: int) -> int:
-            mine = problems[number * share : (number + 1) * share]
-            made[0].extend([SOLVERS[style](problem, config, rng) for problem in mine])
-            return share
+            mine = problems[number * per_round : (number + 1) * per_round]
+            made[0].extend([SOLVERS[solver](problem, config, rng) for problem in mine])
+            return per_round
 
         def theirs(number: int) -> int:
-            mine = problems[number * share : (number + 1) * share]
-            made[1].extend([getattr(authors, style)(problem) for problem in mine])
-            return share
+            mine = problems[number * per_round : (number + 1) * per_round]
+            made[1].extend([getattr(authors, solver)(problem) for problem in mine])
+            return per_round
 
-        found["rates"][style] = rates(ours, theirs)
-        found["statistics"][style] = compare(*made)
+        found["rates"][solver] = rates(ours, theirs)
+        found["statistics"][solver] = compare(*made)
     found |= {
-        "problems": ROUNDS * share,
+        "problems": ROUNDS * per_round,
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
         "date": time.strftime("%Y-%m-%d"),
     }
     for name, row in found["rates"].items():
         ours_rate, authors_rate, ratio = row.values()
         print(f"{name:<9} ours {ours_rate:>9}/s   authors {authors_rate:>8}/s   x {ratio}")
-    for style, rows in found["statistics"].items():
+    for solver, rows in found["statistics"].items():
         for name, row in rows.items():
             sampling = "within" if row["within_sampling_error"] else "BEYOND"
             print(
-                f"{style:<5} {name:<24} ours {row['ours']:>10}   authors {row['authors']:>10}   "
+                f"{solver:<5} {name:<24} ours {row['ours']:>10}   authors {row['authors']:>10}   "
                 f"{row['standard_errors']:>5} standard errors apart: {sampling} sampling error"
             )
     command.write_json(values["out"].value, found)

@@ -1,10 +1,11 @@
-"""How a checkout is built: statements and lines by folder, rooms on their floors, imports that lead upwards, circles.
+"""Reports the structure of a checkout: statements and lines by folder, rooms and floors, upward imports, circles.
 
     python -m tools.benchmarks.structure
     python -m tools.benchmarks.structure --root=/path/to/a/checkout --out=structure.png
 
-A room is a folder of `apr_jax`, or one of its modules that lies in none; `experiments` and `tools` are one room each.
-An arrow is an import. Modules are read as text: nothing is executed. Statements are those of the syntax tree.
+A room is a folder of `apr_jax`, or a module at its top; `experiments` and `tools` are one room each. A room is on a
+floor, and may import from floors below. An arrow in the figure is an import. Modules are parsed, not executed.
+Statements are those of the syntax tree.
 """
 
 import ast
@@ -20,8 +21,8 @@ from apr_jax.errors import UserError
 from apr_jax.io.files import whole
 from tools import command
 
-FLOORS = (  # a room imports from floors below its own, and from its own without circles
-    ("errors", "checks", "interrupt", "devices", "compilation", "io", "text", "threads", "model"),
+FLOORS = (  # a room may import from lower floors, and from rooms of its own floor without circles
+    ("errors", "checks", "settings", "interrupt", "devices", "compilation", "io", "text", "threads", "model"),
     ("tasks",),
     ("rollout", "data"),
     ("train",),
@@ -35,31 +36,33 @@ FOLDERS = ("apr_jax", "experiments", "tools", "benchmarks", "tests")
 class Module:
     """One Python file of a checkout."""
 
-    name: str  # as imported, "apr_jax.model.cache"
+    name: str  # as in imports: "apr_jax.model.cache"
     path: Path  # relative to the checkout
     statements: int
     lines: int
-    imports: frozenset[str]  # names of modules, or of things in them, all in full
+    imports: frozenset[str]  # full names of modules, or of objects in modules
 
     @property
     def room(self) -> str:
+        """The room that the module is in."""
         first, *rest = self.name.split(".")
         return rest[0] if first == "apr_jax" and rest else first
 
 
 def read_modules(root: Path) -> list[Module]:
-    """All modules of the `FOLDERS` of a checkout, in the order of their paths. Raises UserError where there is none."""
+    """Return all modules in the `FOLDERS` of a checkout, sorted by path. Raises UserError if there are none."""
     paths = sorted(path for folder in FOLDERS for path in (root / folder).rglob("*.py"))
     if not paths:
-        raise UserError(f"{root} is no checkout: it has no Python file in {', '.join(FOLDERS)}")
+        raise UserError(f"{root} is not a checkout: it has no Python file in {', '.join(FOLDERS)}")
     return [read_module(root, path) for path in paths]
 
 
 def read_module(root: Path, path: Path) -> Module:
+    """Parse the Python file at `path` in the checkout `root`."""
     text = path.read_text(encoding="utf-8")
     tree = ast.parse(text, path)
     parts = path.relative_to(root).with_suffix("").parts
-    package = parts[:-1]  # of a relative import
+    package = parts[:-1]  # a relative import begins here
     imports: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -74,7 +77,7 @@ def read_module(root: Path, path: Path) -> Module:
 
 
 def module_links(modules: Iterable[Module]) -> dict[str, set[str]]:
-    """The modules that each module imports, by name; those of other packages left out."""
+    """Return, for each module name, the names of the given modules that it imports."""
     modules = list(modules)
     names = {module.name for module in modules}
     links = {}
@@ -85,7 +88,7 @@ def module_links(modules: Iterable[Module]) -> dict[str, set[str]]:
 
 
 def room_links(modules: Iterable[Module]) -> Counter:
-    """How many modules of a room import from another: (room, other room) -> modules."""
+    """Count the modules of a room that import from another room: (room, other room) -> number of modules."""
     modules = list(modules)
     rooms = {module.name: module.room for module in modules}
     pairs = Counter()
@@ -95,20 +98,23 @@ def room_links(modules: Iterable[Module]) -> Counter:
 
 
 def floor_of(room: str) -> int:
-    """Raises UserError for a room that stands on no floor."""
+    """Return the number of the floor, from 0, that a room is on in `FLOORS`. Raises UserError if it is on none."""
     for floor, rooms in enumerate(FLOORS):
         if room in rooms:
             return floor
-    raise UserError(f"{room} stands on no floor: name it in FLOORS of tools/benchmarks/structure.py")
+    raise UserError(f"{room} has no floor: add it to FLOORS in tools/benchmarks/structure.py")
 
 
 def upward(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The imports (room, other room) from a higher floor."""
+    """Return the imports (room, other room) where the other room is on a higher floor."""
     return sorted((room, other) for room, other in pairs if floor_of(other) > floor_of(room))
 
 
 def circles(links: dict[str, set[str]]) -> list[list[str]]:
-    """The groups of two nodes or more that all lead to each other (Tarjan's strongly connected components)."""
+    """Return the circles of a graph: groups of two or more nodes with paths between all of them.
+
+    These are the strongly connected components by Tarjan's algorithm.
+    """
     number: dict[str, int] = {}
     lowest: dict[str, int] = {}
     stack: list[str] = []
@@ -135,17 +141,18 @@ def circles(links: dict[str, set[str]]) -> list[list[str]]:
 
 
 def by_room(pairs: Iterable[tuple[str, str]]) -> dict[str, set[str]]:
+    """Return, for each room, the rooms that it imports."""
     links: dict[str, set[str]] = {}
     for room, other in pairs:
         links.setdefault(room, set()).add(other)
     return links
 
 
-# ---------------------------------------------------------------------- showing
+# ---------------------------------------------------------------------- report and figure
 
 
 def table(modules: Sequence[Module]) -> str:
-    """Files, statements and lines of each folder, and of each top folder in all."""
+    """Return a table of files, statements and lines, for each folder and in total for each top folder."""
     rows: dict[str, list[int]] = {}
     for module in modules:
         first, *rest = module.path.parts[:-1]
@@ -160,15 +167,16 @@ def table(modules: Sequence[Module]) -> str:
 
 
 def report(modules: Sequence[Module]) -> str:
-    house = [module for module in modules if module.name.partition(".")[0] != "tests"]
-    pairs = room_links(house)
-    rooms = {module.room for module in house} - {"apr_jax"}
+    """Return the table of folders, the floors, the upward imports and the circles of rooms as text."""
+    source = [module for module in modules if module.name.partition(".")[0] != "tests"]
+    pairs = room_links(source)
+    rooms = {module.room for module in source} - {"apr_jax"}
     lines = [table(modules), ""]
     for floor, names in reversed(list(enumerate(FLOORS))):
         lines.append(f"floor {floor}: {', '.join(name for name in names if name in rooms)}")
-    if homeless := sorted(rooms - {name for names in FLOORS for name in names}):
-        lines.append(f"on no floor: {', '.join(homeless)}")
-    placed = [pair for pair in pairs if not set(pair) & set(homeless) and "apr_jax" not in pair]
+    if unplaced := sorted(rooms - {name for names in FLOORS for name in names}):
+        lines.append(f"on no floor: {', '.join(unplaced)}")
+    placed = [pair for pair in pairs if not set(pair) & set(unplaced) and "apr_jax" not in pair]
     up, round_ = upward(placed), circles(by_room(pairs))
     lines.append(f"imports from a higher floor: {', '.join(f'{a} -> {b}' for a, b in up) or 'none'}")
     lines.append(f"circles of rooms: {'; '.join(' - '.join(group) for group in round_) or 'none'}")
@@ -176,10 +184,10 @@ def report(modules: Sequence[Module]) -> str:
 
 
 def levels_of(pairs: Iterable[tuple[str, str]], rooms: Iterable[str]) -> dict[str, int]:
-    """The floor of each room. A room of no floor is put on the highest floor that it imports from."""
+    """Return the floor of each room. A room without a floor is put on the highest floor that it imports from."""
     floors = {name: floor for floor, names in enumerate(FLOORS) for name in names}
     levels = {room: floors.get(room, 0) for room in rooms}
-    for _ in levels:  # a chain of such rooms is as long as they are many
+    for _ in levels:  # repeated, since rooms without a floor may form chains; a chain has at most all rooms
         for room, other in pairs:
             if room not in floors:
                 levels[room] = max(levels[room], levels[other])
@@ -187,7 +195,7 @@ def levels_of(pairs: Iterable[tuple[str, str]], rooms: Iterable[str]) -> dict[st
 
 
 def implied(pairs: Iterable[tuple[str, str]]) -> set[tuple[str, str]]:
-    """The imports (room, other) where a chain of other imports leads from room to other. None in a circle."""
+    """Return the imports (room, other) where other imports lead from room to other, too. None is of a circle."""
     links = by_room(pairs)
     together = {room: group for group in circles(links) for room in group}
 
@@ -206,9 +214,11 @@ def implied(pairs: Iterable[tuple[str, str]]) -> set[tuple[str, str]]:
 
 
 def draw(modules: Sequence[Module], path: Path) -> None:
-    """The rooms as boxes on their floors with their statements, and an arrow for each import between them, but for
-    those downwards that other arrows imply. Rooms of no floor are dashed. A PNG."""
-    from matplotlib.figure import Figure  # here: the table need not wait for it
+    """Draw a PNG of the rooms on their floors, with their statements, and an arrow for each import between rooms.
+
+    Downward arrows that other arrows imply are left out. Rooms without a floor are dashed.
+    """
+    from matplotlib.figure import Figure  # here, since the table does not need it
 
     house = [module for module in modules if module.name.partition(".")[0] != "tests" and module.room != "apr_jax"]
     pairs = {pair: count for pair, count in room_links(house).items() if "apr_jax" not in pair}
@@ -263,8 +273,8 @@ def draw(modules: Sequence[Module], path: Path) -> None:
 
 
 def _define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("root", str(command.ROOT), "The checkout to look at.", flag_values=values)
-    flags.DEFINE_string("out", None, "A PNG to draw.", flag_values=values)
+    flags.DEFINE_string("root", str(command.ROOT), "Folder of the checkout.", flag_values=values)
+    flags.DEFINE_string("out", None, "PNG to draw.", flag_values=values)
 
 
 def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:

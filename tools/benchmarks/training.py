@@ -1,18 +1,18 @@
-"""Supervised training beside two others, in one process: the authors' scheme of rows, and transformers with torch.
+"""Compares the speed of our SFT with the authors' scheme of rows and with transformers under torch, in one process.
 
-    python -m tools.benchmarks.training                                           # the laptop's task and model
+    python -m tools.benchmarks.training                                           # the laptop preset's task
     python -m tools.benchmarks.training --config=experiments/configs/paper.py --trees=24 --rows=2
     python -m tools.benchmarks.training --model=base --dtype=bfloat16 --rows=64 --out=training.json    # on a GPU
 
-Three ways to take the same APR trees through the same model, all weights trained, AdamW, loss on all tokens:
+Three methods train the same model on the same APR trees, with all weights, AdamW and loss on all tokens:
 
-    packed     ours: a tree's threads in rows, a shared prefix once
-    repeated   the authors' rows, in our trainer: every call of a thread is a row with all that came before it, and so
-               is its end, each padded to the window
-    torch      transformers' model under torch, on the very rows of `packed`, with the tree as a mask [B, 1, T, T]
+    packed     ours: a tree's threads packed into rows, with each shared prefix stored once
+    repeated   the authors' rows, in our trainer: each call of a thread, and its end, is a row with the whole context
+               before it, padded to the window
+    torch      transformers' model under torch, on the same rows as `packed`, with the attention as a mask [B, 1, T, T]
 
-Rounds alternate, each a pass over all trees; the ratio is of the medians. Before, the loss of one batch is compared
-between ours and torch: the same model on the same rows.
+Rounds alternate, and each is a pass over all trees; ratios are of medians. First, the loss of one batch is compared
+between ours and torch: the same model on the same rows must have the same loss.
 """
 
 import itertools
@@ -52,19 +52,19 @@ OPTIMIZER = OptimizerConfig(peak_lr=1e-4, schedule="constant")
 
 def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
-        "config", "experiments/configs/laptop.py", "Whose problems, solver and window.", flag_values=values
+        "config", "experiments/configs/laptop.py", "Preset of problems, solver and window.", flag_values=values
     )
-    flags.DEFINE_enum("model", "tiny", list(FAMILY.presets), "The model's sizes.", flag_values=values)
-    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the computation.", flag_values=values)
-    flags.DEFINE_integer("trees", 48, "Trees of a pass.", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer("rows", 4, "Rows of a batch, a multiple of the devices.", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer("rounds", 3, "Passes of each way.", lower_bound=1, flag_values=values)
-    flags.DEFINE_boolean("torch", True, "Whether to run torch, too.", flag_values=values)
-    flags.DEFINE_string("out", None, "A JSON file for the figures.", flag_values=values)
+    flags.DEFINE_enum("model", "tiny", list(FAMILY.presets), "Preset of the model's sizes.", flag_values=values)
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Data type of the computation.", flag_values=values)
+    flags.DEFINE_integer("trees", 48, "Trees per pass.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("rows", 4, "Rows per batch.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("rounds", 3, "Passes per method.", lower_bound=1, flag_values=values)
+    flags.DEFINE_boolean("torch", True, "Run torch, too.", flag_values=values)
+    flags.DEFINE_string("out", None, "JSON file to write the measurements to.", flag_values=values)
 
 
 def draw_trees(settings: Settings, count: int, tokenizer: Tokenizer) -> list[ThreadTree]:
-    """Demonstrations of the task's first variant that fit the window."""
+    """Return `count` demonstrations of the task's first variant that fit the window."""
     task, seed, trees = settings.task, settings.seed, []
     variant = task.variants[0]
     for index in itertools.count():
@@ -78,7 +78,7 @@ def draw_trees(settings: Settings, count: int, tokenizer: Tokenizer) -> list[Thr
 
 
 def repeated_segments(tree: ThreadTree) -> list[Segment]:
-    """The authors' sequences: a thread up to each of its calls, call included, and to its end."""
+    """Return the authors' sequences: each thread's tokens up to each call, with the call, and to its end."""
     segments = []
     for thread in tree.threads():
         before: tuple[Block, ...] = ()
@@ -92,11 +92,12 @@ def repeated_segments(tree: ThreadTree) -> list[Segment]:
 
 
 def batches_of(rows: Sequence[Sequence[Segment]], length: int, count: int) -> list[PackedBatch]:
+    """Pack rows of `length` tokens into batches of `count` rows."""
     return [pack_rows(rows[at : at + count], length, count) for at in range(0, len(rows), count)]
 
 
 class TorchLoop:
-    """transformers' model with the weights of an export, trained on packed rows."""
+    """Trains transformers' model, with the weights of an export, on packed rows."""
 
     def __init__(self, folder: str, dtype: str):
         torch = import_torch()
@@ -110,14 +111,14 @@ class TorchLoop:
         )
 
     def loss(self, batch: PackedBatch):
-        """The sum of cross-entropies of every token that has a predecessor, and their number."""
+        """Return the summed cross-entropy of all tokens that have a predecessor, and the number of these tokens."""
         torch, on = self._torch, self._device
         tensor = {name: torch.from_numpy(getattr(batch, name).astype(np.int64)).to(on) for name in NEEDED}
         enter, exit_ = tensor["enter"], tensor["exit"]
         T = enter.shape[1]
         sees = (enter[:, None, :] <= enter[:, :, None]) & (enter[:, :, None] < exit_[:, None, :])
         mask = sees & torch.tril(torch.ones(T, T, dtype=torch.bool, device=on))
-        mask |= torch.eye(T, dtype=torch.bool, device=on)  # padding sees itself: a softmax of nothing is not a number
+        mask |= torch.eye(T, dtype=torch.bool, device=on)  # padding attends to itself: a softmax over nothing is NaN
         with torch.autocast(on, self._dtype, enabled=self._dtype != torch.float32):
             hidden = self.model.model(
                 input_ids=tensor["tokens"], position_ids=tensor["positions"], attention_mask=mask[:, None],
@@ -133,6 +134,7 @@ class TorchLoop:
         return (losses * trained).sum(), trained.sum()
 
     def run(self, batches: Sequence[PackedBatch]) -> None:
+        """Take one step per batch."""
         for batch in batches:
             self._optimizer.zero_grad()
             loss, weight = self.loss(batch)
@@ -147,7 +149,7 @@ NEEDED = ("tokens", "positions", "predecessors", "enter", "exit")
 
 
 class OurLoop:
-    """Our trainer, waiting for the device as `run_sft` does: a step behind."""
+    """Trains with our trainer. Like `run_sft`, it waits for the step before the latest one."""
 
     def __init__(self, model: Model, devices: int):
         optimizer = make_optimizer(OPTIMIZER, 10**6, FAMILY.rules)
@@ -158,6 +160,7 @@ class OurLoop:
         self.state = self.trainer.init(model)
 
     def run(self, batches: Sequence[PackedBatch]) -> float:
+        """Take one step per batch, and return the loss per token of the first batch."""
         late, first = None, None
         for batch in batches:
             self.state, sums = self.trainer.step(self.state, [batch])
@@ -204,10 +207,10 @@ def _work(values: flags.FlagValues, arguments: Sequence[str]) -> None:
             theirs, mine = float((loss / weight).detach()), ours["packed"].run(batches["packed"][:1])
             found["first_loss"] = {"ours": mine, "torch": theirs}
             if abs(mine - theirs) > (1e-4 if config.dtype == "float32" else 2e-2):
-                raise ValueError(f"not the same model on the same rows: a loss of {mine} and, of torch, {theirs}")
+                raise ValueError(f"ours and torch differ on the same model and rows: losses of {mine} and {theirs}")
             loops["torch"] = lambda: other.run(batches["packed"])
     for loop in loops.values():
-        loop()  # compiles, and warms what has a memory of shapes
+        loop()  # compiles, and fills caches that depend on shapes
     seconds: dict[str, list[float]] = {name: [] for name in loops}
     for _ in range(values["rounds"].value):
         for name, loop in loops.items():

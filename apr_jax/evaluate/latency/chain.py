@@ -1,6 +1,6 @@
-"""The requests that a sample waited for, one after the other, and the parts of a latency along them.
+"""Finds the chain of requests that decided a tree's latency, and splits the latency along that chain.
 
-A thread's next request waits for its last one, or for the child that ended last.
+A thread's next request waits for the thread's previous request, or for the child that ends last.
 """
 
 from collections.abc import Sequence
@@ -8,9 +8,12 @@ from collections.abc import Sequence
 from apr_jax.rollout.measure import Measurement
 
 
-def waited_for(calls: Sequence[Measurement]) -> list[Measurement]:
-    """The requests of one tree that decided when it ended, in order: the last one of all, before it the last that it
-    can have waited for, and so on. A request waits for its own thread's and for those of threads above and below."""
+def critical_path(calls: Sequence[Measurement]) -> list[Measurement]:
+    """Return the requests of one tree that decided when the tree ended, in order of time.
+
+    The chain is built backwards from the request that ended last. Before each request comes the latest request that had
+    ended when it was asked for, of the same thread, an ancestor or a descendant.
+    """
     chain: list[Measurement] = []
     now = max(calls, key=lambda one: one.end, default=None)
     while now is not None:
@@ -21,16 +24,18 @@ def waited_for(calls: Sequence[Measurement]) -> list[Measurement]:
 
 
 def _related(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    """Whether two threads, given by name, are the same thread, or one is an ancestor of the other."""
     return a[: len(b)] == b or b[: len(a)] == a
 
 
 def latency_parts(chain: Sequence[Measurement], latency: float) -> dict[str, float]:
-    """A latency in parts, in seconds: `queue`, `prefill`, `decode` of the chain, and the rest as `overhead`."""
+    """Split a latency (seconds) into the `queue`, `prefill` and `decode` seconds of its chain of requests, and
+    `overhead`, which is the rest."""
     queue = prefill = decode = 0.0
     for one in chain:
         first = one.start if one.first is None else one.first
-        there = min(one.server_queue or 0.0, first - one.start)
-        queue += one.start - one.asked + there
-        prefill += first - one.start - there
+        queued = min(one.server_queue or 0.0, first - one.start)
+        queue += one.start - one.asked + queued
+        prefill += first - one.start - queued
         decode += one.end - first
     return {"queue": queue, "prefill": prefill, "decode": decode, "overhead": latency - queue - prefill - decode}

@@ -1,4 +1,4 @@
-"""A model of a tree's latency, and the measuring of what it is made of: the time of a token and of a prefill."""
+"""Predicts a tree's latency from the seconds that an engine takes for a token and for a prefill, and measures both."""
 
 import dataclasses
 import json
@@ -15,15 +15,15 @@ from apr_jax.rollout.measure import Measurements
 from apr_jax.threads.engine import Engine, Sampling
 from apr_jax.threads.tree import Block, Spawn, Thread
 
-NAME_TAG = -3  # first in the names of what is decoded here
-REPEATS = 3
-TOKENS = 64  # of one decode
+NAME_TAG = -3  # begins the names of the sequences that `calibrate` decodes
+REPEATS = 3  # measured rounds of a calibration
+TOKENS = 64  # decoded by each sequence of a calibration
 
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """Seconds on an idle engine: of a decoded token, of a prefill whatever its length, of each token of a prefill. A
-    prefill's include the first token that comes out of it."""
+    """Seconds that an idle engine takes. A prefill of n tokens takes `prefill` + n * `prefill_token`, which includes
+    sampling the first new token. Each further token takes `token`."""
 
     token: float
     prefill: float
@@ -32,7 +32,7 @@ class Costs:
 
 @dataclasses.dataclass(frozen=True)
 class Predicted:
-    """Of the longest chain of a tree."""
+    """Predicted seconds of the prefills and of the decoding along a tree's longest chain, and its sampled tokens."""
 
     prefill: float
     decode: float
@@ -43,6 +43,7 @@ class Predicted:
 
     @property
     def seconds(self) -> float:
+        """The predicted latency."""
         return self.prefill + self.decode
 
 
@@ -50,11 +51,12 @@ NOTHING = Predicted(0.0, 0.0, 0)
 
 
 def predict(thread: Thread, costs: Costs) -> Predicted:
-    """The time of a thread and what it waits for, where each thread has an engine to itself, contexts stay cached and
-    nothing else takes time.
+    """Predict the seconds of a thread and of the children that it waits for. The prediction assumes that each thread
+    has an engine to itself, that contexts stay cached, and that nothing else takes time.
 
-    Example: a prompt of 5, 4 written, a call of 3, children of 6 + 7 and 6 + 2, a join of 2, 1 written: three prefills,
-    of 5, 6 and 2 tokens, and 4 + 3 + 7 + 1 tokens, the first after each prefill in its time: 12 by themselves.
+    Example: a prompt of 5 tokens, 4 written, a call of 3, children of 6 + 7 and 6 + 2 (prompt + written), a join of 2,
+    and 1 written. The longest chain has three prefills, of 5, 6 and 2 tokens, and 4 + 3 + 7 + 1 = 15 sampled tokens.
+    The first token after each prefill is part of the prefill; 12 tokens remain.
     """
     chain, forced = NOTHING, 0
 
@@ -82,14 +84,14 @@ def predict(thread: Thread, costs: Costs) -> Predicted:
 
 
 async def calibrate(engine: Engine, measurements: Measurements, vocab_size: int) -> Costs:
-    """Measures an engine that nothing else uses, with prompts of random ids below `vocab_size`, that no
-    cache knows."""
+    """Measure the costs of an engine that nothing else uses meanwhile. The prompts are random ids below `vocab_size`,
+    so that no cache contains them."""
     rng, greedy = random.Random(time.time_ns()), Sampling(0.0)
     room = engine.context - min(TOKENS, engine.context // 4)
     lengths = sorted({min(16, room), max(room // 3, 1), room})
     firsts: dict[int, list[float]] = {length: [] for length in lengths}
     decoded: list[tuple[float, int]] = []
-    for repeat in range(REPEATS + 1):  # what the first compiles or allocates is left out
+    for repeat in range(REPEATS + 1):  # the first round is not measured: it compiles and allocates
         for number, length in enumerate(lengths):
             name = (NAME_TAG, repeat * len(lengths) + number)
             sequence = engine.open([rng.randrange(vocab_size) for _ in range(length)], name)
@@ -98,7 +100,7 @@ async def calibrate(engine: Engine, measurements: Measurements, vocab_size: int)
             calls = measurements.take(name)
             if repeat:
                 firsts[length].append(calls[0].first - calls[0].start - (calls[0].server_queue or 0.0))
-                # Several where the server stopped at an end token of its own.
+                # There are several requests if the server stopped at an end token of its own.
                 decoded += [(one.end - one.first, one.output_tokens - 1) for one in calls if one.output_tokens > 1]
     points = [(length, statistics.median(times)) for length, times in firsts.items()]
     slope = max(float(np.polyfit(*zip(*points), 1)[0]), 0.0) if len(points) > 1 else 0.0
@@ -107,11 +109,11 @@ async def calibrate(engine: Engine, measurements: Measurements, vocab_size: int)
     return Costs(sum(seconds for seconds, _ in decoded) / max(tokens, 1), base, slope)
 
 
-async def known_costs(path: Path, key: str, engine: Engine, measurements: Measurements, vocab_size: int) -> Costs:
-    """The costs that a JSON file holds under a key, measured first where it has none: passes and restarts are predicted
-    by the same. Raises UserError where the file is broken."""
-    known = read_json(path, "delete it, it is measured again") if path.exists() else {}
-    if key not in known:
-        known[key] = dataclasses.asdict(await calibrate(engine, measurements, vocab_size))
-        write_text(path, json.dumps(known, indent=1) + "\n")
-    return Costs(**known[key])
+async def stored_costs(path: Path, key: str, engine: Engine, measurements: Measurements, vocab_size: int) -> Costs:
+    """Return the costs that a JSON file holds under `key`; if there are none, measure and store them first. So every
+    pass, and a restarted one, predicts with the same costs. Raises UserError if the file is broken."""
+    stored = read_json(path, "delete it, the costs are measured again") if path.exists() else {}
+    if key not in stored:
+        stored[key] = dataclasses.asdict(await calibrate(engine, measurements, vocab_size))
+        write_text(path, json.dumps(stored, indent=1) + "\n")
+    return Costs(**stored[key])

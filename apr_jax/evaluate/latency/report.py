@@ -1,5 +1,5 @@
-"""The text of a latency report: a table of every setting, engines compared, and the gap between measured and predicted
-latencies."""
+"""Writes the text of a latency report: a table with a row per setting, a comparison of the engines, and the gaps
+between measured and predicted latencies."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -14,15 +14,15 @@ HEADER = (
     " first token ms | queue, prefill, decode, other | cached | predicted ms | gap ms | samples/s | tokens/s |"
 )
 PARTS = {"queue": "waiting", "prefill": "slower prefills", "decode": "slower decoding", "overhead": "work between"}
-WORST = 5  # samples whose gaps are told one by one
+WORST = 5  # samples with the largest gaps, which are listed one by one
 
 
 def latency_text(
     groups: Sequence[Group], summaries: Sequence[Mapping[str, Any]], throughput: Mapping[Setting, Throughput],
     problems: int,
 ) -> str:  # fmt: skip
-    """The whole report. `summaries`: `summarise_latency` of each group; `problems`: how many there are, of which a
-    setting may lack samples."""
+    """Return the whole report. `summaries` has the `summarise_latency` of each group. `problems` is the number of all
+    problems; a setting may have fewer samples."""
     lines = [HEADER, "|" + " --- |" * HEADER.count(" | ") + " --- |"]
     lines += [_row(setting, row, throughput.get(setting), problems) for (setting, _), row in zip(groups, summaries)]
     lines += _compared(groups, throughput)
@@ -38,10 +38,10 @@ def _row(setting: Setting, row: Mapping[str, Any], throughput: Throughput | None
 
     known = row["first_token"] is not None
     shares = ", ".join(
-        "not told" if part == "prefill" and not known else f"{100 * row[f'{part}_share']:.0f} %" for part in PARTS
+        "unknown" if part == "prefill" and not known else f"{100 * row[f'{part}_share']:.0f} %" for part in PARTS
     )
-    cached = "not told" if row["cached_share"] is None else f"{100 * row['cached_share']:.0f} %"
-    first = ms("first_token") if known else "not told"
+    cached = "unknown" if row["cached_share"] is None else f"{100 * row['cached_share']:.0f} %"
+    first = ms("first_token") if known else "unknown"
     interval = f"{100 * row['accuracy']:.1f} % ({100 * row['accuracy_low']:.1f} to {100 * row['accuracy_high']:.1f})"
     gap = 1000 * (row["latency"] - row["predicted"])
     rates = ("-", "-") if throughput is None else (f"{throughput.per_second:.2f}", f"{throughput.tokens:.0f}")
@@ -54,8 +54,8 @@ def _row(setting: Setting, row: Mapping[str, Any], throughput: Throughput | None
 
 
 def _compared(groups: Sequence[Group], throughput: Mapping[Setting, Throughput]) -> list[str]:
-    """The JAX engine against SGLang wherever both did the same work at the same concurrency: whether their trees are
-    the same, and how many tokens a second each decoded."""
+    """Compare the JAX engine with SGLang wherever both were measured under the same setting: whether their greedy trees
+    are equal, and how many tokens a second each decoded."""
     lines = []
     for one, mine in groups:
         for other, theirs in groups:
@@ -65,21 +65,21 @@ def _compared(groups: Sequence[Group], throughput: Mapping[Setting, Throughput])
             trees = {(sample.index, str(sample.problem)): sample.digest for sample in mine}
             both = [s for s in theirs if (s.index, str(s.problem)) in trees]
             equal = sum(sample.digest == trees[sample.index, str(sample.problem)] for sample in both)
-            told = [f"{equal} of {len(both)} trees are the same token for token"] if not one.temperature else []
+            found = [f"{equal} of {len(both)} trees are the same token for token"] if not one.temperature else []
             rates = [throughput.get(setting) for setting in (one, other)]
             if None not in rates and rates[0].samples == rates[1].samples:
-                told.append(
+                found.append(
                     f"{rates[0].tokens:.0f} tokens/s in process, {rates[1].tokens:.0f} through"
                     f" {other.engine_title}: {rates[0].tokens / rates[1].tokens:.1f} times"
                 )
-            if told:
+            if found:
                 title = f"{one.title}, {one.concurrency} at once, {one.budget_title}"
-                lines += ["", f"{title}: {'; '.join(told)}."]
+                lines += ["", f"{title}: {'; '.join(found)}."]
     return lines
 
 
 def _gaps(setting: Setting, samples: Sequence[Sample]) -> list[str]:
-    """How far the latency is from its prediction, on average and for the samples where that is farthest."""
+    """List the gaps between measured and predicted latency: on average, and for the samples with the largest gaps."""
     row = summarise_latency(samples)
     title = f"{setting.title}, {setting.engine_title}, {setting.budget_title}"
     parts = ", ".join(f"{PARTS[part]} {1000 * seconds:+.0f} ms" for part, seconds in row["gap"].items())
@@ -92,7 +92,7 @@ def _gaps(setting: Setting, samples: Sequence[Sample]) -> list[str]:
         lines.append(
             f"- problem {sample.index}: {1000 * sample.latency:.0f} ms, predicted {1000 * sample.predicted:.0f} ms;"
             f" most of it {PARTS[part]} ({1000 * seconds:+.0f} ms), {sample.chain_tokens} tokens in"
-            f" {sample.chain_requests} requests were waited for, the longest chain has"
-            f" {sample.predicted_chain_tokens}, {sample.children} children"
+            f" {sample.chain_requests} requests on the measured chain, {sample.predicted_chain_tokens} tokens on the"
+            f" predicted one, {sample.children} children"
         )
     return lines

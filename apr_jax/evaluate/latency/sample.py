@@ -1,4 +1,4 @@
-"""Samples of latency: one tree under the clock each, and the file of them, one JSON object a line."""
+"""Samples of latency, and their files: JSON lines, one sample a line. A sample is one tree with its measured times."""
 
 import contextlib
 import dataclasses
@@ -12,31 +12,32 @@ from apr_jax.io.json_lines import read_lines
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What samples were measured under; each problem has one sample per setting."""
+    """The conditions under which samples were measured. A problem has one sample per setting."""
 
-    task: str  # a spec, as `load_task` reads it
-    variant: str  # of the task
-    title: str  # of the variant, for people: `Task.title`
-    weights: str  # tells checkpoints apart
+    task: str  # name or "package.module:Class", as `load_task` takes it
+    variant: str  # the task's variant, e.g. "apr"
+    title: str  # title of the variant for tables and figures, from `Task.title`
+    weights: str  # digest of the model's weights
     engine: str  # "sglang", or "jax": in this process
-    servers: int
-    placement: str
-    concurrency: int  # trees at once; 1 is the paper's
-    window: int  # tokens of a thread
-    depth: int
-    min_children: int
+    servers: int  # number of servers
+    placement: str  # which server a thread's requests go to: a key of `PLACEMENTS`
+    concurrency: int  # trees at once; the paper measured one at a time
+    window: int  # most tokens of a thread
+    depth: int  # levels of children below the root
+    min_children: int  # the root may not end before it has spawned so many children
     temperature: float
-    condition: str = ""  # first on the root's prompt
-    problems: str = ""  # tells lists of problems apart, whatever of them is measured
+    condition: str = ""  # text at the start of the root's prompt
+    problems: str = ""  # digest of the file of problems; "": the problems come from the task
 
     @property
     def budget_title(self) -> str:
-        """The budget and the sampling, short, for tables: only what differs from the plainest setting."""
+        """The budget and the temperature in short, for tables. The window always appears; another value appears only if
+        it differs from the usual one."""
         parts = [f"window {self.window}"]
         if self.condition:
             parts.append(self.condition.strip())
         if self.min_children:
-            parts.append(f"{self.min_children} children at least")
+            parts.append(f"at least {self.min_children} children")
         if self.depth != 1:
             parts.append(f"depth {self.depth}")
         if self.temperature:
@@ -45,7 +46,7 @@ class Setting:
 
     @property
     def engine_title(self) -> str:
-        """Where samples come from, for titles: nobody is to take one for the other."""
+        """A title of the engine, for tables and figures. It distinguishes engines, number of servers and placement."""
         if self.engine == "jax":
             return "JAX engine, in process"
         servers = "1 SGLang server" if self.servers == 1 else f"{self.servers} SGLang servers"
@@ -54,35 +55,36 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Sample(TreeRecord):
-    """One tree under the clock. Times in seconds; `queue` + `prefill` + `decode` + `overhead` = `latency`."""
+    """One tree with its measured times in seconds; `latency` = `queue` + `prefill` + `decode` + `overhead`."""
 
-    setting: dict[str, Any] = dataclasses.field(default_factory=dict)
+    setting: dict[str, Any] = dataclasses.field(default_factory=dict)  # `Setting` as a dictionary
     began: float = 0.0  # seconds since 1970
     latency: float = 0.0
-    first_token: float | None = None  # from the sample's start to the root's first token; None: not known
-    queue: float = 0.0  # waiting for a place, here or in the server
-    prefill: float = 0.0  # up to requests' first tokens; where those are not known it is in `decode`
+    first_token: float | None = None  # from the sample's start to the root's first token; None: unknown
+    queue: float = 0.0  # requests waiting for a free place, here or in the server
+    prefill: float = 0.0  # from a request's start to its first token; part of `decode` if first tokens are unknown
     decode: float = 0.0
     overhead: float = 0.0  # parsing, joining, HTTP between requests
     predicted_prefill: float = 0.0
     predicted_decode: float = 0.0
-    chain_requests: int = 0
-    chain_tokens: int = 0  # decoded by the requests that were waited for
-    predicted_chain_tokens: int = 0
+    chain_requests: int = 0  # requests on the measured chain, `critical_path`
+    chain_tokens: int = 0  # tokens that these requests decoded
+    predicted_chain_tokens: int = 0  # sampled tokens on the chain that is predicted to take longest
     requests: int = 0
-    prompt_tokens: int = 0  # of all requests, each with its whole context
-    cached_tokens: int | None = None  # of those, not computed again; None where the engine does not tell
+    prompt_tokens: int = 0  # sum over all requests, each with its whole context
+    cached_tokens: int | None = None  # prompt tokens that the engine had cached; None: the engine does not report them
     output_tokens: int = 0
-    digest: str = ""  # of the tree's ids: the same trees have the same
-    tries: int = 1  # more where a server failed during the first
+    digest: str = ""  # hash of the tree's ids: equal trees have equal digests
+    tries: int = 1  # attempts at this sample; more than 1 if a server failed
 
     @property
     def predicted(self) -> float:
+        """The predicted latency, in seconds."""
         return self.predicted_prefill + self.predicted_decode
 
     @property
     def gap(self) -> dict[str, float]:
-        """The measured seconds beyond the predicted ones, part by part; their sum is `latency` - `predicted`."""
+        """Measured minus predicted seconds of each part. The parts add up to `latency` - `predicted`."""
         return {
             "queue": self.queue, "prefill": self.prefill - self.predicted_prefill,
             "decode": self.decode - self.predicted_decode, "overhead": self.overhead,
@@ -93,8 +95,8 @@ Group = tuple[Setting, Sequence[Sample]]  # the samples of one setting
 
 
 def read_samples(path: str | Path) -> list[Sample]:
-    """All whole samples of a file, which a killed run may have left; no file, no samples. A line that was cut short or
-    has other fields is left out, and its sample is measured again."""
+    """Read the intact samples of a file that a killed run may have left. A missing file gives an empty list. A line
+    that was cut short or has unknown fields is skipped, so that its sample is measured again."""
     samples = []
     for _, row in read_lines(path, cut_short=True):
         with contextlib.suppress(TypeError):
@@ -105,7 +107,7 @@ def read_samples(path: str | Path) -> list[Sample]:
 
 
 def by_setting(samples: Iterable[Sample]) -> list[Group]:
-    """Samples by what they were measured under, settings in the order in which they first come."""
+    """Group samples by setting, in the order in which the settings first appear."""
     groups: dict[Setting, list[Sample]] = {}
     for sample in samples:
         groups.setdefault(Setting(**sample.setting), []).append(sample)
@@ -115,7 +117,7 @@ def by_setting(samples: Iterable[Sample]) -> list[Group]:
 def measured_samples(
     samples: Iterable[Sample], setting: Setting, problems: Sequence[dict[str, Any]]
 ) -> dict[int, Sample]:
-    """By index: the first sample of each problem, given in its JSON form, under one setting."""
+    """Return, by problem index, the first sample of each problem under one setting. Problems are in their JSON form."""
     where, found = dataclasses.asdict(setting), {}
     for sample in samples:
         if sample.setting == where and problems[sample.index : sample.index + 1] == [sample.problem]:

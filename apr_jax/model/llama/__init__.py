@@ -1,10 +1,11 @@
-"""The family of Llama 2: RMSNorm, RoPE, SwiGLU, grouped heads. Families that differ in little are made of its parts."""
+"""The model family of Llama 2: RMSNorm, rotary positions, SwiGLU and grouped key/value heads. A family with small
+differences can reuse its parts."""
 
 from apr_jax.model.family import Family, Rule
 from apr_jax.model.llama.hf import HUGGING_FACE
 from apr_jax.model.llama.model import Llama, LlamaConfig
 
-# Sizes by name: about 1 M, 25 M and the paper's 228 M parameters outside the tables.
+# Sizes by name: about 1 M, 25 M and the paper's 228 M parameters outside the embedding and the head.
 PRESETS = {
     "tiny": {"width": 128, "layers": 4, "heads": 4, "feed_forward": 352},
     "small": {"width": 512, "layers": 8, "heads": 8, "feed_forward": 1376},

@@ -1,4 +1,4 @@
-"""Llama in a Hugging Face folder: `LlamaForCausalLM`."""
+"""The Hugging Face form of our Llama: tensor names and config.json of `LlamaForCausalLM`."""
 
 from typing import Any
 
@@ -31,7 +31,8 @@ READ = (
 
 
 def write_config(config: LlamaConfig) -> dict[str, Any]:
-    """Rotary angles stand there twice: under today's key and that of older versions of transformers."""
+    """Return the keys of config.json for a config. The base of the rotary angles is written twice: under the current
+    key and under the key of older versions of transformers."""
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.width,
@@ -51,6 +52,8 @@ def write_config(config: LlamaConfig) -> dict[str, Any]:
 
 
 def read_config(reader: ConfigReader, context: int) -> LlamaConfig:
+    """Return the config that a config.json describes, with `context` as the longest sequence in tokens. Raises
+    UserError for a wrong value, and for a head size other than the width over the heads."""
     sizes = read_sizes(reader, context)
     by_width = sizes["width"] / sizes["heads"]
     if reader.get("head_dim") not in (None, by_width):
@@ -59,7 +62,8 @@ def read_config(reader: ConfigReader, context: int) -> LlamaConfig:
 
 
 def read_sizes(reader: ConfigReader, context: int) -> dict[str, Any]:
-    """The fields of a `LlamaConfig`; keys that config.json may leave out mean what they mean to transformers."""
+    """Return the fields of a `LlamaConfig` that a config.json describes. A missing key has the default value of
+    transformers. Raises UserError for a wrong value."""
     heads = reader.number("num_attention_heads")
     kv_heads = reader.number("num_key_value_heads", default=heads)
     return {
@@ -77,8 +81,8 @@ def read_sizes(reader: ConfigReader, context: int) -> dict[str, Any]:
 
 
 def as_written(kind: type[LlamaConfig], sizes: dict[str, Any]) -> LlamaConfig:
-    """A config of these sizes, the feed-forward left to the width where that gives the same: so an exported config
-    comes back as it was."""
+    """Return a config of class `kind` with the fields `sizes`. Where the default feed-forward has the given size, the
+    field `feed_forward` is None. So a config with the default feed-forward is unchanged by export and import."""
     by_width = kind(**sizes | {"feed_forward": None})
     return by_width if by_width.hidden == sizes["feed_forward"] else kind(**sizes)
 

@@ -1,7 +1,7 @@
-"""Llama 2 in Flax NNX: sizes, parameters and the way of tokens through them.
+"""Llama 2 (arXiv 2307.09288) in Flax NNX: config, parameters and forward pass.
 
-Parameters carry the layer axis in front (``q_LxDxNxH``), so that an optimiser sees one array where a model
-has L; `apr_jax.export.hf` unstacks them into the Hugging Face names.
+The layers' parameters are stacked, with the layer as first axis (``q_LxDxNxH``): an optimizer sees one array instead of
+L. `apr_jax.export.hf` unstacks them into Hugging Face tensors.
 """
 
 import dataclasses
@@ -16,20 +16,25 @@ from flax import nnx
 from apr_jax.checks import above, at_least, check_fields
 from apr_jax.errors import UserError
 from apr_jax.model.family import Attend, Gather
+from apr_jax.settings import execution
 
 Array = jax.Array
 ATTENTIONS = ("auto", "blocked", "dense", "cudnn")
-# What the backward pass finds of a layer's activations; the rest it computes again.
+# Rematerialisation: which activations of a layer are saved for the backward pass. It computes the others again.
 REMAT = {
-    "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # products with weights, not attention's
-    "full": jax.checkpoint_policies.nothing_saveable,  # the layer's input alone
+    "none": None,  # all are saved
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # products with weights; attention's are not
+    "full": jax.checkpoint_policies.nothing_saveable,  # only the layer's input
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes of one model. The paper's (`base`) is 18 layers, width 1024, 16 heads, Llama-2 vocabulary."""
+    """Sizes and settings of one Llama, a `ModelConfig` of apr_jax.model.family. The paper's model is the preset "base"
+    (18 layers, width 1024, 16 heads) with the vocabulary of Llama 2.
+
+    Raises UserError for a value out of bounds and for sizes that do not fit each other.
+    """
 
     family: ClassVar[str] = "llama"
     vocab_size: int
@@ -38,14 +43,14 @@ class LlamaConfig:
     heads: int = 4  # N, query heads
     kv_heads: int | None = None  # K; None: as many as heads
     feed_forward: int | None = None  # F; None: 8/3 of the width, up to a multiple of 32
-    context: int = 1024  # longest position, tokens
+    context: int = 1024  # the longest sequence, tokens
     rope_theta: float = 10_000.0
     norm_epsilon: float = 1e-5
     tie_embeddings: bool = False
     dtype: str = "float32"  # of the computation; parameters are float32
-    attention: str = "auto"  # how packed rows attend, see `attention.packed_attention`
-    remat: str = "none"  # see REMAT
-    scan: bool = False  # one compiled layer for all, where no cache is carried; see `Llama.hidden`
+    attention: str = execution("auto")  # kind of attention over packed rows, see `attention.packed_attention`
+    remat: str = execution("none")  # a key of REMAT
+    scan: bool = execution(False)  # compile one layer for all of them, without a cache only; see `Llama.hidden`
 
     BOUNDS = (
         at_least(1, "vocab_size", "width", "layers", "heads", "kv_heads", "feed_forward", "context"),
@@ -83,8 +88,9 @@ class LlamaConfig:
 
 
 def _as_precise(method):
-    """Makes a model's method, and its gradient, multiply float32 as float32. JAX by default rounds it to TF32 on GPUs
-    and to bfloat16 on TPUs, in products whose shapes, and so roundings, differ between rollouts and training."""
+    """Decorate a method of a model: the method and its gradient multiply float32 in full precision. By default JAX
+    rounds the factors to TF32 on GPUs and to bfloat16 on TPUs. Shapes, and so roundings, differ between rollouts and
+    training, so their log-probabilities would differ by more than 1e-4."""
 
     @functools.wraps(method)
     def exact(self, *args, **kwargs):
@@ -95,12 +101,11 @@ def _as_precise(method):
 
 
 class Llama(nnx.Module):
-    """The parameters and one way through them; what attention sees is the caller's (`Attend`).
-
-    `gather` makes a whole parameter of the share that a device holds, where weights are sharded (`Trainer` sets it):
-    a layer's just before the layer uses them, in the dtype of the computation.
+    """A Llama, a `Model` of apr_jax.model.family. The caller passes the attention function (`Attend`), so one forward
+    pass serves prefill, decode and training on packed rows.
     """
 
+    # See `Model.gather`. A layer's parameters are cast to the dtype of the computation before they are gathered.
     gather: Gather | None = None
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
@@ -112,7 +117,7 @@ class Llama(nnx.Module):
         def normal(*shape: int, scale: float) -> nnx.Param:
             return nnx.Param(scale * jax.random.normal(rngs.params(), shape, jnp.float32))
 
-        into, out = D**-0.5, (2 * L) ** -0.5  # residual writes start smaller the deeper the model
+        into, out = D**-0.5, (2 * L) ** -0.5  # 2 L products add to the residual stream; `out` keeps the sum's size
         self.embed_VxD = normal(V, D, scale=1.0 if not config.tie_embeddings else into)
         self.layers = nnx.Dict(
             attention_norm_LxD=nnx.Param(jnp.ones((L, D))),
@@ -130,18 +135,19 @@ class Llama(nnx.Module):
 
     @_as_precise
     def hidden(self, tokens_BxT: Array, positions_BxT: Array, attend: Attend, cache: list | None = None):
-        """Last hidden states [B, T, D], normed, and the cache as `attend` left it.
+        """Return (the last hidden states after the final norm [B, T, D], the layers' carries), as `Model.hidden` of
+        apr_jax.model.family. With `config.scan` and no cache the list of carries is empty.
 
-        `cache` has an entry per layer, handed to `attend` as its carry. With a cache, layers run unrolled: a scan would
-        in JAX 0.10 copy every layer's cache out of a stack and back at every token. Without one they run as
-        `config.scan` says. A scan compiles one layer for all, which pays from some ten layers on; but it makes JAX
-        differentiate the branches of blocked attention a second time in spite of their own gradient.
+        With a cache the layers always run unrolled: a scan would, in JAX 0.10, copy every layer's cache out of a stack
+        and back at every token. Without a cache `config.scan` decides. A scan compiles one layer instead of L, which
+        pays from about ten layers on. But under a scan JAX differentiates the branches of blocked attention a second
+        time, although they have their own gradient.
         """
         config = self.config
         dtype = jnp.dtype(config.dtype)
         B, T = tokens_BxT.shape
-        # Rows and time are one axis M outside attention, and every product is one of two matrices: on the CPU
-        # the gradients of products over more axes fall off the fast path (measured: half the step).
+        # Outside attention, rows and time are one axis M, and every product is of two matrices. On a CPU the gradients
+        # of products over more axes are not computed by the fast path (measured: half the time of a step).
         M = B * T
         x_MxD = self._whole("embed_VxD", self.embed_VxD[...])[tokens_BxT.reshape(M)].astype(dtype)
         rotation = rotary_angles(positions_BxT, config.head_size, config.rope_theta)
@@ -155,34 +161,35 @@ class Llama(nnx.Module):
             q_BxTxNxH = rotate(self.before_rotation("q", project(h_MxD, w["q_LxDxNxH"]), w), rotation)
             k_BxTxKxH = rotate(self.before_rotation("k", project(h_MxD, w["k_LxDxKxH"]), w), rotation)
             v_BxTxKxH = project(h_MxD, w["v_LxDxKxH"])
-            out_BxTxNxH, left = attend(q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, carry)
+            out_BxTxNxH, carry = attend(q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, carry)
             x_MxD = x_MxD + out_BxTxNxH.reshape(M, -1) @ w["o_LxNxHxD"].reshape(-1, config.width)
             h_MxD = rms_norm(x_MxD, w["feed_forward_norm_LxD"], config.norm_epsilon)
             out_MxD = (jax.nn.silu(h_MxD @ w["gate_LxDxF"]) * (h_MxD @ w["up_LxDxF"])) @ w["down_LxFxD"]
-            return x_MxD + out_MxD, left
+            return x_MxD + out_MxD, carry
 
         weights = {name: parameter[...] for name, parameter in self.layers.items()}
         policy = REMAT[config.remat]
         body = layer if policy is None else jax.checkpoint(layer, policy=policy)
-        left = []
+        carries = []
         if config.scan and cache is None:
             x_MxD, _ = jax.lax.scan(lambda x_MxD, w: (body(x_MxD, w, None)[0], None), x_MxD, weights)
-            return self._normed(x_MxD).reshape(B, T, -1), left
+            return self._normed(x_MxD).reshape(B, T, -1), carries
         for l in range(config.layers):
-            x_MxD, after = body(
+            x_MxD, carry = body(
                 x_MxD, jax.tree.map(lambda value: value[l], weights), None if cache is None else cache[l]
             )
-            left.append(after)
-        return self._normed(x_MxD).reshape(B, T, -1), left
+            carries.append(carry)
+        return self._normed(x_MxD).reshape(B, T, -1), carries
 
     def before_rotation(self, kind: str, x_BxTxNxH: Array, w: dict[str, Array]) -> Array:
-        """The queries ("q") or keys ("k") that are rotated, of those that were projected, and one layer's weights by
-        name. Other families norm them here; Llama leaves them."""
+        """Return the queries (`kind` "q") or keys ("k") to which the rotary embedding is applied. `x_BxTxNxH` are the
+        projected ones of a layer; `w` has the layer's weights by name. Llama returns `x_BxTxNxH` unchanged. A derived
+        family may change it, as Qwen3 normalises queries and keys."""
         return x_BxTxNxH
 
     @_as_precise
     def logits(self, hidden: Array) -> Array:
-        """float32 logits over V of hidden states with any leading axes."""
+        """Return the logits [..., V] in float32 of hidden states [..., D]."""
         name, table = ("embed_VxD", self.embed_VxD) if self.head_DxV is None else ("head_DxV", self.head_DxV)
         head = self._whole(name, table[...].astype(hidden.dtype))
         head_DxV = head.T if self.head_DxV is None else head
@@ -191,22 +198,25 @@ class Llama(nnx.Module):
     def _normed(self, x_MxD: Array) -> Array:
         return rms_norm(x_MxD, self._whole("norm_D", self.norm_D[...]), self.config.norm_epsilon)
 
-    def _whole(self, name: str, share: Array) -> Array:
-        return share if self.gather is None else self.gather(name, share)
+    def _whole(self, name: str, shard: Array) -> Array:
+        return shard if self.gather is None else self.gather(name, shard)
 
 
 def rms_norm(x: Array, scale_D: Array, epsilon: float) -> Array:
-    """Root-mean-square norm over the last axis, computed in float32."""
+    """Return the root-mean-square norm (arXiv 1910.07467) of `x` over its last axis, computed in float32 and returned
+    in the dtype of `x`."""
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
     return (wide * scale_D.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
 
 def rotary_frequencies(head_size: int, theta: float) -> np.ndarray:
-    """Radians per position of each pair [H/2], float32: 1 / theta ** (2 i / H), rounded where transformers rounds.
+    """Return the rotary frequencies in radians per position, float32 [H / 2]: 1 / theta ** (2 i / H) for the i-th pair
+    of features, rounded to float32 at the places where transformers rounds.
 
-    The same bits on every machine: a float32 power differs in its last bits between processors, and an angle is off by
-    its frequency's error times the position. Here the power is a float64, whose last bits the rounding drops.
+    The bits are the same on every machine. A float32 power would differ in its last bits between processors, and the
+    error of an angle is its frequency's error times the position. Here the power is computed in float64, and rounding
+    to float32 drops the last bits.
     """
     exponents = np.arange(0, head_size, 2, dtype=np.float32) / np.float32(head_size)
     powers = np.array([theta ** float(exponent) for exponent in exponents])
@@ -214,14 +224,15 @@ def rotary_frequencies(head_size: int, theta: float) -> np.ndarray:
 
 
 def rotary_angles(positions_BxT: Array, head_size: int, theta: float) -> tuple[Array, Array]:
-    """Cosine and sine of the rotary angles, each [B, T, 1, H/2], float32."""
+    """Return (cosine, sine) of the rotary angles (RoPE, arXiv 2104.09864), each float32 [B, T, 1, H / 2]."""
     frequencies = rotary_frequencies(head_size, theta)
     angles = positions_BxT[:, :, None, None].astype(jnp.float32) * frequencies.reshape(1, 1, 1, -1)
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x_BxTxNxH: Array, rotation: tuple[Array, Array]) -> Array:
-    """Rotary position embedding, halves paired as in Hugging Face's Llama (not interleaved)."""
+    """Return queries or keys with the rotary position embedding, where `rotation` is from `rotary_angles`. Feature i
+    and feature i + H / 2 are a pair, as in Hugging Face's Llama; the original Llama pairs neighbours."""
     cos, sin = rotation
     first, second = jnp.split(x_BxTxNxH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BxTxNxH.dtype)

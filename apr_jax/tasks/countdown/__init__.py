@@ -1,4 +1,4 @@
-"""Countdown: its problems, the trace language, what is right in it, and its thread protocol."""
+"""Countdown: its problems, solvers, trace language, verifier and thread protocol."""
 
 from apr_jax.tasks.countdown.problem import Problem, ProblemRange
 from apr_jax.tasks.countdown.protocol import SPAWN_ERRORS, CountdownProtocol, CountdownSpawn

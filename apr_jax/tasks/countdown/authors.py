@@ -1,10 +1,10 @@
-"""The authors' JSON files, read into our trees and problems and written from them, character for character.
+"""Reads and writes the JSON files of the paper's authors; texts are kept character for character.
 
-Two kinds, each one JSON array: problems; traces for supervision (APR with a `trace_dict`, SoS+ and Stream of Search
-with their `search_path`). They are read in a stream, an entry at a time, however large the file is.
+A file is one JSON array, either of problems or of traces for SFT. An APR trace has a `trace_dict`; a trace of SoS+ or
+Stream of Search has a `search_path`. Files are read as a stream, one entry at a time, so their size does not matter.
 
-A `trace_dict` has `main_calls`, a thread's text at each of its spawns and at its end, and `sub_calls`, for each spawn
-the children's own dictionaries.
+A `trace_dict` describes a thread. Its `main_calls` are the thread's text at each spawn and at its end. Its `sub_calls`
+are, for each spawn, a list of the children's own `trace_dict`s.
 """
 
 import json
@@ -19,27 +19,28 @@ from apr_jax.errors import UserError
 from apr_jax.io.files import whole
 from apr_jax.tasks.countdown import trace
 from apr_jax.tasks.countdown.problem import Problem, successors
-from apr_jax.tasks.countdown.search import SPELLED
+from apr_jax.tasks.countdown.search import STORED_NAMES
 from apr_jax.tasks.countdown.verify import check_path
 from apr_jax.threads import Block, Spawn, Thread, ThreadTree
 
-_CHUNK = 1 << 20  # characters read at once
-_CUT = 16  # what the end of a chunk can spoil without a string left open (a literal, an escape) is no longer
+_CHUNK = 1 << 20  # characters that are read at once
+_CUT = 16  # an error this close to the end of a chunk may be a literal or escape that the chunk's end cuts in two
 _BLANKS = re.compile(r"[ \t\r\n]*")
-_DEEPEST = 32  # levels of children; the authors' traces have one. Bounded, since trees are walked recursively
+_MAX_LEVELS = 32  # of children, since trees are walked recursively; the authors' traces have one
 
 
 # ---------------------------------------------------------------------- texts and trees
 
 
 def tree_from_trace(trace_dict: dict[str, Any]) -> ThreadTree:
-    """The tree of text of one `trace_dict`, with the blocks that our solvers give it. Its info has what the texts tell:
-    numbers, target, and whether it is solved.
+    """Convert a `trace_dict`, the authors' JSON form of a trace, to a tree of text with the blocks of our solvers.
 
-    Raises UserError where the texts are not those of threads that spawned, joined and ended. A child is known by its
-    node alone: after a spawn without a solution the authors' generator may name a wrong node before a state, and a
-    later spawn (about 1 in 800 with beams of 9 and 10) then has children whose operations the parent's text tells
-    otherwise.
+    The tree's info has `numbers`, `target` and `solved`. Raises UserError for texts that are not of this form: a state
+    first, then spawns that are each followed by their join.
+
+    A child is compared with its parent's spawn by its node name only, not by its operations. After a spawn without a
+    solution the authors' generator may write a wrong node name before a state. The children of a later spawn then have
+    other operations than the parent's text states (about 1 spawn in 800 with beams of 9 and 10).
     """
     prompt, root = _thread(trace_dict, 0)
     problem = Problem(prompt.state.numbers, prompt.state.target)
@@ -48,8 +49,9 @@ def tree_from_trace(trace_dict: dict[str, Any]) -> ThreadTree:
 
 
 def _thread(trace_dict: Any, depth: int) -> tuple[trace.Prompt, Thread]:
-    if depth > _DEEPEST:
-        raise UserError(f"its children are more than {_DEEPEST} levels deep")
+    """Convert the `trace_dict` of a thread at level `depth` (0: the root) to its prompt and the thread of text."""
+    if depth > _MAX_LEVELS:
+        raise UserError(f"its children are more than {_MAX_LEVELS} levels deep")
     texts, calls = _texts(trace_dict)
     if (prompt := trace.read_prompt(texts[0])) is None:
         raise UserError(f"a thread begins with the state it searches from, this one with {texts[0][:60]!r}")
@@ -61,7 +63,7 @@ def _thread(trace_dict: Any, depth: int) -> tuple[trace.Prompt, Thread]:
             raise UserError(f"call {index} of a thread does not end in a spawn: {text[-60:]!r}")
         join_end = after.find(trace.JOIN_CLOSE, call_at) + len(trace.JOIN_CLOSE)
         if after[:call_at] != text[:call_at] or not after.startswith(trace.JOIN_OPEN, call_at):
-            raise UserError(f"call {index + 1} of a thread does not go on from call {index} with a join")
+            raise UserError(f"call {index + 1} of a thread does not continue call {index} with a join")
         if join_end < call_at + len(trace.JOIN_OPEN):
             raise UserError(f"the join of call {index + 1} of a thread has no end")
         if call_at > at:
@@ -75,7 +77,7 @@ def _thread(trace_dict: Any, depth: int) -> tuple[trace.Prompt, Thread]:
 
 
 def _children(children: Sequence[Any], call: str, index: int, depth: int) -> tuple[Thread, ...]:
-    """The children of call `index`, whose nodes are those that the call names, in its order."""
+    """Convert the children of call `index`. Raises UserError where their nodes are not those that the call names."""
     lines = call[len(trace.SPAWN_OPEN) : -len(trace.SPAWN_CLOSE)].removesuffix("\n").split("\n")
     named = [line and line[1] for line in map(trace.read_spawn_line, lines)]
     if len(children) != len(named):
@@ -93,6 +95,7 @@ def _children(children: Sequence[Any], call: str, index: int, depth: int) -> tup
 
 
 def _texts(trace_dict: Any) -> tuple[list[str], list[list]]:
+    """Return `main_calls` and `sub_calls`. Raises UserError where they have wrong types or lengths."""
     try:
         texts, calls = trace_dict["main_calls"], trace_dict["sub_calls"]
     except (KeyError, TypeError, IndexError):
@@ -107,7 +110,7 @@ def _texts(trace_dict: Any) -> tuple[list[str], list[list]]:
 
 
 def trace_from_tree(tree: ThreadTree) -> dict[str, Any]:
-    """The `trace_dict` of a tree of text: the inverse of `tree_from_trace`."""
+    """Convert a tree of text to a `trace_dict`: the inverse of `tree_from_trace`."""
 
     def thread(entry: Thread) -> dict[str, Any]:
         texts, calls, before = [], [], ""
@@ -126,13 +129,15 @@ def trace_from_tree(tree: ThreadTree) -> dict[str, Any]:
 
 
 def read_problems(path: Path) -> Iterator[Problem]:
-    """Raises UserError, in one line with the file, the entry and what is wrong, and OSError."""
+    """Yield the problems of a file. Raises OSError, and UserError with the file, the entry and what is wrong in it."""
     yield from _read(path, _problem)
 
 
 def read_traces(path: Path) -> Iterator[tuple[Problem, ThreadTree]]:
-    """Problems and their trees of text, APR's, SoS+'s or Stream of Search's; info as the solver's, as far as the file
-    tells. Raises as `read_problems`."""
+    """Yield each problem of a file with its tree of text, of APR, SoS+ or Stream of Search.
+
+    A tree's info has the entries that our solvers give it, as far as the file contains them. Raises as `read_problems`.
+    """
 
     def entry(row: dict) -> tuple[Problem, ThreadTree]:
         problem = _problem(row)
@@ -143,21 +148,21 @@ def read_traces(path: Path) -> Iterator[tuple[Problem, ThreadTree]]:
         if (tree.info["numbers"], tree.info["target"]) != (list(problem.numbers), problem.target):
             raise UserError(f"its trace is of another problem: {tree.info['numbers']} to {tree.info['target']}")
         kind, _, size = str(row.get("search_type", "")).partition("_")
-        style = "apr" if apr else "sos" if kind in ("sos", *_STRATEGIES) else SPELLED["sos_plus"]
-        known = {"style": style} | ({"strategy": kind} if style == "sos" and kind in _STRATEGIES else {})
+        solver = "apr" if apr else "sos" if kind in ("sos", *_STRATEGIES) else STORED_NAMES["sos_plus"]
+        known = {"style": solver} | ({"strategy": kind} if solver == "sos" and kind in _STRATEGIES else {})
         beams = {ours: row[theirs] for ours, theirs in _BEAMS.items() if theirs in row}
-        if not apr and re.fullmatch("[0-9]{1,9}", size):  # only its name tells
+        if not apr and re.fullmatch("[0-9]{1,9}", size):  # such an entry has its beam in search_type only
             beams = dict.fromkeys(_BEAMS, int(size))
         condition = _CONDITION.match(tree.root.blocks[0].content)
-        told = {"condition": condition[0]} if condition else {}
-        return problem, ThreadTree(tree.root, {**tree.info, **known, **beams, **told})
+        conditions = {"condition": condition[0]} if condition else {}
+        return problem, ThreadTree(tree.root, {**tree.info, **known, **beams, **conditions})
 
     yield from _read(path, entry)
 
 
 _CONDITION = re.compile(r"(?:Token|Sub Call) Budget: \d+ ")
-_STRATEGIES = ("dfs", "bfs")  # search_type in the files of Stream of Search: "dfs", "bfs_3"
-_BEAMS = {"beam": "beam_size", "sub_beam": "sub_call_beam_size"}
+_STRATEGIES = ("dfs", "bfs")  # of Stream of Search; its files have them in search_type, as "dfs" or "bfs_3"
+_BEAMS = {"beam": "beam_size", "sub_beam": "sub_call_beam_size"}  # our name in a tree's info -> the authors'
 
 
 def _problem(row: Any) -> Problem:
@@ -169,6 +174,7 @@ def _problem(row: Any) -> Problem:
 
 
 def _read(path: Path, entry: Callable[[Any], Any]) -> Iterator[Any]:
+    """Yield `entry(row)` for each entry of a file, with the file and the entry's number added to a UserError."""
     with open(path, encoding="utf-8") as file:
         for number, row in enumerate(_entries(file, path)):
             try:
@@ -178,10 +184,10 @@ def _read(path: Path, entry: Callable[[Any], Any]) -> Iterator[Any]:
 
 
 def _entries(file: TextIO, path: Path) -> Iterator[Any]:
-    """The entries of one JSON array, each parsed when the text up to its end has been read."""
+    """Yield the entries of a JSON array. An entry is parsed as soon as the text up to its end is read."""
     text, number = _Chunks(file, path), 0
     if text.next() not in ("[", ""):
-        raise UserError(f"{path} is no JSON array: it begins with {text.read[:20]!r}")
+        raise UserError(f"{path} is not a JSON array: it begins with {text.read[:20]!r}")
     text.at += 1
     while (character := text.next()) != "]":
         if not character:
@@ -198,7 +204,7 @@ def _entries(file: TextIO, path: Path) -> Iterator[Any]:
 
 
 class _Chunks:
-    """A text read chunk by chunk; `read` from `at` on is not used yet."""
+    """A JSON text that is read in chunks. `read[at:]` is the text that is read but not parsed yet."""
 
     def __init__(self, file: TextIO, path: Path):
         self.file, self.path = file, path
@@ -206,16 +212,20 @@ class _Chunks:
         self.decode = json.JSONDecoder().raw_decode
 
     def more(self) -> None:
-        """At least as much again as waits, so that a long entry is not parsed at every chunk of it."""
-        waiting = self.read[self.at :]
+        """Read another chunk.
+
+        It is at least as long as the text that is not parsed yet, so that the attempts to parse a long entry take
+        linear time in total.
+        """
+        unparsed = self.read[self.at :]
         try:
-            chunk = self.file.read(max(_CHUNK, len(waiting)))
+            chunk = self.file.read(max(_CHUNK, len(unparsed)))
         except UnicodeDecodeError:
-            raise UserError(f"{self.path} is no JSON text") from None
-        self.read, self.at, self.ended = waiting + chunk, 0, not chunk
+            raise UserError(f"{self.path} is not a JSON text") from None
+        self.read, self.at, self.ended = unparsed + chunk, 0, not chunk
 
     def next(self) -> str:
-        """The next character that is not blank, "" at the end of the file."""
+        """Return the next character that is not blank, without using it; "" at the end of the file."""
         while True:
             self.at = _BLANKS.match(self.read, self.at).end()
             if self.at < len(self.read) or self.ended:
@@ -223,37 +233,41 @@ class _Chunks:
             self.more()
 
     def value(self, where: str) -> Any:
+        """Parse and return the next JSON value. Raises UserError, which begins with `where`, for a broken one."""
         self.next()
         while True:
             try:
                 value, end = self.decode(self.read, self.at)
-                if end < len(self.read) or self.ended:  # a number may go on in the next chunk
+                if end < len(self.read) or self.ended:  # else a number may continue in the next chunk
                     self.at = end
                     return value
             except (ValueError, RecursionError) as error:
-                # Only what the next chunk can mend is read on for: a broken file is not read to its end.
+                # More is read only if the next chunk can resolve the error, so a broken file is not read to its end.
                 unfinished = isinstance(error, json.JSONDecodeError) and (
                     error.msg.startswith("Unterminated string") or error.pos >= len(self.read) - _CUT
                 )
                 if self.ended or not unfinished:
-                    raise UserError(f"{where}: it is cut short or no JSON") from None
+                    raise UserError(f"{where}: it is truncated or not JSON") from None
             self.more()
 
 
 def write_traces(
     path: Path, traces: Iterable[tuple[Problem, ThreadTree]], encode: Callable[[str], list[int]] | None = None
 ) -> None:
-    """Trees of text as the authors' files for supervision. `encode` (without begin and end) adds their token counts.
-    Left out is what a tree does not know of its solver: `heuristic` and `promising_threshold`."""
+    """Write trees of text as a file of traces in the authors' format.
+
+    If given, `encode` converts a text to token ids, without begin and end tokens, and the authors' token counts are
+    written. `heuristic` and `promising_threshold` are not written, since a tree does not contain them.
+    """
 
     def row(problem: Problem, tree: ThreadTree) -> dict[str, Any]:
-        texts, style, beam = trace_from_tree(tree), tree.info["style"], tree.info.get("beam", "")
+        texts, solver, beam = trace_from_tree(tree), tree.info["style"], tree.info.get("beam", "")
         end = texts["main_calls"][-1]
         values = {**_problem_row(problem), "search_path": end, "rating": _rating(problem, end)}
-        strategy = tree.info.get("strategy", style)
+        strategy = tree.info.get("strategy", solver)
         values |= {"search_type": strategy if strategy == "dfs" else f"{strategy}_{beam}"}
         counts = {} if encode is None else _token_counts(texts, encode)
-        if style != "apr":
+        if solver != "apr":
             return values | {key: counts[key] for key in counts if key == "token_count"}
         values |= {theirs: tree.info[ours] for ours, theirs in _BEAMS.items() if ours in tree.info}
         return {**values, "trace_dict": texts, **counts}
@@ -262,12 +276,16 @@ def write_traces(
 
 
 def _all_texts(texts: dict[str, Any]) -> list[str]:
+    """Return the texts of a `trace_dict`, its own first, then those of all threads below it."""
     below = [text for children in texts["sub_calls"] for child in children for text in _all_texts(child)]
     return texts["main_calls"] + below
 
 
 def _rating(problem: Problem, text: str) -> float:
-    """1 less the share of a full search's operations that the trace has, 0 where it reached nothing."""
+    """Return the authors' rating of a trace: 1 minus its operations as a fraction of an exhaustive search's.
+
+    0 for a trace that does not reach the target.
+    """
     if trace.GOAL_REACHED not in text:
         return 0.0
     most = math.prod(math.comb(left, 2) * 4 for left in range(2, len(problem.numbers) + 1))
@@ -275,8 +293,11 @@ def _rating(problem: Problem, text: str) -> float:
 
 
 def _token_counts(texts: dict[str, Any], encode: Callable[[str], list[int]]) -> dict[str, float]:
-    """As the authors count, a begin and an end with each text: `token_count` counts what the root's texts repeat once,
-    a "sub" text is any but the root's."""
+    """Return the authors' token counts.
+
+    Each text counts a begin and an end token. `token_count` counts the text that two consecutive root texts share only
+    once. A "sub" text is one of any thread but the root.
+    """
     root = texts["main_calls"]
     lengths = [len(encode(text)) + 2 for text in _all_texts(texts)]
     below = lengths[len(root) :]
@@ -291,7 +312,7 @@ def _token_counts(texts: dict[str, Any], encode: Callable[[str], list[int]]) -> 
 
 
 def _write(path: Path, rows: Iterable[Any]) -> None:
-    """One array, an entry a line; whole or not at all."""
+    """Write a JSON array with one entry per line. An error leaves no partial file."""
     with whole(Path(path)) as part, open(part, "w", encoding="utf-8") as file:
         for number, row in enumerate(rows):
             file.write(("[\n" if number == 0 else ",\n") + json.dumps(row))
@@ -307,7 +328,10 @@ def _problem_row(problem: Problem) -> dict[str, Any]:
 
 
 def _solution(numbers: tuple[int, ...], target: int) -> list[tuple[tuple[int, ...], str]] | None:
-    """States and operations to the target, the first that a search in the order of `successors` finds."""
+    """Return the (state, operation) steps to the target that a depth-first search finds first, or None.
+
+    The search follows the order of `successors`.
+    """
     if len(numbers) == 1:
         return [] if numbers[0] == target else None
     for state, operation in successors(numbers):

@@ -1,7 +1,7 @@
-"""Countdown problems: reach the target with every number used exactly once (paper, section 4.1).
+"""Countdown problems: combine all numbers to the target, each used exactly once (paper, section 4.1).
 
-Intermediate results are non-negative integers: subtraction is larger minus smaller, division only
-where it is exact.
+Intermediate results are non-negative integers: the smaller number is subtracted from the larger one, and division must
+be exact.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from apr_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One problem. Raises UserError where the numbers or the target are not positive integers."""
+    """A Countdown problem. Raises UserError where the numbers or the target are not positive integers."""
 
     numbers: tuple[int, ...]
     target: int
@@ -32,12 +32,12 @@ class Problem:
 
     @property
     def key(self) -> tuple[tuple[int, ...], int]:
-        """Two problems are the same where multiset and target are (paper, section 4.1)."""
+        """The sorted numbers and the target: problems with equal keys are the same (paper, section 4.1)."""
         return tuple(sorted(self.numbers)), self.target
 
 
 def combine(a: int, b: int) -> list[tuple[int, str]]:
-    """All results of two numbers with the operation that gives each, as ``(7, "3+4=7")``."""
+    """Return each result of combining two numbers with its operation, as ``(7, "3+4=7")``."""
     high, low = (b, a) if a <= b else (a, b)
     results = [(a + b, f"{a}+{b}={a + b}"), (a * b, f"{a}*{b}={a * b}"), (high - low, f"{high}-{low}={high - low}")]
     if low and high % low == 0:
@@ -46,7 +46,10 @@ def combine(a: int, b: int) -> list[tuple[int, str]]:
 
 
 def successors(numbers: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], str]]:
-    """Every state one operation away: the other numbers in their order, then the result."""
+    """Yield (state, operation) for every state that is one operation away.
+
+    A state is a tuple of numbers: the unused ones in their order, then the result of the operation.
+    """
     for i, j in itertools.combinations(range(len(numbers)), 2):
         rest = numbers[:i] + numbers[i + 1 : j] + numbers[j + 1 :]
         for value, operation in combine(numbers[i], numbers[j]):
@@ -54,7 +57,10 @@ def successors(numbers: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], str]
 
 
 def reachable(numbers: tuple[int, ...]) -> frozenset[int]:
-    """Every value that uses all of `numbers` exactly once. Exhaustive: the oracle of `solvable` and `reach_targets`."""
+    """Return every value that can be made with all of `numbers`, each used exactly once.
+
+    An exhaustive search, against which `solvable` and `reach_targets` are tested.
+    """
     if len(numbers) == 1:
         return frozenset(numbers)
     states = {tuple(sorted(state)) for state, _ in successors(numbers)}
@@ -62,14 +68,19 @@ def reachable(numbers: tuple[int, ...]) -> frozenset[int]:
 
 
 def solvable(problem: Problem) -> bool:
+    """Return whether a problem has a solution."""
     return _reaches(problem.numbers, problem.target)
 
 
 def _reaches(numbers: tuple[int, ...], target: int) -> bool:
-    """Splits the numbers in two, and for each value of the smaller part looks what the other would have to give."""
+    """Return whether the target can be made of the numbers.
+
+    For each division of the numbers into two parts, it computes all values of the smaller part, and for each value
+    checks whether the larger part can be combined to a matching one.
+    """
     if len(numbers) == 1:
         return numbers[0] == target
-    if len(numbers) == 2:  # written out: it is asked thousands of times
+    if len(numbers) == 2:  # a special case for speed: it is called thousands of times per problem
         a, b = numbers
         divides = a * b > 0 and (a == b * target or b == a * target)
         return a + b == target or a * b == target or abs(a - b) == target or divides
@@ -77,7 +88,7 @@ def _reaches(numbers: tuple[int, ...], target: int) -> bool:
     for size in range(1, n // 2 + 1):
         for part in itertools.combinations(range(n), size):
             if 2 * size == n and part[0]:
-                break  # the halves have all been met, as parts or as rests
+                break  # every division into halves was checked already, with the halves exchanged
             rest = tuple(numbers[i] for i in range(n) if i not in part)
             for value in reachable(tuple(numbers[i] for i in part)):
                 if value == target == 0 or any(_reaches(rest, other) for other in _partners(value, target)):
@@ -86,7 +97,7 @@ def _reaches(numbers: tuple[int, ...], target: int) -> bool:
 
 
 def _partners(value: int, target: int) -> set[int]:
-    """What combines with `value` to `target` in one operation."""
+    """Return the values that one operation combines with `value` to `target`."""
     partners = {value + target, abs(value - target)}
     if value:
         partners.add(value * target)
@@ -98,15 +109,19 @@ def _partners(value: int, target: int) -> set[int]:
 
 
 def reach_targets(numbers_PxN: np.ndarray, targets_P: np.ndarray) -> np.ndarray:
-    """Which of P problems are solvable, bool [P], all at once. For 2 to 5 numbers that `fits_int64` says yes to."""
+    """Return which of P problems are solvable, bool [P], all computed together.
+
+    Requires 2 to 5 numbers per problem, and numbers and targets for which `fits_int64` is true.
+    """
     N = numbers_PxN.shape[1]
-    parts = {1 << i: numbers_PxN[:, i : i + 1].astype(np.int64) for i in range(N)}  # by bit set, values [P, k]
+    # bit set of numbers -> values [P, k] of their combinations
+    parts = {1 << i: numbers_PxN[:, i : i + 1].astype(np.int64) for i in range(N)}
     target = targets_P.astype(np.int64)[:, None, None]
     solved = np.zeros(len(numbers_PxN), bool)
     for chosen in sorted(range(3, 1 << N), key=int.bit_count):
         halves = [(part, chosen ^ part) for part in range(1, chosen) if part & chosen == part and part < chosen ^ part]
         if chosen == (1 << N) - 1:
-            for one, two in halves:  # the last operation needs no division: a / b = t where a = b t
+            for one, two in halves:  # a / b = t is tested as a = b t, without division
                 a, b = parts[one][:, :, None], parts[two][:, None, :]
                 right = (a + b == target) | (a * b == target) | (abs(a - b) == target)
                 right |= (a == b * target) & (b > 0) | (b == a * target) & (a > 0)
@@ -117,12 +132,12 @@ def reach_targets(numbers_PxN: np.ndarray, targets_P: np.ndarray) -> np.ndarray:
 
 
 def fits_int64(count: int, largest: int) -> bool:
-    """Whether no product of `count` numbers or targets up to `largest` overflows in `reach_targets`."""
+    """Return whether `reach_targets` cannot overflow for `count` numbers; no number or target is above `largest`."""
     return largest**count < 2**63
 
 
 def _combine_all(a_PxI: np.ndarray, b_PxJ: np.ndarray) -> np.ndarray:
-    """All results [P, 4 I J] of a value of `a` with one of `b`; -1 is no value, and gives none."""
+    """Return all results [P, 4 I J] of combining a value of `a` with a value of `b`; -1 stands for no value."""
     a, b = np.broadcast_arrays(a_PxI[:, :, None], b_PxJ[:, None, :])
     high, low = np.maximum(a, b), np.minimum(a, b)
     quotient, left = np.divmod(high, np.maximum(low, 1))
@@ -130,15 +145,15 @@ def _combine_all(a_PxI: np.ndarray, b_PxJ: np.ndarray) -> np.ndarray:
     return np.where(low < 0, -1, results).transpose(1, 0, 2, 3).reshape(len(a_PxI), -1)
 
 
-DRAWS_AHEAD = 8  # of one problem that `draw_each` tests together: at the paper's ranges one in 7.5 is solvable
-TESTED_TOGETHER = 512  # draws whose values fit the processor's cache
-MOST_SEARCHED = 6  # numbers of the largest problem whose solutions are looked for: of seven one takes 6 s
-MOST_DRAWS = 20_000  # tries for one problem before its target counts as out of reach
+DRAWS_AHEAD = 8  # draws per problem that `draw_each` tests together: in the paper's ranges one draw in 7.5 is solvable
+TEST_BATCH = 512  # draws per call of `reach_targets`: their values fit the processor's cache
+MAX_SOLVABLE_NUMBERS = 6  # `solvable` is not called for problems of more numbers: with seven it takes 6 s
+MAX_DRAWS = 20_000  # draws for one problem before its target counts as unreachable
 
 
 @dataclasses.dataclass(frozen=True)
 class ProblemRange:
-    """Where problems are drawn from. The paper: 4 numbers of 1 to 99, targets 10 to 100."""
+    """The ranges that problems are drawn from. The paper has 4 numbers from 1 to 99 and targets from 10 to 100."""
 
     count: int = 4
     max_number: int = 99
@@ -161,28 +176,28 @@ class ProblemRange:
             )
 
     def draw(self, rng: random.Random) -> Problem:
-        """A target at random, then numbers at random until they reach it. Raises UserError where none do."""
+        """Draw a target, then draw numbers until they can reach it. Raises UserError after MAX_DRAWS draws in vain."""
         target = rng.randint(self.min_target, self.max_target)
-        for _ in range(MOST_DRAWS):
+        for _ in range(MAX_DRAWS):
             problem = Problem(self._numbers(rng), target)
             if solvable(problem):
                 return problem
         raise self._out_of_reach(target)
 
     def draw_each(self, rngs: Sequence[random.Random]) -> list[Problem]:
-        """What `draw` gives for each of `rngs`, tested together: ten times as fast for up to 5 numbers."""
-        # Of 6 numbers most draws are solvable, and one has millions of values.
+        """Return `draw(rng)` for each of `rngs`, computed together: ten times as fast for up to 5 numbers."""
+        # Six numbers have millions of values, and most draws are solvable: they are tested one by one.
         if self.count > 5 or not fits_int64(self.count, max(self.max_number, self.max_target)):
             return [self.draw(rng) for rng in rngs]
         targets = np.array([rng.randint(self.min_target, self.max_target) for rng in rngs])
         found: list[Problem | None] = [None] * len(rngs)
         pending = np.arange(len(rngs))
-        for _ in range(-(-MOST_DRAWS // DRAWS_AHEAD)):
+        for _ in range(-(-MAX_DRAWS // DRAWS_AHEAD)):
             drawn = np.array([[self._numbers(rngs[i]) for _ in range(DRAWS_AHEAD)] for i in pending.tolist()])
             flat, wanted = drawn.reshape(-1, self.count), np.repeat(targets[pending], DRAWS_AHEAD)
-            blocks = range(0, len(flat), TESTED_TOGETHER)
+            blocks = range(0, len(flat), TEST_BATCH)
             right = np.concatenate(
-                [reach_targets(flat[i : i + TESTED_TOGETHER], wanted[i : i + TESTED_TOGETHER]) for i in blocks]
+                [reach_targets(flat[i : i + TEST_BATCH], wanted[i : i + TEST_BATCH]) for i in blocks]
             ).reshape(len(pending), DRAWS_AHEAD)
             for row in np.flatnonzero(right.any(axis=1)).tolist():
                 i = int(pending[row])
@@ -197,6 +212,6 @@ class ProblemRange:
 
     def _out_of_reach(self, target: int) -> UserError:
         return UserError(
-            f"none of {MOST_DRAWS} draws of {self.count} numbers up to {self.max_number} reached the target {target}: "
+            f"none of {MAX_DRAWS} draws of {self.count} numbers up to {self.max_number} reached the target {target}: "
             "lower max_target or raise max_number"
         )

@@ -1,4 +1,4 @@
-"""Countdown as a task of threads: what a spawn in the trace language means and what a join gives back."""
+"""The thread protocol of Countdown: parses spawns in the trace language, and writes root prompts and joins."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,14 +7,14 @@ from apr_jax.errors import UserError
 from apr_jax.tasks.countdown import trace
 from apr_jax.tasks.countdown.problem import Problem
 from apr_jax.tasks.countdown.verify import check_path, operations
-from apr_jax.threads.protocol import MalformedSpawn, SpawnRequest
+from apr_jax.threads.protocol import MalformedSpawn, SpawnRequest, TaskProtocol
 
 SPAWN_ERRORS = (
-    "unopened",  # a spawn is closed that was not opened, or was closed before
-    "empty",  # it names no child
-    "bad_line",  # a line of the block is no spawn line
+    "unopened",  # the closing tag has no opening tag, or the spawn was closed before
+    "empty",  # the spawn has no child
+    "bad_line",  # a line of the spawn block is not a spawn line
     "unknown_node",  # a child's node does not occur in the text
-    "bad_state",  # a line that a child's prompt needs cannot be read, or one of its parents is not there
+    "bad_state",  # a line that a child's prompt needs cannot be parsed, or a parent of the child's node is missing
 )
 
 _CLOSE = trace.SPAWN_CLOSE.removesuffix("\n")
@@ -23,21 +23,21 @@ _CONDITIONS = {"apr": "Sub Call Budget: ", "sos_plus": "Token Budget: "}
 
 @dataclasses.dataclass(frozen=True)
 class CountdownSpawn(SpawnRequest):
-    """A spawn with the node and the level that each child's line names, in the order of `children`."""
+    """A parsed spawn, with the node name and the level of each child, in the order of `children`."""
 
     nodes: tuple[str, ...]
     levels: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class CountdownProtocol:
-    """A `TaskProtocol`. `variant` decides how a root thread begins, nothing else:
+class CountdownProtocol(TaskProtocol):
+    """The `TaskProtocol` of Countdown. The variant affects only the prompt of a root thread:
 
-    * ``"apr"``: the root's node and state; its budget is a number of child threads (the paper: 0 to 10);
-    * ``"sos_plus"``: the state alone; its budget is a number of tokens (the paper: bins of 512).
+    * ``"apr"``: the prompt is the root's node and state. A budget is a number of child threads (the paper: 0 to 10).
+    * ``"sos_plus"``: the prompt is the state alone. A budget is a number of tokens (the paper: bins of 512).
 
-    Only the roots of conditioned models have a budget; children never do. Raises UserError for any other
-    variant. No method raises anything but MalformedSpawn for any thread's text.
+    Only roots have a budget, and only for models that are trained with budgets. Raises UserError for any other variant.
+    For any text, however malformed, the only error of a method is MalformedSpawn.
     """
 
     variant: str = "apr"
@@ -51,23 +51,26 @@ class CountdownProtocol:
             raise UserError(f"variant is one of {sorted(_CONDITIONS)}, was given {self.variant!r}")
 
     def condition(self, budget: int) -> str:
-        """The text that goes first on a root prompt to ask for a budget, as ``"Sub Call Budget: 6 "``. Raises UserError
-        for a negative budget."""
+        """Return the text that precedes a root's prompt to ask for a budget, as ``"Sub Call Budget: 6 "``.
+
+        Raises UserError for a negative budget.
+        """
         if budget < 0:
             raise UserError(f"a budget is 0 or more, was given {budget}")
         return f"{_CONDITIONS[self.variant]}{budget} "
 
     def root_prompt(self, problem: Problem) -> str:
-        """The first text of the root thread, without a line end behind it."""
+        """Return the first text of the root thread, without the line end that follows it."""
         start = trace.moving("0") if self.variant == "apr" else ""
         return start + trace.state(problem.target, problem.numbers, ())
 
     def parse_spawn(self, text: str) -> CountdownSpawn | None:
-        """The spawn that `text` ends in (a line end behind it or not), None where it ends in none.
+        """Return the spawn at the end of `text`, or None where `text` does not end in one.
 
-        The block begins at the last `spawn_open`. A child's prompt is its node's state: the last one that
-        the text moved to, else the first generated one with the operations of its parents before its own.
-        Lines that no child needs may be broken. Raises MalformedSpawn with a kind of SPAWN_ERRORS.
+        A line end after the spawn is optional. The spawn block begins at the last `spawn_open`. A child's prompt is the
+        state of its node: the state after the last move to the node, or else the first generated one, with the
+        operations of the node's parents before its own. Lines that no child's prompt needs may be malformed. Raises
+        MalformedSpawn with a kind of SPAWN_ERRORS.
         """
         body = text.removesuffix("\n")
         if not body.endswith(_CLOSE):
@@ -80,11 +83,11 @@ class CountdownProtocol:
             raise MalformedSpawn("empty", "a spawn without a child")
         *lines, rest = block.split("\n")
         if rest:
-            raise MalformedSpawn("bad_line", f"{rest[:100]!r} stands before the end of a spawn")
+            raise MalformedSpawn("bad_line", f"{rest[:100]!r} precedes the end of a spawn")
         nodes, levels = [], []
         for line in lines:
             if (parsed := trace.read_spawn_line(line)) is None:
-                raise MalformedSpawn("bad_line", f"{line[:100]!r} is no spawn line")
+                raise MalformedSpawn("bad_line", f"{line[:100]!r} is not a spawn line")
             levels.append(parsed[0])
             nodes.append(parsed[1])
         states = _Nodes(text[:position])
@@ -92,8 +95,10 @@ class CountdownProtocol:
         return CountdownSpawn(tuple(prompts[node] for node in nodes), position, tuple(nodes), tuple(levels))
 
     def join(self, spawn: CountdownSpawn, results: Sequence[str | None]) -> str:
-        """The join block: per child its line and the path that it returned. Raises ValueError where there is not one
-        result for each child."""
+        """Return the join block. It has a line for each child, followed by the path that the child returned.
+
+        Raises ValueError where the number of results differs from the number of children.
+        """
         if len(results) != len(spawn.children):
             raise ValueError(f"{len(spawn.children)} children were spawned, {len(results)} results were given")
         parts = [trace.JOIN_OPEN]
@@ -105,27 +110,31 @@ class CountdownProtocol:
         return "".join(parts)
 
     def join_nothing(self) -> str:
-        """The join block of no children."""
+        """Return a join block without children."""
         return trace.JOIN_OPEN + trace.JOIN_CLOSE
 
     def result(self, text: str) -> str | None:
-        """The path a finished thread returns: what follows its last but one "Goal Reached". A text that begins with a
-        state and ends with its only one is a trace of Stream of Search: the operations that led there. Else None.
-        Whether it is right is for `correct` to say."""
+        """Return the solution path in a finished thread's text, correct or not, or None where there is none.
+
+        The path is the text after the last but one "Goal Reached". A trace of Stream of Search has only one; its path
+        is made from the operations of its last state.
+        """
         return trace.read_result(text)
 
     def correct(self, problem: Problem, text: str) -> bool:
-        """Whether a finished root thread returned a path, and the path solves its problem."""
+        """Return whether a finished root thread returned a path that solves its problem."""
         return bool(check_path(problem.numbers, problem.target, self.result(text)))
 
     def steps(self, text: str) -> tuple[int, int]:
-        """The operations of a text, as `operations` counts them."""
+        """Return (number of correct operations, number of operations) of a text."""
         return operations(text)
 
 
 class _Nodes:
-    """The nodes that a text defines. Lines are kept as they are and read when a child needs them, each once,
-    so that broken lines elsewhere do no harm."""
+    """Finds the states of the nodes that a text defines.
+
+    A line is parsed only when a child's prompt needs it, so other lines may be malformed. Each is parsed once.
+    """
 
     def __init__(self, text: str):
         self.moved: dict[str, str] = {}
@@ -139,13 +148,16 @@ class _Nodes:
                 self.generated.setdefault(node, line)
 
     def find(self, node: str) -> trace.State:
-        """The state of a node; raises MalformedSpawn. Names are of bounded depth, so this is short."""
+        """Return the state of a node. Raises MalformedSpawn of kind "unknown_node" or "bad_state".
+
+        A node's name has a bounded number of parents, so this takes bounded time.
+        """
         if node not in self.moved and node not in self.generated:
             raise MalformedSpawn("unknown_node", f"node #{node} does not occur before its spawn")
         steps = []
         while node not in self.states and node not in self.moved:
             if node not in self.generated:
-                raise MalformedSpawn("bad_state", f"node #{node}, a parent of a child's node, is not there")
+                raise MalformedSpawn("bad_state", f"node #{node}, a parent of a child's node, is missing")
             steps.append(node)
             node = node.rpartition(",")[0]
         if node not in self.states:
@@ -159,5 +171,5 @@ class _Nodes:
 
 def _read(state: trace.State | None, node: str) -> trace.State:
     if state is None:
-        raise MalformedSpawn("bad_state", f"the state of node #{node} cannot be read")
+        raise MalformedSpawn("bad_state", f"the state of node #{node} cannot be parsed")
     return state

@@ -1,7 +1,7 @@
-"""What all solvers share: settings, heuristics, and the expansion of one state.
+"""The common part of all Countdown solvers: settings, heuristics, and the expansion of one state.
 
-An expansion is where solvers spend their time, so it ranks successors as numbers and makes nodes and lines only of
-those that the beam keeps. Caches of results or of their lines do not pay: new problems miss them too often.
+Solvers spend most of their time in expansions. So an expansion ranks all successors as plain numbers, and creates nodes
+and lines only for the successors in the beam. Caching results or lines does not pay off: new problems rarely hit.
 """
 
 import dataclasses
@@ -17,39 +17,47 @@ from apr_jax.errors import UserError
 from apr_jax.tasks.countdown import trace
 from apr_jax.tasks.countdown.problem import combine
 
-# The authors' generator draws "promising" as true with these probabilities; the paper's text says 0.1 for APR.
+# The probability that a solver searches an expansion's children on their own. The authors' generator has these values;
+# the paper's text states 0.1 for APR.
 APR_PROMISING, SOS_PLUS_PROMISING = 0.9, 0.5
 
-# How a solver is spelled where another spelling would be another thing: in the seeds of its draws and the info of its
-# trees, which decide the bytes of a data set, and in the authors' files.
-SPELLED = {"apr": "apr", "sos_plus": "sosp", "sos": "sos"}
+# The name of each solver in random seeds, in the info of trees and in the authors' files. Another name would give other
+# traces for the same seed, and other bytes in a data set.
+STORED_NAMES = {"apr": "apr", "sos_plus": "sosp", "sos": "sos"}
 
-# name -> (distance of one number to the target, how the distances of a state's numbers make its rank)
+# name -> (the distance of a number to "factor" or "target", the reduction of a state's distances to its rank)
 HEURISTICS = {
-    "multiply": ("factor", "sum"),  # distances to the nearest factor of the target (2 to target): the authors' code
-    "multiply_paper": ("factor", "min"),  # the formula printed in the paper
-    "sum": ("target", "mean"),  # distances to the target: Stream of Search's
+    "multiply": ("factor", "sum"),  # in the authors' code: distances to the nearest factor of the target, 2 to target
+    "multiply_paper": ("factor", "min"),  # the formula in the paper
+    "sum": ("target", "mean"),  # Stream of Search: distances to the target itself
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class SolverConfig:
-    """Settings of one solver; beams are drawn per problem from closed ranges.
+    """The settings of a solver.
 
-    `beam_weights` is how often each beam of the range is drawn, lowest first (empty: all alike). `max_value` keeps
-    results above it out of the search (0: the paper's unbounded search): shorter traces and fewer facts of
-    arithmetic to learn, at a few solutions lost. `distinct` keeps one of the operations that leave the same numbers
-    (4-2 and 4/2; of 3, 3, 9 either 3 with the 9), where the authors' beam may hold one state several times.
-    `shuffle` off writes what the beam kept in the order it was generated in: a small model that decodes greedily then
-    goes through the operations, where after shuffled traces it writes the likeliest one again and again. `rank_root`
-    writes what is kept at the problem's own state best first: narrow lists then begin like wide ones, and a pupil of
-    beams that are drawn need not know the beam before the list's end. `depth` is how many levels of children APR
-    spawns (1: the authors'). `strategies` is what SoS draws from, problem by problem.
+    A beam is the number of successors that an expansion keeps. It is drawn for each problem from a closed range.
+
+    * `beam_weights`: how often each beam of the range is drawn, from the lowest on; empty for equal weights.
+    * `sub_beam`: the range for the beam of children.
+    * `promising`: the probability that the children of an expansion are searched on their own (SoS+), or spawned (APR).
+    * `max_value`: operations with larger results are left out; 0 for no limit, as in the paper. A limit makes traces
+      shorter and leaves less arithmetic to learn, but loses a few solutions.
+    * `distinct`: keeps only one of several operations that leave the same numbers, such as 4-2 and 4/2, or each 3 of
+      3, 3, 9 with the 9. The authors' beam may contain the same state several times.
+    * `shuffle`: writes the kept successors in random order; else they are written in the order of generation. A small
+      model that decodes greedily then goes through the operations in order. After training on shuffled traces it
+      repeats the likeliest operation again and again.
+    * `rank_root`: writes the kept successors of the root best first. The lists of small and large beams then begin
+      alike, so a model trained on several beams need not know the beam before the list ends.
+    * `depth`: the number of levels of children that APR spawns; the authors' is 1.
+    * `strategies`: Stream of Search draws one of these for each problem.
     """
 
     beam: tuple[int, int]
     beam_weights: tuple[float, ...] = ()
-    sub_beam: tuple[int, int] | None = None  # of children; drawn at or above the problem's beam
+    sub_beam: tuple[int, int] | None = None  # drawn at or above the problem's beam
     promising: float = APR_PROMISING
     heuristic: str = "multiply"
     max_value: int = 0
@@ -74,10 +82,10 @@ class SolverConfig:
             if value is not None and not 1 <= value[0] <= value[1]:
                 raise UserError(f"{name} needs 1 <= lowest <= highest, was given {value}")
         if weights := self.beam_weights:
-            breadths = self.beam[1] - self.beam[0] + 1
-            if len(weights) != breadths or min(weights) < 0 or not sum(weights):
+            beams = self.beam[1] - self.beam[0] + 1
+            if len(weights) != beams or min(weights) < 0 or not sum(weights):
                 raise UserError(
-                    f"beam_weights are none or {breadths}, one of 0 or more for each beam of {self.beam}, was given "
+                    f"beam_weights are none or {beams}, one of 0 or more for each beam of {self.beam}, was given "
                     f"{weights}"
                 )
         if not 0 <= self.promising <= 1:
@@ -89,41 +97,45 @@ class SolverConfig:
 
     @classmethod
     def paper_sos(cls, **changes) -> "SolverConfig":
+        """Return the paper's settings for Stream of Search, with `changes`."""
         return cls(**{"beam": (1, 5), **changes})
 
     @classmethod
     def paper_sos_plus(cls, **changes) -> "SolverConfig":
+        """Return the paper's settings for SoS+, with `changes`."""
         return cls(**{"beam": (1, 5), "promising": SOS_PLUS_PROMISING, **changes})
 
     @classmethod
     def paper_apr(cls, **changes) -> "SolverConfig":
+        """Return the paper's settings for APR, with `changes`."""
         return cls(**{"beam": (1, 10), "sub_beam": (1, 15), "promising": APR_PROMISING, **changes})
 
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Node:
-    """A state of the search, with what its lines need, written once."""
+    """A state of the search, with the parts of its trace lines, which are written once and reused."""
 
     name: str  # as in the trace: "0,1,2"
     numbers: tuple[int, ...]
     parent: "Node | None"
-    operation: str  # that led from the parent here; "" of the root
-    done: str  # all operations from the root on, as the trace lists them
+    operation: str  # the operation that leads from the parent to this node; "" for the root
+    done: str  # all operations from the root to this node, as the trace lists them
     state: str  # its "Current State" line
 
     @classmethod
     def root(cls, numbers: tuple[int, ...], target: int) -> "Node":
+        """Return the root node of a problem."""
         return cls("0", numbers, None, "", "", trace.state(target, numbers, ()) + "\n")
 
     def below(self, step: int, numbers: tuple[int, ...], operation: str, target: int) -> tuple["Node", str]:
-        """The child that an operation leads to, and the two lines (`trace.explored`) that generate it."""
+        """Return the child node after an operation, and the two trace lines that generate it (`trace.explored`)."""
         name, done = f"{self.name},{step}", f"{self.done}, '{operation}'" if self.done else f"'{operation}'"
         written, state = trace.explored(name, target, numbers, operation, done)
         return Node(name, numbers, self, operation, done, state), written
 
 
 class Goal(NamedTuple):
-    """Where the target was reached: `operation` at `node` leaves `numbers`, the target alone."""
+    """A solution: `operation` at `node` leaves `numbers`, which is the target alone."""
 
     node: Node
     numbers: tuple[int, ...]
@@ -132,7 +144,7 @@ class Goal(NamedTuple):
 
 @functools.cache
 def _near(distance: str, target: int) -> list[int]:
-    """The distance of every number below the target; from there on it is number - target for both kinds."""
+    """Return the distance of each number below the target. For other numbers, of both kinds, it is number - target."""
     if distance == "target":
         return [target - number for number in range(target)]
     factors = [factor for factor in range(2, target + 1) if target % factor == 0] or [target]
@@ -140,7 +152,7 @@ def _near(distance: str, target: int) -> list[int]:
 
 
 def rank(heuristic: str, numbers: tuple[int, ...], target: int) -> float:
-    """How far a state is from the target; the least is searched first."""
+    """Return the rank of a state: its distance from the target. The lowest rank is searched first."""
     distance, fold = HEURISTICS[heuristic]
     near = _near(distance, target)
     distances = [near[number] if number < target else number - target for number in numbers]
@@ -153,7 +165,7 @@ def _pairs(count: int) -> tuple[tuple[int, int], ...]:
 
 
 def _first_of_each(places: Iterable[int], states: Iterable) -> list[int]:
-    """Of the places whose states are equal the first."""
+    """Return the first place of each distinct state."""
     first: dict = {}
     for place, state in zip(places, states):
         first.setdefault(state, place)
@@ -165,7 +177,10 @@ _FAR = float("inf")
 
 
 class Search:
-    """What one problem's searches share: the settings drawn for it and the random stream."""
+    """The search for one problem: its drawn settings and its random stream, shared by all of its threads.
+
+    A *place* is the index of a successor in the order of `problem.successors`.
+    """
 
     def __init__(self, target: int, config: SolverConfig, rng: random.Random):
         self.target, self.config, self.rng = target, config, rng
@@ -182,11 +197,17 @@ class Search:
         self.sub_beam = rng.randint(max(low, self.beam), max(high, self.beam))
 
     def promising(self) -> bool:
+        """Draw whether an expansion is promising: its children are then spawned (APR) or searched at once (SoS+).
+
+        The probability is `config.promising`.
+        """
         return self.rng.random() < self.config.promising
 
     def successors(self, numbers: tuple[int, ...], limit: float = _FAR) -> list[tuple[float, tuple[int, ...], str]]:
-        """(rank, numbers, operation) of every state one operation away that the settings do not leave out and that is
-        ranked at most `limit`, in the order of `problem.successors`."""
+        """Return (rank, numbers, operation) for each successor with a rank of at most `limit`.
+
+        Successors that `max_value` or `distinct` leave out are not included. The order is that of `problem.successors`.
+        """
         if len(numbers) == 2:
             found = [((), result) for result in combine(*numbers)]
             ranks = [self._distance(value) for _, (value, _) in found]
@@ -202,8 +223,10 @@ class Search:
         return self._near[number] if number < self.target else number - self.target
 
     def expand(self, node: Node, beam: int, lines: list[str]):
-        """Writes a node's expansion to its `beam` best successors. Returns its children, best first, as (rank, node),
-        and the `Goal` or None."""
+        """Write a node's expansion to its `beam` best successors to `lines`.
+
+        Returns the children as a list of (rank, node), best first, and the `Goal` or None.
+        """
         if len(node.numbers) == 2:
             return [], self._finish(node, beam, lines)
         target, cap = self.target, self._cap
@@ -227,7 +250,10 @@ class Search:
         return children, None
 
     def _finish(self, node: Node, beam: int, lines: list[str]) -> Goal | None:
-        """Writes the expansion of a state of two numbers, four of five in a search: each result ends there."""
+        """Write the expansion of a node of two numbers, whose successors are final. Returns the `Goal` or None.
+
+        Four of five expansions in a search are of this kind.
+        """
         target, near, cap = self.target, self._near, self._cap
         results = combine(*node.numbers)
         ranks = [near[value] if value < target else value - target for value, _ in results]
@@ -246,14 +272,14 @@ class Search:
         return None
 
     def keep(self, places: Sequence[int], ranks: Sequence[float], beam: int, root: bool = False) -> list[int]:
-        """The places of the `beam` best, in the order that they are written in."""
-        kept = sorted(places, key=ranks.__getitem__)[:beam]  # stable: of equal ranks the first
+        """Return the places of the `beam` best successors, in the order in which they are written."""
+        kept = sorted(places, key=ranks.__getitem__)[:beam]  # stable: of equal ranks, the first is kept
         if root and self.config.rank_root:
             return kept
         if not self._shuffles:
             kept.sort()
             return kept
-        # What `random.shuffle` does, draw by draw, without its calls: most lists here have two to four items.
+        # The same draws as `random.shuffle`, but without its function calls: most lists have two to four items.
         bits = self._bits
         for last in range(len(kept) - 1, 0, -1):
             width = (last + 1).bit_length()
@@ -264,8 +290,7 @@ class Search:
         return kept
 
     def _ranked(self, numbers: tuple[int, ...]) -> tuple[list, list[tuple]]:
-        """All successors' ranks, and (other numbers, (value, operation)) of each, in the order of
-        `problem.successors`."""
+        """Return the rank and (other numbers, (value, operation)) of each successor, in `problem.successors`' order."""
         target, near, fold = self.target, self._near, self._fold
         distances = [near[number] if number < target else number - target for number in numbers]
         total, left = sum(distances), len(numbers) - 1

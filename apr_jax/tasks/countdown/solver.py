@@ -1,13 +1,15 @@
-"""The symbolic solvers whose traces are the first supervision (paper, appendix A.3).
+"""The symbolic solvers of Countdown, which write the traces for SFT (paper, appendix A.3).
 
-All expand a state into its pair-and-operation results, keep the `beam` best under a heuristic, shuffle
-them, and search on. They differ in what follows an expansion:
+Each solver expands a state by applying every operation to every pair of numbers, keeps the `beam` best results under a
+heuristic, shuffles them, and searches those. The solvers differ in the step after an expansion:
 
-* `solve_sos` (Stream of Search): one strategy for the whole trace, depth first (without a beam) or breadth first.
-* `solve_sos_plus` (SoS+, one thread): a *promising* expansion's nodes are searched at once, one after the other.
-* `solve_apr` (APR): they become the children of one spawn; the thread goes on after the join.
+* `solve_sos` (Stream of Search) follows one strategy for the whole trace, depth first (without a beam) or breadth
+  first.
+* `solve_sos_plus` (SoS+, one thread) searches below each child of a *promising* expansion to the end, one child after
+  the other. It returns to its queue of other states only after that.
+* `solve_apr` (APR) spawns the children of a promising expansion. The thread continues after the join.
 
-*Promising* is a coin, see `search.APR_PROMISING`.
+Whether an expansion is promising is drawn at random, with the probability `SolverConfig.promising`.
 """
 
 import dataclasses
@@ -17,12 +19,12 @@ import random
 
 from apr_jax.tasks.countdown import trace
 from apr_jax.tasks.countdown.problem import Problem
-from apr_jax.tasks.countdown.search import SPELLED, Goal, Node, Search, SolverConfig
+from apr_jax.tasks.countdown.search import STORED_NAMES, Goal, Node, Search, SolverConfig
 from apr_jax.threads import Block, Spawn, Thread, ThreadTree
 
 
 def _path(goal: Goal, target: int, top: Node) -> str:
-    """The solution path from `top` to the goal."""
+    """Return the text of the solution path from `top` to the goal."""
     node, numbers, operation = goal
     nodes = [node]
     while nodes[-1] is not top:
@@ -40,19 +42,18 @@ def _path(goal: Goal, target: int, top: Node) -> str:
 
 
 _RANK = operator.itemgetter(0)
-FOUND_BELOW = ("found below",)  # an answer whose path already stands in the trace: levels above only close
+FOUND_BELOW = ("found below",)  # an answer whose path is already written; the levels above only write their ends
 
 
 def _beam_search(search: Search, top: Node, beam: int, lines: list[str], branch):
-    """The loop that SoS+ and APR share: takes `beam` nodes at a time from the queue, best first.
+    """Search below `top` and write to `lines`: the loop of SoS+ and APR. It takes `beam` nodes at a time, best first.
 
-    `branch(children)` decides what an expansion leads to: it returns (handled, answer) where
-    `handled` keeps the children out of the queue and `answer` is a solution that ends the search.
-    Writes to `lines`; returns the answer of `branch`, or a `Goal`, or None.
+    `branch(children)` is called after each expansion and returns (handled, answer). If `handled`, the children are not
+    queued. An `answer` other than None ends the search. Returns this answer, or a `Goal`, or None.
     """
     queue: list[tuple[float, Node]] = [(0, top)]
     while queue:
-        queue.sort(key=_RANK)  # stable: of equal ranks the older first
+        queue.sort(key=_RANK)  # stable: of equal ranks, the older is first
         layer = queue[:beam]
         del queue[:beam]
         for index, (_, node) in enumerate(layer, 1):
@@ -73,9 +74,12 @@ def _beam_search(search: Search, top: Node, beam: int, lines: list[str], branch)
 
 
 def solve_sos(problem: Problem, config: SolverConfig, rng: random.Random) -> ThreadTree:
-    """One trace of Stream of Search, of a strategy drawn from `config.strategies`, written as the original generator
-    writes it: it ends at the goal, without the path, which is the operations of the state that it stands at
-    (`trace.read_search`). `shuffle` and `rank_root` are of "bfs" alone: "dfs" always goes from best to worst."""
+    """Return a trace of Stream of Search as a tree of one thread, in the format of the original generator.
+
+    The strategy is drawn from `config.strategies`. The trace ends at the goal without a solution path, since its last
+    state has the operations of the path (`trace.read_search`). `shuffle` and `rank_root` affect "bfs" only: "dfs"
+    always proceeds from best to worst.
+    """
     search = Search(problem.target, config, rng)
     root = Node.root(problem.numbers, problem.target)
     strategy = rng.choice(config.strategies)
@@ -85,12 +89,14 @@ def solve_sos(problem: Problem, config: SolverConfig, rng: random.Random) -> Thr
 
 
 def _depth_first(search: Search, node: Node, lines: list[str]) -> bool:
-    """Searches below `node`, best child first; whether the target was found. What is ranked above the target is left
-    out. After each child but the last the search is back at `node`, and writes its state again. There is no line for a
-    search that ends without the target."""
+    """Search below `node`, best child first, and return whether the target was found.
+
+    Children of a rank above the target are left out. After each child but the last, the search moves back to `node` and
+    writes its state again. A search that does not find the target writes no line about that.
+    """
     target = search.target
     lines.append(node.state)
-    successors = sorted(search.successors(node.numbers, limit=target), key=_RANK)  # stable, as theirs
+    successors = sorted(search.successors(node.numbers, limit=target), key=_RANK)  # stable, as in the original
     for step, (_, numbers, operation) in enumerate(successors):
         if step:
             lines += [trace.moving(node.name), node.state]
@@ -106,8 +112,11 @@ def _depth_first(search: Search, node: Node, lines: list[str]) -> bool:
 
 
 def _breadth_first(search: Search, root: Node, lines: list[str]) -> bool:
-    """Takes `beam` nodes at a time from the queue, best first; whether the target was found. States of one number are
-    queued, too, though nothing follows from them; their names count none of their siblings."""
+    """Search with a queue, `beam` nodes at a time, best first, and return whether the target was found.
+
+    As in the original, states of one number are queued, too, though they have no successors, and their names all end
+    in 0.
+    """
     target = search.target
     queue = [_Queued(0, root)]
     while queue:
@@ -125,19 +134,19 @@ def _breadth_first(search: Search, root: Node, lines: list[str]) -> bool:
                 elif _leaf(numbers[0], operation, target, lines):
                     return True
                 children.append(_Queued(ranks[place], child))
-            for child in sorted(children):  # stable: of equal ranks the first written is queued first
+            for child in sorted(children):  # stable: of equal ranks, the first written is queued first
                 heapq.heappush(queue, child)
             if index < len(layer):
                 lines.append(trace.moving(layer[index].name))
         if queue:
             lines.append(trace.moving(queue[0].node.name))
-    lines.append(trace.NO_SOLUTION.removesuffix("\n"))  # the one line without an end
+    lines.append(trace.NO_SOLUTION.removesuffix("\n"))  # the only line without a line end, as in the original
     return False
 
 
 @dataclasses.dataclass(slots=True)
 class _Queued:
-    """A node in the queue of a heap. Equal ranks are in no order, which the original's heap depends on."""
+    """A node in a heap. Nodes compare by rank only, since the order of equal ranks must be that of the original."""
 
     rank: float
     node: Node
@@ -147,7 +156,7 @@ class _Queued:
 
 
 def _leaf(value: int, operation: str, target: int, lines: list[str]) -> bool:
-    """Writes an operation that leaves one number; whether it is the target."""
+    """Write an operation that leaves one number, and return whether this is the target."""
     lines.append(trace.exploring(operation, (value,)))
     lines.append((trace.reached if value == target else trace.missed)(value, target))
     return value == target
@@ -160,7 +169,7 @@ def _one_thread(problem: Problem, lines: list[str]) -> Thread:
 
 
 def solve_sos_plus(problem: Problem, config: SolverConfig, rng: random.Random) -> ThreadTree:
-    """One SoS+ trace: a tree of one thread."""
+    """Return a trace of SoS+ as a tree of one thread."""
     search = Search(problem.target, config, rng)
     root = Node.root(problem.numbers, problem.target)
     lines: list[str] = []
@@ -183,12 +192,12 @@ def solve_sos_plus(problem: Problem, config: SolverConfig, rng: random.Random) -
         return FOUND_BELOW if answer is not None else None
 
     answer = descend(root, 0)
-    info = _info(problem, search, answer is not None, SPELLED["sos_plus"])
+    info = _info(problem, search, answer is not None, STORED_NAMES["sos_plus"])
     return ThreadTree(_one_thread(problem, lines), info)
 
 
 def solve_apr(problem: Problem, config: SolverConfig, rng: random.Random) -> ThreadTree:
-    """One APR tree: promising expansions are spawned, the root's and those of children above `config.depth`."""
+    """Return a tree of APR. Threads at levels 0 (the root) to `config.depth` - 1 spawn their promising expansions."""
     search = Search(problem.target, config, rng)
     root = Node.root(problem.numbers, problem.target)
     thread, answer = _apr_thread(search, root, search.beam, 0)
@@ -196,7 +205,7 @@ def solve_apr(problem: Problem, config: SolverConfig, rng: random.Random) -> Thr
 
 
 def _apr_thread(search: Search, top: Node, beam: int, level: int):
-    """The thread that searches below `top`, and its solution as (node, numbers, operation) or None."""
+    """Return the thread that searches below `top`, and its solution as (node, numbers, operation) or None."""
     target = search.target
     prompt = trace.moving(top.name) + top.state.removesuffix("\n")
     lines = [trace.moving(top.name)]
@@ -240,11 +249,12 @@ def _apr_thread(search: Search, top: Node, beam: int, level: int):
     return Thread(tuple(blocks)), answer
 
 
-def _info(problem: Problem, search: Search, solved: bool, style: str) -> dict:
+def _info(problem: Problem, search: Search, solved: bool, solver: str) -> dict:
+    """Return the `info` of a solver's tree. The key "style" has the solver's name, as in stored data sets."""
     return {
         "numbers": list(problem.numbers),
         "target": problem.target,
-        "style": style,
+        "style": solver,
         "solved": solved,
         "beam": search.beam,
         "sub_beam": search.sub_beam,

@@ -1,4 +1,4 @@
-"""Countdown as a task: its settings, its problems, its solvers' demonstrations and its protocols."""
+"""Countdown as a `Task`: settings, problems, demonstrations by solvers, and protocols."""
 
 import dataclasses
 import random
@@ -9,9 +9,9 @@ from typing import Any
 from apr_jax.checks import FieldError, at_least, check_fields, from_to_below
 from apr_jax.errors import UserError
 from apr_jax.tasks.countdown import authors
-from apr_jax.tasks.countdown.problem import MOST_SEARCHED, Problem, ProblemRange, solvable
+from apr_jax.tasks.countdown.problem import MAX_SOLVABLE_NUMBERS, Problem, ProblemRange, solvable
 from apr_jax.tasks.countdown.protocol import CountdownProtocol
-from apr_jax.tasks.countdown.search import SOS_PLUS_PROMISING, SPELLED, SolverConfig
+from apr_jax.tasks.countdown.search import SOS_PLUS_PROMISING, STORED_NAMES, SolverConfig
 from apr_jax.tasks.countdown.solver import SOLVERS
 from apr_jax.tasks.countdown.vocabulary import SMALLEST_MAX_NUMBER, countdown_tokenizer
 from apr_jax.tasks.task import HELD_OUT, Task
@@ -20,9 +20,9 @@ from apr_jax.threads import ThreadTree
 from apr_jax.threads.metrics import total_tokens
 
 APR, SOS_PLUS = "apr", "sos_plus"
-TOKEN_BIN = 512  # the paper's bins of SoS+ budgets, tokens
-# What GRPO changed in the paper (figures 5 and 7): 6.1 to 8.2 children, 1,471 to 1,796 tokens a sequence;
-# of SoS+, whose traces are one sequence, 2,201 to 2,660.
+TOKEN_BIN = 512  # tokens per bin of SoS+ budgets, as in the paper
+# Relative changes by GRPO in the paper (figures 5 and 7). APR: 6.1 to 8.2 children, 1,471 to 1,796 tokens a sequence.
+# SoS+, whose traces are one sequence: 2,201 to 2,660 tokens.
 PUBLISHED_CHANGES = {
     APR: {"children": 0.344, "tokens a sequence": 0.221},
     SOS_PLUS: {"tokens a sequence": 2660 / 2201 - 1},
@@ -30,16 +30,17 @@ PUBLISHED_CHANGES = {
 
 
 def _fixed(value: Any) -> Any:
-    """A field of `SolverConfig` that a variant does not have as a setting."""
+    """Return a dataclass field with a constant value, for a field of `SolverConfig` that is no setting of a variant."""
     return dataclasses.field(default=value, init=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class AprSettings(SolverConfig):
-    """The APR solver, and which of its trees are trained on.
+    """The settings of the APR solver and of the selection of its trees for training.
 
-    `correct_only` trains on solved problems alone (rejection sampling, table 2). `conditioned` puts the tree's own
-    number of children per spawn first on the root's prompt (the paper's conditioned models, figure 4).
+    With `correct_only`, only trees of solved problems are trained on (rejection sampling, the paper's table 2). With
+    `conditioned`, the root's prompt begins with the tree's number of children per spawn (the paper's conditioned
+    models, figure 4).
     """
 
     beam: tuple[int, int] = (3, 5)
@@ -51,10 +52,11 @@ class AprSettings(SolverConfig):
 
 @dataclasses.dataclass(frozen=True)
 class SosPlusSettings(SolverConfig):
-    """The SoS+ solver, and which of its traces are trained on.
+    """The settings of the SoS+ solver and of the selection of its traces for training.
 
-    `search` "sos" is Stream of Search's own, with one of `strategies` for a whole trace (table 1). `correct_only` is as
-    for APR. `conditioned` puts the trace's own number of tokens, rounded up to bins of 512, first on the prompt.
+    With `search` "sos", the solver is that of Stream of Search, with one of `strategies` for a whole trace (the paper's
+    table 1). With `correct_only`, only traces of solved problems are trained on. With `conditioned`, the prompt begins
+    with the trace's number of tokens, rounded up to a multiple of 512.
     """
 
     beam: tuple[int, int] = (1, 5)
@@ -73,9 +75,12 @@ class SosPlusSettings(SolverConfig):
 
 @dataclasses.dataclass(frozen=True)
 class CountdownSettings:
-    """`unseen_targets` is the share of targets that only held-out problems have, as in Stream of Search (0: held-out
-    problems differ by numbers alone, the paper's). `largest_token` is the largest number that is one token of our
-    tokenizer; larger ones are spelled in digits."""
+    """The settings of Countdown.
+
+    `unseen_targets` is the fraction of targets that only held-out problems have, as in Stream of Search. With 0, as in
+    the paper, held-out problems differ from training problems in their numbers only. `largest_token` is the largest
+    number that is one token; the tokenizer spells larger numbers in digits.
+    """
 
     problems: ProblemRange = ProblemRange(max_number=10, max_target=30)
     unseen_targets: float = 0.0
@@ -90,7 +95,7 @@ class CountdownSettings:
 
 
 class Countdown(Task):
-    """Reach a target with every number used once. Variants: threads (APR), and one thread (SoS+)."""
+    """Countdown: reach a target with each number used once. Variants: parallel threads (APR) and one thread (SoS+)."""
 
     name = "countdown"
     variants = (APR, SOS_PLUS)
@@ -102,12 +107,12 @@ class Countdown(Task):
         return [problem if problem.target in allowed else None for problem in drawn]
 
     def _targets(self, seed: int, split: str) -> set[int]:
-        """The targets that problems of a split may have."""
-        ranges, share = self.settings.problems, self.settings.unseen_targets
+        """Return the targets that problems of a split may have."""
+        ranges, fraction = self.settings.problems, self.settings.unseen_targets
         every = list(range(ranges.min_target, ranges.max_target + 1))
-        if not share:
+        if not fraction:
             return {*every}
-        count = min(max(1, round(share * len(every))), len(every) - 1)
+        count = min(max(1, round(fraction * len(every))), len(every) - 1)
         unseen = set(random.Random(f"{seed}/targets").sample(every, count))
         return unseen if split == HELD_OUT else {*every} - unseen
 
@@ -127,7 +132,7 @@ class Countdown(Task):
 
     def demonstration(self, problem: Problem, variant: str, seed: int, split: str, index: int) -> ThreadTree | None:
         own = self._own(variant)
-        rng = random.Random(f"{split}/{seed}/{SPELLED[variant]}/{index}")
+        rng = random.Random(f"{split}/{seed}/{STORED_NAMES[variant]}/{index}")
         tree = SOLVERS[APR if variant == APR else own.search](problem, own, rng)
         return None if own.correct_only and not tree.info["solved"] else tree
 
@@ -158,17 +163,20 @@ class Countdown(Task):
         return PUBLISHED_CHANGES[self.check_variant(variant)]
 
     def read_problems(self, path: Path) -> Iterator[Problem]:
-        """The authors' file. A problem of up to six numbers that has no solution raises UserError."""
+        """Yield the problems in a file of the paper's authors.
+
+        Raises UserError for a wrong file, and for a problem of up to six numbers that has no solution.
+        """
         for problem in authors.read_problems(path):
-            if len(problem.numbers) <= MOST_SEARCHED and not solvable(problem):
+            if len(problem.numbers) <= MAX_SOLVABLE_NUMBERS and not solvable(problem):
                 raise UserError(f"{path}: {self.describe(problem)} has no solution: leave it out")
             yield problem
 
     def read_demonstrations(self, path: Path) -> Iterator[tuple[Problem, str, ThreadTree]]:
-        """The authors' file. Stream of Search's traces are those of the variant with one thread."""
+        """Yield (problem, variant, tree) from a file of the paper's authors. Stream of Search counts as "sos_plus"."""
         for problem, tree in authors.read_traces(path):
-            yield problem, APR if tree.info["style"] == SPELLED[APR] else SOS_PLUS, tree
+            yield problem, APR if tree.info["style"] == STORED_NAMES[APR] else SOS_PLUS, tree
 
     def write_demonstrations(self, path: Path, trees: Iterable[ThreadTree], tokenizer: Tokenizer) -> None:
-        """The authors' file of traces."""
+        """Write solvers' trees of text as a file of traces in the format of the paper's authors."""
         authors.write_traces(path, ((self.read_problem(tree.info), tree) for tree in trees), tokenizer.encode)

@@ -1,10 +1,11 @@
-"""The trace language: every line that a search writes, rendered here and parsed here.
+"""The trace language of Countdown: renders and parses every line that a search writes.
 
-The lines are the authors' to the letter, so that their data and checkpoints stay usable. Operations
-are strings such as ``"89-86=3"``, node names are strings such as ``"0,1,2"`` (the root is ``"0"``).
+The lines equal those of the paper's authors, character for character, so that their data and checkpoints stay usable.
+Operations are strings such as ``"89-86=3"``, node names are strings such as ``"0,1,2"`` (the root is ``"0"``).
 
-The ``read_`` functions take one line (spaces around it do not matter) and return None for anything that is
-not that line; they raise nothing and take time linear in the line, whatever a model wrote.
+Functions such as `moving` return one line with its line end; `state` returns it without. Most ``read_`` functions parse
+one line, ignore spaces around it, and return None for any other line. For any text, however malformed, they raise no
+errors and take linear time.
 """
 
 import re
@@ -20,7 +21,7 @@ GOAL_REACHED = "Goal Reached"
 
 
 def state(target: int, numbers, operations) -> str:
-    """The state line without its line end, since a prompt stops there."""
+    """Return a "Current State" line without its line end, since a prompt ends before the line end."""
     return f"Current State: {target}:{list(numbers)}, Operations: {list(operations)}"
 
 
@@ -45,9 +46,12 @@ def missed(value: int, target: int) -> str:
 
 
 def explored(node: str, target: int, numbers: tuple[int, ...], operation: str, done: str) -> tuple[str, str]:
-    """What solvers write most, in one go: `exploring` and `generated` of an operation, and the `state` of the node,
-    with its line end. `done` lists its operations, quoted, without the brackets."""
-    left = str(numbers)[1:-1].removesuffix(",")  # of one number
+    """Return the lines `exploring` and `generated` of an operation as one text, and the line `state` of the new node.
+
+    Solvers write these most often, so they are rendered together for speed. `done` is the list of the node's
+    operations, quoted, without the brackets. The state line has its line end.
+    """
+    left = str(numbers)[1:-1].removesuffix(",")  # a tuple of one number ends with a comma
     return (
         f"Exploring Operation: {operation}, Resulting Numbers: [{left}]\n"
         f"Generated Node #{node}: {target}:[{left}] Operation: {operation}\n",
@@ -56,7 +60,7 @@ def explored(node: str, target: int, numbers: tuple[int, ...], operation: str, d
 
 
 def dead_ends(results: Iterable[tuple[int, str]], target: int) -> str:
-    """`exploring` and `missed` of operations that leave one number each, as (value, operation)."""
+    """Return the lines `exploring` and `missed` for each (value, operation); `value` is the only number left."""
     return "".join(
         [
             f"Exploring Operation: {operation}, Resulting Numbers: [{value}]\n{value},{target} unequal: No Solution\n"
@@ -82,8 +86,8 @@ def sub_search_close(level: int, solved: bool) -> str:
     return f"Exit Sub Search at level {level}\n" + ("" if solved else "No solution found in sub search\n")
 
 
-# What is longer is no line of this language. Python refuses int() of 4,300 digits, and without a bound on lists and
-# names a hostile text makes child prompts far longer than itself.
+# Longer numbers, lists and node names are not parsed. Python refuses int() of more than 4,300 digits. Without a bound
+# on lists and names, a hostile text could produce prompts of children that are far longer than the text.
 MAX_DIGITS = 40
 MAX_ITEMS = 32
 _NUMBER = rf"[0-9]{{1,{MAX_DIGITS}}}"
@@ -104,7 +108,7 @@ _PROMPT_MOVE = re.compile(rf"Moving to Node #({_NODE})\n")
 
 
 class Operation(NamedTuple):
-    """``"89-86=3"`` taken apart; nothing says that it is right."""
+    """The parts of an operation such as ``"89-86=3"``. Its value need not be correct."""
 
     left: int
     symbol: str  # one of + - * /
@@ -113,7 +117,7 @@ class Operation(NamedTuple):
 
 
 class State(NamedTuple):
-    """A node: what is left there, and the operations that led to it."""
+    """The state of a node: the target, the numbers that are left, and the operations from the root to the node."""
 
     target: int
     numbers: tuple[int, ...]
@@ -121,10 +125,10 @@ class State(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """What a thread's text begins with."""
+    """The beginning of a thread's text, up to the end of its first state."""
 
-    text: str  # to the letter, without the line end behind it
-    node: str | None  # None where nothing is moved to: the root of SoS and SoS+
+    text: str  # unchanged, without the line end that follows it
+    node: str | None  # None for a prompt without a "Moving to Node" line: a root of SoS or SoS+
     state: State
 
 
@@ -133,7 +137,7 @@ def _read_list(items: str) -> list[str]:
 
 
 def read_exploring(line: str) -> tuple[Operation, tuple[int, ...]] | None:
-    """The operation and the resulting numbers of an "Exploring Operation" line."""
+    """Return the operation and the resulting numbers of an "Exploring Operation" line; None for any other line."""
     if (match := _EXPLORING.fullmatch(line.strip())) is None:
         return None
     left, symbol, right, value = _OPERATION_PARTS.fullmatch(match[1]).groups()
@@ -141,7 +145,7 @@ def read_exploring(line: str) -> tuple[Operation, tuple[int, ...]] | None:
 
 
 def read_state(line: str) -> State | None:
-    """A "Current State" line."""
+    """Return the state of a "Current State" line; None for any other line."""
     if (match := _STATE.fullmatch(line.strip())) is None:
         return None
     operations = tuple(operation.strip("'") for operation in _read_list(match[3]))
@@ -149,32 +153,38 @@ def read_state(line: str) -> State | None:
 
 
 def read_moving(line: str) -> str | None:
-    """The node that a line moves to at its end; a budget or the opening of a sub search may stand before."""
+    """Return the node name of a line that ends in "Moving to Node #NAME"; None for any other line.
+
+    A budget or the start of a sub search may precede it in the line.
+    """
     match = _MOVING.search(line.strip())
     return match and match[1]
 
 
 def read_generated_node(line: str) -> str | None:
-    """The node of a "Generated Node" line, whatever follows the name."""
+    """Return the node name of a "Generated Node" line, even if the rest is malformed; None for any other line."""
     match = _GENERATED_NODE.match(line.strip())
     return match and match[1]
 
 
 def read_generated(line: str) -> State | None:
-    """A "Generated Node" line; its one operation is the last step, not the whole way."""
+    """Return the state of a "Generated Node" line; None for any other line.
+
+    The line has the node's last operation only, so `operations` has this one only.
+    """
     if (match := _GENERATED.fullmatch(line.strip())) is None:
         return None
     return State(int(match[1]), tuple(map(int, _read_list(match[2]))), (match[3],))
 
 
 def read_spawn_line(line: str) -> tuple[int, str] | None:
-    """The level and the node of one child's line in a spawn block."""
+    """Return the level and the node name of a child's line in a spawn block; None for any other line."""
     match = _SPAWN_LINE.fullmatch(line.strip())
     return match and (int(match[1]), match[2])
 
 
 def read_prompt(text: str) -> Prompt | None:
-    """The prompt that a thread's whole text begins with, its budget included."""
+    """Return the prompt at the beginning of a thread's whole text, with its budget if any; None where there is none."""
     begin = _CONDITION.match(text).end()
     move = _PROMPT_MOVE.match(text, begin)
     line = _STATE.match(text, move.end() if move else begin)
@@ -182,17 +192,22 @@ def read_prompt(text: str) -> Prompt | None:
 
 
 def read_path(text: str) -> str | None:
-    """The solution path that a thread's whole text returns: what follows the last but one "Goal Reached"
-    (the last one ends the path itself). None where there are fewer than two."""
+    """Return the solution path in a thread's whole text: the text after the last but one "Goal Reached".
+
+    The last "Goal Reached" is the end of the path itself. Returns None where there are fewer than two.
+    """
     last = text.rfind(GOAL_REACHED)
     before = text.rfind(GOAL_REACHED, 0, max(last, 0))
     return None if before < 0 else text[before + len(GOAL_REACHED) :].strip()
 
 
 def read_search(text: str) -> str | None:
-    """The solution path of a whole trace of Stream of Search, which writes none: it begins with a state and ends with
-    its only "Goal Reached"; the path is the operations of the last state, then the last operation. None for any other
-    text, that of a child or an APR root among them. Whether the path is right is for the verifier to say."""
+    """Return a solution path for a whole trace of Stream of Search, which contains no path itself.
+
+    The path is made from the operations of the last state and the last operation. It may be wrong: the verifier checks
+    it. Such a trace begins with a state and ends with its only "Goal Reached". Returns None for any other text, such as
+    that of a child or of an APR root.
+    """
     prompt, at = read_prompt(text), text.rfind("Current State:")
     *lines, last = text.rstrip().split("\n")
     if prompt is None or prompt.node is not None or text.count(GOAL_REACHED) != 1 or not last.endswith(GOAL_REACHED):
@@ -212,6 +227,6 @@ def read_search(text: str) -> str | None:
 
 
 def read_result(text: str) -> str | None:
-    """The solution path that a finished thread's whole text returns: the one it writes, or Stream of Search's."""
+    """Return the solution path in a finished thread's whole text: of `read_path`, or else of `read_search`."""
     path = read_path(text)
     return read_search(text) if path is None else path

@@ -1,11 +1,11 @@
-"""The Countdown tokenizer: which phrases of the trace language are one token."""
+"""The Countdown tokenizer: the phrases and numbers of the trace language that are one token each."""
 
 from apr_jax.errors import UserError
 from apr_jax.tasks.countdown import trace
 from apr_jax.text.tokenizer import Tokenizer
 
-# None of these may reach past the end of a prompt, which stops at the "]" of an operations list, before
-# its line end; "]\n" is one token only after a number, where no prompt stops.
+# A prompt's tokens must not depend on the text after it, so no token may extend past the end of a prompt. A prompt ends
+# with the "]" of an operations list, before its line end. So "]\n" is one token only after a digit, where none ends.
 PHRASES = (
     "Token Budget: ", "Sub Call Budget: ",
     "Moving to Node #0", "Current State: ", ":[", ", ", "], Operations: [", "'", "', '", "[]", "']", "['",
@@ -20,14 +20,17 @@ PHRASES = (
     " at level ", " at Node #0", ">\n",
 )  # fmt: skip
 LINE_END_AFTER_NUMBERS = r"(?<=[0-9])\]\n"
-NODE_STEP = r",[0-9](?![0-9])"  # ",3" of "#0,3"; kept apart from numbers, which it is not
+NODE_STEP = r",[0-9](?![0-9])"  # ",3" in "#0,3", the name of a node; not a number of the problem
 NUMBER = r"[0-9]+"
-SMALLEST_MAX_NUMBER = 9  # smaller numbers are characters already
+SMALLEST_MAX_NUMBER = 9  # numbers up to 9 are characters, which are always tokens
 
 
 def countdown_tokenizer(max_number: int) -> Tokenizer:
-    """One token for every number up to `max_number`; a larger one is spelled in digits."""
+    """Return a tokenizer with one token for each phrase and for each number up to `max_number`.
+
+    Larger numbers are spelled in digits. Raises UserError for a `max_number` below 9.
+    """
     if max_number < SMALLEST_MAX_NUMBER:
         raise UserError(f"numbers up to 9 are characters, so max_number is at least 9, was given {max_number}")
-    words = ["]\n", *(f",{step}" for step in range(10)), *(str(number) for number in range(10, max_number + 1))]
-    return Tokenizer.build(PHRASES, (LINE_END_AFTER_NUMBERS, NODE_STEP, NUMBER), words)
+    tokens = ["]\n", *(f",{step}" for step in range(10)), *(str(number) for number in range(10, max_number + 1))]
+    return Tokenizer.build(PHRASES, (LINE_END_AFTER_NUMBERS, NODE_STEP, NUMBER), tokens)

@@ -1,1 +1,1 @@
-"""Threads of free text with tags, and two small tasks on them: factor search and sums."""
+"""A protocol for threads of free text with tags, and two small tasks that use it: factor search and sums."""

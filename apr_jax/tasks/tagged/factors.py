@@ -1,7 +1,8 @@
-"""Factor search, a small task of tags: does a number have a divisor in a range, and which is the smallest?
+"""Factor search, a small task with nested trees: find the smallest divisor of a number within a range.
 
-A thread halves its range for two children until three candidates are left, and tries those. So trees are nested. The
-variants differ in the context of children: "fresh" ones are told the number again, "inherit" ones have their parent's.
+A thread tries the candidates of a range of at most three. It divides a longer range into halves, one for each of two
+children. The variants differ in the context of children: with "fresh" a child's prompt repeats the number, with
+"inherit" a child has its parent's context.
 """
 
 import dataclasses
@@ -17,14 +18,17 @@ from apr_jax.tasks.task import Task
 from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.threads.tree import Block, Thread, ThreadTree
 
-MOST_TRIED = 3  # candidates of one thread
-WORDS = (" in ", " to ", "in ", " no\n", " yes\n", "/")
+MAX_TRIED = 3  # candidates that one thread tries
+PHRASES = (" in ", " to ", "in ", " no\n", " yes\n", "/")
 _STEP = re.compile(r"(\d+)/(\d+) (yes|no)\n")
 
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """A problem: a divisor of `number` from `first` to `last`, both among the candidates."""
+    """A problem: find a divisor of `number` from `first` to `last`, inclusive.
+
+    Raises UserError unless 2 <= first <= last.
+    """
 
     number: int
     first: int
@@ -37,23 +41,25 @@ class Span:
 
     @property
     def divisor(self) -> int | None:
+        """The smallest divisor in the range, or None."""
         return next((d for d in range(self.first, self.last + 1) if self.number % d == 0), None)
 
     @property
     def halves(self) -> tuple["Span", "Span"]:
+        """The problems of the lower and the upper half of the range."""
         middle = (self.first + self.last) // 2
         return Span(self.number, self.first, middle), Span(self.number, middle + 1, self.last)
 
 
 def spans(largest: int) -> list[Span]:
-    """All problems of numbers up to `largest`: first candidates 2 to 4, last ones 7 to 12."""
+    """Return all problems for numbers from 2 to `largest`, with ranges that begin at 2 to 4 and end at 7 to 12."""
     ranges = [(first, last) for first in (2, 3, 4) for last in range(7, 13)]
     return [Span(number, first, last) for number in range(2, largest + 1) for first, last in ranges]
 
 
 @dataclasses.dataclass(frozen=True)
 class FactorSettings:
-    """`largest` is the largest number that is searched for a divisor."""
+    """The settings of factor search. `largest` is the largest number whose divisor is asked for."""
 
     largest: int = 60
 
@@ -64,14 +70,17 @@ class FactorSettings:
 
 
 class Factors(Task):
-    """Right is the smallest divisor, and nothing where there is none."""
+    """Factor search as a task. The correct result is the smallest divisor, and no result where there is none."""
 
     name = "factors"
     variants = ("fresh", "inherit")
     Settings = FactorSettings
 
     def problems(self, seed: int, split: str, indices: Sequence[int]) -> list[Span]:
-        """All problems in one order, whatever the split: training takes those that are not held out."""
+        """Return candidates from one list of all problems, shuffled by `seed`, for either split.
+
+        A data set takes the held-out problems first, and trains on others.
+        """
         every = spans(self.settings.largest)
         random.Random(seed).shuffle(every)
         return [every[index] for index in indices if index < len(every)]
@@ -86,7 +95,7 @@ class Factors(Task):
         return f"a divisor of {problem.number} from {problem.first} to {problem.last}"
 
     def tokenizer(self) -> Tokenizer:
-        return tag_tokenizer(WORDS, self.settings.largest)
+        return tag_tokenizer(PHRASES, self.settings.largest)
 
     def demonstration(self, problem: Span, variant: str, seed: int, split: str, index: int) -> ThreadTree:
         return solve(problem, self.check_variant(variant) == "inherit")
@@ -95,9 +104,9 @@ class Factors(Task):
         return TagProtocol(self, inherit=self.check_variant(variant) == "inherit")
 
     def levels(self, variant: str) -> int:
-        return 2  # 11 candidates at most, 6 and 5, then 3 or 2
+        return 2  # at most 11 candidates: halves of 6 and 5, then quarters of 3 or 2
 
-    # ------------------------------------------------------------------ the rules of `TagProtocol`
+    # ------------------------------------------------------------------ `TagRules`
 
     def root_prompt(self, problem: Span) -> str:
         return f"{problem.number} in {problem.first} to {problem.last}\n"
@@ -112,14 +121,14 @@ class Factors(Task):
 
 
 def solve(problem: Span, inherit: bool = False) -> ThreadTree:
-    """The tree of text that a model is to learn."""
+    """Return the tree of text that demonstrates a problem. `inherit`: children have their parent's context."""
     return ThreadTree(_thread(problem, inherit, top=True), {"number": problem.number})
 
 
 def _thread(span: Span, inherit: bool, top: bool = False) -> Thread:
     named = "" if inherit and not top else f"{span.number} "
     inherits = inherit and not top
-    if span.last - span.first < MOST_TRIED:
+    if span.last - span.first < MAX_TRIED:
         return _trying(span, named, inherits)
     children = tuple(_thread(half, inherit) for half in span.halves)
     return _spawning(span, span.halves, children, named, inherits)
@@ -134,14 +143,14 @@ def _answer(span: Span) -> str:
 
 
 def _trying(span: Span, named: str, inherits: bool) -> Thread:
-    """A thread that tries its candidates up to the first divisor."""
+    """Return a thread that tries its candidates up to the first divisor."""
     tried = range(span.first, (span.divisor or span.last) + 1)
     lines = "".join(f"{span.number}/{d} {'yes' if d == span.divisor else 'no'}\n" for d in tried)
     return Thread((_prompt(span, named), Block(lines + _answer(span), sampled=True)), inherits=inherits)
 
 
 def _spawning(span: Span, parts: Sequence[Span], children: tuple[Thread, ...], named: str, inherits: bool) -> Thread:
-    """A thread that gives the parts of its range to children, and returns what they found."""
+    """Return a thread that spawns a child for each part of its range, and returns the smallest divisor found."""
     found = (part.divisor for part in parts)
     spawn = tag_spawn(children, [None if divisor is None else str(divisor) for divisor in found])
     return Thread((_prompt(span, named), spawn, Block(_answer(span), sampled=True)), inherits=inherits)

@@ -1,12 +1,12 @@
-"""Sums over a range of numbers, a small task of tags whose work nobody can skip, though it can be shared out.
+"""Sums over a range of numbers, a small task whose work can be divided among threads, but not reduced.
 
-    13 to 62 from 4                                 the problem: add 13, 14, ... 62 to 4, all modulo 10
-    13+4=7 14+7=1 ...  <return>62:9</return>        a thread adds them up, and returns the last one and the sum
-    <spawn><thread>13 to 39 from 0</thread> ...     or shares the range out to children,
-    39:2+4=6 62:3+6=9  <return>62:9</return>        and adds up what they return
+    13 to 62 from 4                                 the problem: add 13, 14, ... 62 to 4, modulo 10
+    13+4=7 14+7=1 ...  <return>62:9</return>        a thread adds all numbers, and returns the last one and the sum
+    <spawn><thread>13 to 39 from 0</thread> ...     or it divides the range among children,
+    39:2+4=6 62:3+6=9  <return>62:9</return>        and adds their results
 
-Every number counts, so a tree has done all of the work or is wrong; how many threads do it is a choice. The more there
-are, the shorter is the longest chain of tokens, and the more tokens are written in all.
+A correct tree adds every number, whatever the number of threads. More threads make the longest sequential chain of
+tokens shorter, and the total number of tokens larger.
 """
 
 import dataclasses
@@ -23,14 +23,18 @@ from apr_jax.tasks.task import Task
 from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.threads.tree import Block, Thread, ThreadTree
 
-SUM_WORDS = (" to ", " from ", "+", "=", ":")
-CUTS = {1: (), 2: (40,), 4: (25, 40, 55)}  # by parts: where those after the first begin
+PHRASES = (" to ", " from ", "+", "=", ":")
+CUTS = {1: (), 2: (40,), 4: (25, 40, 55)}  # number of parts -> the first number of each part after the first
 _STEP = re.compile(r"(?:\d+:)?(\d+)\+(\d)=(\d)\n")
 
 
 @dataclasses.dataclass(frozen=True)
 class RangeSum:
-    """A problem. `first` is below every cut, `last` not below any, so that each part has something to add."""
+    """A problem: add the numbers from `first` to `last`, inclusive, to `start`, modulo 10.
+
+    `first` is below every cut in `CUTS` and `last` at or above every cut, so no part is empty. Raises UserError for
+    other numbers.
+    """
 
     first: int
     last: int
@@ -45,24 +49,31 @@ class RangeSum:
 
     @property
     def total(self) -> int:
+        """The correct sum, 0 to 9."""
         return (self.start + sum(range(self.first, self.last + 1))) % 10
 
 
 def range_sums() -> list[RangeSum]:
-    """All problems that begin with 10 to 19 and end with 60 to 69: of 42 to 60 numbers."""
+    """Return all problems whose ranges begin at 10 to 19 and end at 60 to 69; they have 42 to 60 numbers."""
     ranges = itertools.product(range(10, 20), range(60, 70), range(10))
     return [RangeSum(first, last, start) for first, last, start in ranges]
 
 
 class Sums(Task):
-    """Right is the range's last number and the sum. A demonstration has 1, 2 or 4 parts, drawn by its index: a model of
-    them knows all three ways."""
+    """Sums as a task. The correct result is the last number of the range and the sum.
+
+    A demonstration divides the range into 1, 2 or 4 parts. The number of parts is drawn at random, so a model learns
+    all three.
+    """
 
     name = "sums"
     variants = ("shared",)
 
     def problems(self, seed: int, split: str, indices: Sequence[int]) -> list[RangeSum]:
-        """All problems in one order, whatever the split; in training they come again and again, for `data.repeats`."""
+        """Return candidates from one list of all problems, shuffled by `seed`, for either split.
+
+        Training candidates repeat without end, for data sets with `repeats`.
+        """
         every = range_sums()
         random.Random(seed).shuffle(every)
         if split == "train":
@@ -79,7 +90,7 @@ class Sums(Task):
         return f"the sum of {problem.first} to {problem.last}, added to {problem.start}, modulo 10"
 
     def tokenizer(self) -> Tokenizer:
-        return tag_tokenizer(SUM_WORDS, 99)
+        return tag_tokenizer(PHRASES, 99)
 
     def demonstration(self, problem: RangeSum, variant: str, seed: int, split: str, index: int) -> ThreadTree:
         self.check_variant(variant)
@@ -89,7 +100,7 @@ class Sums(Task):
         self.check_variant(variant)
         return TagProtocol(self)
 
-    # ------------------------------------------------------------------ the rules of `TagProtocol`
+    # ------------------------------------------------------------------ `TagRules`
 
     def root_prompt(self, problem: RangeSum) -> str:
         return _prompt(problem)
@@ -107,19 +118,21 @@ def _prompt(problem: RangeSum) -> str:
 
 
 def solve_sum(problem: RangeSum, parts: int) -> ThreadTree:
-    """The tree of text of a solver that gives `parts` parts of the range to children, or with 1 adds up itself. Raises
-    ValueError for a number of parts without cuts."""
+    """Return a tree of text that solves a problem with one child for each of `parts` parts of the range.
+
+    With one part the root adds the numbers itself. Raises ValueError for a number of parts that `CUTS` does not have.
+    """
     if parts not in CUTS:
         raise ValueError(f"parts are {', '.join(map(str, CUTS))}, was given {parts}")
     prompt = Block(_prompt(problem), sampled=False)
     if parts == 1:
         return ThreadTree(Thread((prompt, _added(problem.first, problem.last, problem.start))), {"parts": 1})
     edges = (problem.first, *CUTS[parts], problem.last + 1)
-    shares = [(first, end - 1) for first, end in zip(edges, edges[1:])]
+    ranges = [(first, end - 1) for first, end in zip(edges, edges[1:])]
     children = [
-        Thread((Block(f"{first} to {last} from 0\n", sampled=False), _added(first, last, 0))) for first, last in shares
+        Thread((Block(f"{first} to {last} from 0\n", sampled=False), _added(first, last, 0))) for first, last in ranges
     ]
-    sums = [(last, sum(range(first, last + 1)) % 10) for first, last in shares]
+    sums = [(last, sum(range(first, last + 1)) % 10) for first, last in ranges]
     spawn = tag_spawn(children, [f"{last}:{total}" for last, total in sums])
     lines, total = [], problem.start
     for last, more in sums:
@@ -129,7 +142,7 @@ def solve_sum(problem: RangeSum, parts: int) -> ThreadTree:
 
 
 def _added(first: int, last: int, total: int) -> Block:
-    """What a thread writes that adds a range up itself."""
+    """Return what a thread writes that adds the numbers from `first` to `last` to `total`."""
     lines = []
     for number in range(first, last + 1):
         lines.append(f"{number}+{total}={(number + total) % 10}\n")

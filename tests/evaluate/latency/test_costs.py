@@ -1,11 +1,11 @@
-"""What a tree's latency is predicted to be, and how an engine's costs are measured."""
+"""Tests of predicted latencies of trees, and of measured costs of an engine."""
 
 import asyncio
 import types
 
 import pytest
 
-from apr_jax.evaluate.latency.costs import Costs, calibrate, known_costs, predict
+from apr_jax.evaluate.latency.costs import Costs, calibrate, predict, stored_costs
 from apr_jax.rollout import measure as measure_module
 from apr_jax.rollout.measure import Measurements, TimedEngine
 from apr_jax.threads import Block, Spawn, Thread
@@ -32,7 +32,7 @@ def test_a_prediction_follows_the_longest_chain():
     assert predict(one, COSTS).seconds == pytest.approx(100.05 + 2)
 
 
-def test_calibration_finds_what_an_engine_takes(monkeypatch):
+def test_calibration_finds_the_costs_of_a_simulated_engine(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(measure_module, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
 
@@ -53,10 +53,10 @@ def test_calibration_finds_what_an_engine_takes(monkeypatch):
     assert not measurements
 
 
-def test_costs_are_measured_once(tmp_path):
+def test_costs_are_measured_once_per_key(tmp_path):
     measurements, path = Measurements(), tmp_path / "deep" / "costs.json"
     engine = TimedEngine(ContextEngine(), "memory", measurements)
-    first = asyncio.run(known_costs(path, "a", engine, measurements, len(TOKENIZER)))
-    assert asyncio.run(known_costs(path, "a", None, measurements, 0)) == first
-    asyncio.run(known_costs(path, "b", engine, measurements, len(TOKENIZER)))
-    assert asyncio.run(known_costs(path, "a", None, measurements, 0)) == first
+    first = asyncio.run(stored_costs(path, "a", engine, measurements, len(TOKENIZER)))
+    assert asyncio.run(stored_costs(path, "a", None, measurements, 0)) == first
+    asyncio.run(stored_costs(path, "b", engine, measurements, len(TOKENIZER)))
+    assert asyncio.run(stored_costs(path, "a", None, measurements, 0)) == first

@@ -1,4 +1,4 @@
-"""How large a PNG is."""
+"""The size of a PNG in pixels."""
 
 import struct
 

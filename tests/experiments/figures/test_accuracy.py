@@ -1,4 +1,4 @@
-"""The figures of evaluations: every one is drawn, from many records, few and none, at the size that is promised."""
+"""The figures of evaluations: each is drawn from many records, few and none, with the size that style.py gives."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""The figures of latency, from many samples, few and none; and the text beside them."""
+"""The figures of latency from many samples, few and none, and the text of the report."""
 
 import dataclasses
 
@@ -39,7 +39,7 @@ def test_a_figure_of_load(tmp_path):
     assert size(tmp_path / "load.png") == (800, 500)
 
 
-def test_the_text_has_a_row_for_each_setting_and_tells_the_largest_gaps():
+def test_the_text_has_a_row_for_each_setting_and_the_largest_gaps():
     groups = GROUPS[2]
     summaries = [summarise_latency(found) for _, found in groups]
     lines = latency_text(groups, summaries, {SETTING: Throughput(9, 3.25, 40.0)}, 9).splitlines()

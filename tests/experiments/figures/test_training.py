@@ -1,4 +1,4 @@
-"""The figures of trainings: every one is drawn, from many lines of metrics, few and none."""
+"""The figures of training: each is drawn from many lines of metrics, few and none."""
 
 import json
 import math

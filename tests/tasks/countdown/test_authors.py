@@ -1,10 +1,11 @@
-"""The authors' files: read and written to the letter, and what is wrong in one is named."""
+"""Tests of the authors' files: they are read and written character for character, and errors name the wrong entry."""
 
 import copy
 import io
 import json
 import pathlib
 import random
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -21,22 +22,22 @@ from tests.tasks.countdown.conditioned import conditioned
 GOLDEN = json.loads(pathlib.Path(__file__).with_name("golden_traces.json").read_text())
 
 
-def solver_tree(seed, style="apr", depth=1, condition=""):
+def solver_tree(seed, solver="apr", depth=1, condition=""):
     rng = random.Random(seed)
     problem = ProblemRange(count=rng.randint(3, 5), max_number=20, max_target=60).draw(rng)
     config = SolverConfig(beam=(1, 3), sub_beam=(1, 3), promising=0.8, depth=depth)
-    return problem, conditioned(SOLVERS[style](problem, config, rng), condition)
+    return problem, conditioned(SOLVERS[solver](problem, config, rng), condition)
 
 
 # ---------------------------------------------------------------------- parse(render(tree)) = tree
 
-WORDS = st.text(st.sampled_from("ab 3,[]:#'\n"), min_size=1, max_size=12)
+FREE_TEXT = st.text(st.sampled_from("ab 3,[]:#'\n"), min_size=1, max_size=12)
 
 
 @st.composite
 def threads(draw, depth, node="0"):
-    """Any thread that the language can hold: its writing is free, its states, calls and joins are its own."""
-    written = WORDS.map(lambda text: f"\n{text}\n")
+    """Draw any thread of the trace language: sampled text is arbitrary; states, calls and joins are well formed."""
+    written = FREE_TEXT.map(lambda text: f"\n{text}\n")
     numbers = draw(st.lists(st.integers(1, 99), min_size=1, max_size=4))
     prompt = trace.moving(node) + trace.state(draw(st.integers(1, 99)), numbers, ())
     blocks: list = [Block(prompt, False), Block(draw(written), True)]
@@ -45,28 +46,28 @@ def threads(draw, depth, node="0"):
         children = tuple(draw(threads(depth - 1, f"{node},{step}")) for step in steps)
         lines = [trace.spawn_line(i, 1, f"{node},{step}") for i, step in enumerate(steps)]
         solved = [draw(st.booleans()) for _ in children]
-        outcomes = [trace.join_line(i, 1, f"0,{i}", right) + draw(WORDS) + "\n" for i, right in enumerate(solved)]
+        outcomes = [trace.join_line(i, 1, f"0,{i}", right) + draw(FREE_TEXT) + "\n" for i, right in enumerate(solved)]
         call = Block(trace.SPAWN_OPEN + "".join(lines) + trace.SPAWN_CLOSE, True)
         blocks.append(Spawn((call,), children, Block(trace.JOIN_OPEN + "".join(outcomes) + trace.JOIN_CLOSE, False)))
         if draw(st.booleans()):
             blocks.append(Block(draw(written), True))
     if isinstance(blocks[-1], Spawn):
-        blocks.append(Block("", True))  # it ends at once: a block for the end token
+        blocks.append(Block("", True))  # a thread that ends at once still has a block, for the end token
     return Thread(tuple(blocks))
 
 
 @settings(max_examples=10_000 if LONG else 200)
 @given(threads(3))
-def test_any_tree_comes_back_from_its_texts(thread):
+def test_any_tree_survives_conversion_to_texts(thread):
     texts = trace_from_tree(ThreadTree(thread))
     assert tree_from_trace(json.loads(json.dumps(texts))).root == thread
 
 
 @settings(max_examples=10_000 if LONG else 100)
 @given(st.integers(0, 2**32), st.sampled_from(sorted(SOLVERS)), st.integers(0, 3), st.none() | st.integers(0, 4096))
-def test_so_do_the_solvers_trees(seed, style, depth, budget):
-    condition = "" if budget is None else CountdownProtocol("apr" if style == "apr" else "sos_plus").condition(budget)
-    _, tree = solver_tree(seed, style, depth, condition)
+def test_solvers_trees_survive_conversion_to_texts(seed, solver, depth, budget):
+    condition = "" if budget is None else CountdownProtocol("apr" if solver == "apr" else "sos_plus").condition(budget)
+    _, tree = solver_tree(seed, solver, depth, condition)
     back = tree_from_trace(trace_from_tree(tree))
     assert back.root == tree.root and back.info["solved"] == tree.info["solved"]
 
@@ -75,7 +76,7 @@ def test_so_do_the_solvers_trees(seed, style, depth, budget):
 
 
 @pytest.mark.parametrize("entry", GOLDEN, ids=lambda e: f"{e['nums']}to{e['target']}")
-def test_golden_traces_are_written_back_to_the_letter(entry):
+def test_golden_traces_are_written_back_unchanged(entry):
     tree = tree_from_trace(entry["apr"])
     assert trace_from_tree(tree) == entry["apr"]
     problem = Problem(tuple(entry["nums"]), entry["target"])
@@ -93,7 +94,7 @@ def test_golden_traces_are_written_back_to_the_letter(entry):
     assert one.info["solved"] == bool(check_solution(problem, entry["sosp"]))
 
 
-def test_a_child_whose_operations_its_parent_tells_otherwise_is_read():
+def test_a_child_whose_operations_differ_from_its_parents_text_is_read():
     texts = a_trace()
     child = texts["sub_calls"][0][0]["main_calls"]
     child[0] = child[0].replace("Operations: ['", "Operations: ['1+1=2', '", 1)
@@ -109,14 +110,14 @@ def test_a_thread_that_ends_at_its_join_has_a_last_block():
     assert encode_tree(tree, list, 0, 2).root.blocks[-1].content == (2,)
 
 
-def test_a_trace_that_was_cut_is_not_solved():
+def test_a_truncated_trace_is_not_solved():
     unsolved = next(entry["sosp"] for entry in GOLDEN if entry["sosp"].endswith(trace.NO_SOLUTION))
     for cut in (len(unsolved), len(unsolved) // 2):
         assert not tree_from_trace({"main_calls": [unsolved[:cut]], "sub_calls": []}).info["solved"]
 
 
 def a_trace():
-    """A trace of one spawn, of its own."""
+    """Return a copy of a trace with one spawn."""
     return copy.deepcopy(next(entry["apr"] for entry in GOLDEN if len(entry["apr"]["main_calls"]) == 2))
 
 
@@ -124,15 +125,15 @@ def a_trace():
 
 
 @pytest.mark.parametrize("chunk", [7, 1 << 20])
-def test_traces_survive_a_file(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(authors, "_CHUNK", chunk)  # entries begin and end anywhere in what is read at once
-    made = [solver_tree(seed, style) for seed in range(3) for style in ("apr", "sos_plus", "sos")]
+def test_traces_survive_writing_and_reading_a_file(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(authors, "_CHUNK", chunk)  # with small chunks, an entry can begin and end anywhere in a chunk
+    made = [solver_tree(seed, solver) for seed in range(3) for solver in ("apr", "sos_plus", "sos")]
     authors.write_traces(tmp_path / "train.json", made)
     back = list(authors.read_traces(tmp_path / "train.json"))
     assert [problem for problem, _ in back] == [problem for problem, _ in made]
     for (_, tree), (_, again) in zip(made, back):
         assert again.root == tree.root
-        beams = ("beam", "sub_beam") if tree.info.get("strategy") == "dfs" else ()  # the file has none of it
+        beams = ("beam", "sub_beam") if tree.info.get("strategy") == "dfs" else ()  # a file has no beam for "dfs"
         assert again.info == {key: tree.info[key] for key in tree.info if key not in beams}
 
 
@@ -152,7 +153,7 @@ def test_the_files_of_the_authors_generator_are_read(tmp_path):
 
 
 def test_the_files_of_stream_of_search_are_read(tmp_path):
-    """As its generator names them: "dfs", or "bfs" with the beam."""
+    """The generator of Stream of Search writes the search_type "dfs", or "bfs" with the beam."""
     made = []
     for seed, (strategy, kind) in enumerate([("dfs", "dfs"), ("bfs", "bfs_3")] * 4):
         config = SolverConfig(beam=(3, 3), strategies=(strategy,), heuristic="sum")
@@ -180,7 +181,7 @@ def test_the_files_of_stream_of_search_are_read(tmp_path):
     assert [row["search_type"] for row in written] == [kind for _, kind, _ in made]
 
 
-def test_what_is_written_has_the_authors_keys_and_counts(tmp_path):
+def test_written_files_have_the_authors_keys_and_counts(tmp_path):
     spawning = (made for seed in range(20) if (made := solver_tree(seed))[1].root.spawns)
     made = [next(spawning), solver_tree(1, "sos_plus")]
     authors.write_traces(tmp_path / "train.json", made, encode=list)
@@ -197,7 +198,7 @@ def test_what_is_written_has_the_authors_keys_and_counts(tmp_path):
     own, every = apr["trace_dict"]["main_calls"], _texts(apr["trace_dict"])
     below = every[len(own) :]
     assert apr["longest_seq_token_count"] == max(map(len, every)) + 2
-    # What a later text repeats ends in the first character of "<Calling" and "<Sub".
+    # The prefix that the next text repeats ends with "<", the common first character of "<Calling" and "<Sub".
     repeated = sum(text.rindex(trace.SPAWN_OPEN) + 1 for text in own[:-1])
     assert apr["token_count"] == sum(map(len, every)) + 2 * len(every) - repeated
     assert apr["avg_seq_token_count"] == apr["token_count"] / len(every)
@@ -217,44 +218,44 @@ def _texts(texts):
 @pytest.mark.parametrize(
     "text, says",
     [
-        ("", "ends after 0 entries without the end of its array"),
-        ("{}", "is no JSON array: it begins with '{}'"),
-        ('[{"nums": [1], "target": 1}, {"nums"', "entry 1: it is cut short or no JSON"),
-        ('[{"nums": [1], "target": 1}', "ends after 1 entries without the end"),
-        ('[{"nums": [1, 2]}]', "entry 0: a problem has nums and target"),
-        ('[{"nums": "1, 2", "target": 3}]', "entry 0: nums is a list of numbers, was '1, 2'"),
-        ('[{"nums": [1, -2], "target": 3}]', "entry 0: Countdown numbers and targets are integers of at least 1"),
-        ("[nonsense]", "entry 0: it is cut short or no JSON"),
-        ("[" * 100_000, "entry 0: it is cut short or no JSON"),
-        ("[" + "9" * 5000 + "]", "entry 0: it is cut short or no JSON"),
-        ('[{"nums": [1], "target": 1} {}]', "after entry 0: a comma is missing before '{'"),
-        ('[{"nums": [1], "target": 1},]', "entry 1: it is cut short or no JSON"),
-        ('[{"nums": [1], "target": 1}] []', "'[' follows its array"),
+        ("", "0 entries"),
+        ("{}", "'{}'"),
+        ('[{"nums": [1], "target": 1}, {"nums"', "entry 1: .*JSON"),
+        ('[{"nums": [1], "target": 1}', "1 entries"),
+        ('[{"nums": [1, 2]}]', "entry 0: .*nums and target"),
+        ('[{"nums": "1, 2", "target": 3}]', "entry 0: nums .*'1, 2'"),
+        ('[{"nums": [1, -2], "target": 3}]', "entry 0: .*-2"),
+        ("[nonsense]", "entry 0: .*JSON"),
+        ("[" * 100_000, "entry 0: .*JSON"),
+        ("[" + "9" * 5000 + "]", "entry 0: .*JSON"),
+        ('[{"nums": [1], "target": 1} {}]', "after entry 0: .*'{'"),
+        ('[{"nums": [1], "target": 1},]', "entry 1: .*JSON"),
+        ('[{"nums": [1], "target": 1}] []', r"'\['"),
     ],
 )
-def test_a_broken_file_is_named_with_its_entry(tmp_path, text, says):
+def test_an_error_names_the_broken_file_and_its_entry(tmp_path, text, says):
     (tmp_path / "broken.json").write_text(text)
     with pytest.raises(ValueError, match="broken.json") as raised:
         list(authors.read_problems(tmp_path / "broken.json"))
-    assert says in str(raised.value) and "\n" not in str(raised.value)
+    assert re.search(says, str(raised.value)) and "\n" not in str(raised.value)
 
 
-def test_a_broken_entry_ends_the_reading(monkeypatch):
+def test_reading_stops_at_a_broken_entry(monkeypatch):
     monkeypatch.setattr(authors, "_CHUNK", 64)
     file = io.StringIO('[{"nums": [1 2]}, ' + '{"nums": [1], "target": 1}, ' * 10_000)
     with pytest.raises(ValueError, match="entry 0"):
         list(authors._entries(file, pathlib.Path("broken.json")))
-    assert file.tell() <= 128  # published files are of 13.5 GB
+    assert file.tell() <= 128  # the published files have 13.5 GB
 
 
-def test_a_trace_of_another_problem_is_named(tmp_path):
+def test_a_trace_of_another_problem_is_refused(tmp_path):
     rows = [{"nums": e["nums"][::-1], "target": e["target"], "search_path": e["sosp"]} for e in GOLDEN[:1]]
     (tmp_path / "train.json").write_text(json.dumps(rows))
-    with pytest.raises(ValueError, match="entry 0: its trace is of another problem"):
+    with pytest.raises(ValueError, match="entry 0: .*another problem"):
         list(authors.read_traces(tmp_path / "train.json"))
 
 
-def test_a_file_stays_when_its_replacement_fails(tmp_path):
+def test_a_failed_write_keeps_the_old_file(tmp_path):
     one, path = solver_tree(1), tmp_path / "train.json"
     authors.write_traces(path, [one])
     before = path.read_bytes()
@@ -266,27 +267,27 @@ def test_a_file_stays_when_its_replacement_fails(tmp_path):
 @pytest.mark.parametrize(
     "change, says",
     [
-        (lambda t: t.pop("sub_calls"), "a trace has main_calls and sub_calls"),
-        (lambda t: t["sub_calls"].pop(), "2 main_calls go with 1 sub_calls, there are 0"),
-        (lambda t: t["main_calls"].__setitem__(0, t["main_calls"][0].replace("Exp", "exp", 1)), "does not go on"),
-        (lambda t: t["main_calls"].__setitem__(0, "x" + t["main_calls"][0]), "begins with the state it searches from"),
-        (lambda t: t["sub_calls"][0].pop(), "call 0 of a thread names 3 children, 2 are there"),
-        (lambda t: t["sub_calls"][0].reverse(), "child 0 of call 0: it is of 'Moving to Node #0,"),
-        (lambda t: (t["main_calls"].pop(), t["sub_calls"].pop()), "ends in a spawn, its children are not there"),
-        (lambda t: t["sub_calls"][0][1]["main_calls"].append("x"), "child 1 of call 0: 2 main_calls go with 1 sub"),
-        (lambda t: t["main_calls"].__setitem__(0, t["main_calls"][0][:-5]), "does not end in a spawn"),
-        (lambda t: t["main_calls"].__setitem__(0, 7), "main_calls is a list of one text or more"),
-        (lambda t: t["sub_calls"][0].__setitem__(0, None), "a trace has main_calls and sub_calls"),
+        (lambda t: t.pop("sub_calls"), "main_calls and sub_calls"),
+        (lambda t: t["sub_calls"].pop(), "2 main_calls .*1 sub_calls.* 0"),
+        (lambda t: t["main_calls"].__setitem__(0, t["main_calls"][0].replace("Exp", "exp", 1)), "call 1 .*call 0"),
+        (lambda t: t["main_calls"].__setitem__(0, "x" + t["main_calls"][0]), "'xMoving to Node"),
+        (lambda t: t["sub_calls"][0].pop(), "call 0 .*3 children.* 2 "),
+        (lambda t: t["sub_calls"][0].reverse(), "child 0 of call 0: .*'Moving to Node #0,"),
+        (lambda t: (t["main_calls"].pop(), t["sub_calls"].pop()), "ends in a spawn.*children"),
+        (lambda t: t["sub_calls"][0][1]["main_calls"].append("x"), "child 1 of call 0: 2 main_calls .*1 sub"),
+        (lambda t: t["main_calls"].__setitem__(0, t["main_calls"][0][:-5]), "call 0 .*spawn"),
+        (lambda t: t["main_calls"].__setitem__(0, 7), "main_calls"),
+        (lambda t: t["sub_calls"][0].__setitem__(0, None), "main_calls and sub_calls"),
     ],
 )
-def test_a_broken_trace_is_named(change, says):
+def test_a_broken_trace_is_refused(change, says):
     texts = a_trace()
     change(texts)
     with pytest.raises(ValueError, match=says):
         tree_from_trace(texts)
 
 
-def test_a_trace_nested_without_end_is_refused():
+def test_a_trace_with_too_many_levels_of_children_is_refused():
     texts = {"main_calls": ["Moving to Node #0\nCurrent State: 9:[9], Operations: []\n"], "sub_calls": []}
     calling = texts["main_calls"][0] + trace.SPAWN_OPEN + trace.spawn_line(0, 1, "0") + trace.SPAWN_CLOSE
     joined = texts["main_calls"][0] + trace.JOIN_OPEN + trace.JOIN_CLOSE
@@ -294,5 +295,5 @@ def test_a_trace_nested_without_end_is_refused():
         texts = {"main_calls": [calling, joined], "sub_calls": [[texts]]}
         if depth == 30:
             assert len(list(tree_from_trace(texts).threads())) == 31
-    with pytest.raises(ValueError, match="more than 32 levels deep"):
+    with pytest.raises(ValueError, match="32 levels"):
         tree_from_trace(texts)

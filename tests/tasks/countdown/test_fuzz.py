@@ -1,6 +1,6 @@
-"""Whatever a model writes: the protocol, the verifier and the parsers raise nothing but their own error.
+"""Fuzz tests: for any text, the protocol, the verifier and the parsers raise no other error than their own.
 
-APR_LONG=1 tries 200,000 texts and as many traces, else 3,000.
+APR_LONG=1 tests 200,000 texts and as many traces; else 3,000 are tested.
 """
 
 import copy
@@ -31,7 +31,7 @@ GOLDEN = json.loads(pathlib.Path(__file__).with_name("golden_traces.json").read_
 
 
 def _nested(seed):
-    """A solver's trace with children of children and a budget."""
+    """Return a solver's trace with several levels of children and a budget."""
     rng = random.Random(seed)
     entry = GOLDEN[seed]
     config = SolverConfig(beam=(2, 3), sub_beam=(2, 3), promising=0.9, depth=3)
@@ -62,7 +62,7 @@ PIECES = [
 
 
 def mutated(rng, text):
-    """A text cut, mixed, doubled or filled with what does not belong there."""
+    """Return a text with random cuts, insertions, repeated or exchanged lines, or parts of other texts."""
     for _ in range(rng.choice((1, 1, 2, 5))):
         kind, at = rng.randrange(10), rng.randrange(len(text) + 1)
         lines = text.split("\n")
@@ -83,7 +83,7 @@ def mutated(rng, text):
         elif kind == 6:
             other = rng.choice(TEXTS)
             text = text[:at] + other[rng.randrange(len(other)) :]
-        elif kind == 7:  # at any byte
+        elif kind == 7:  # cut at any byte, which may be inside a character
             data = text.encode("utf-8", "replace")
             text = data[: rng.randrange(len(data) + 1)].decode("utf-8", rng.choice(("replace", "surrogateescape")))
         elif kind == 8:
@@ -96,7 +96,7 @@ def mutated(rng, text):
 
 
 def mutated_trace(rng):
-    """A trace_dict with one change at one place, in its texts or in its shape."""
+    """Return a trace_dict with one random change in a text or in its structure."""
     whole = copy.deepcopy(rng.choice(TRACES))
     place = whole
     while place["sub_calls"] and rng.random() < 0.6:
@@ -121,13 +121,13 @@ def mutated_trace(rng):
     return whole
 
 
-def test_no_text_raises_anything_else():
+def test_texts_raise_no_other_error():
     rng = random.Random(0)
-    protocols = [CountdownProtocol(style) for style in ("apr", "sos_plus")]
+    protocols = [CountdownProtocol(variant) for variant in ("apr", "sos_plus")]
     kinds, spawns, solved, slowest = {}, 0, 0, 0.0
     for _ in range(COUNT):
         text, entry = mutated(rng, rng.choice(TEXTS)), rng.choice(GOLDEN)
-        if rng.random() < 0.3:  # its end is what makes a spawn
+        if rng.random() < 0.3:  # only a text with this end can be a spawn
             text = mutated(rng, rng.choice(SPAWNING)).removesuffix(trace.SPAWN_CLOSE) + trace.SPAWN_CLOSE
         protocol, problem = rng.choice(protocols), Problem(tuple(entry["nums"]), entry["target"])
         start = time.perf_counter()
@@ -155,7 +155,7 @@ def test_no_text_raises_anything_else():
     assert spawns > COUNT // 100 and set(kinds) == set(SPAWN_ERRORS)
 
 
-def test_no_trace_raises_anything_else_and_what_is_read_is_written_back():
+def test_traces_raise_no_other_error_and_are_written_back_unchanged():
     rng = random.Random(1)
     trees, slowest = 0, 0.0
     for _ in range(COUNT):
@@ -179,7 +179,7 @@ def test_no_trace_raises_anything_else_and_what_is_read_is_written_back():
     assert COUNT // 20 < trees < COUNT
 
 
-def test_no_file_raises_anything_else(tmp_path, monkeypatch):
+def test_files_raise_no_other_error(tmp_path, monkeypatch):
     rng = random.Random(2)
     rows = [{"nums": e["nums"], "target": e["target"], "trace_dict": e["apr"]} for e in GOLDEN[:3]]
     rows += [{"nums": e["nums"], "target": e["target"], "search_path": e["sosp"]} for e in GOLDEN[:3]]

@@ -1,4 +1,4 @@
-"""The Countdown protocol: the authors' traces to the letter, and MalformedSpawn for everything broken."""
+"""Tests of the Countdown protocol: it agrees with the authors' traces, and malformed spawns raise MalformedSpawn."""
 
 import json
 import pathlib
@@ -37,7 +37,7 @@ def kind_of(text: str) -> str:
 
 
 @pytest.mark.parametrize("problem", GOLDEN, ids=lambda p: f"{p['nums']}to{p['target']}")
-def test_agrees_with_the_authors_to_the_letter(problem):
+def test_prompts_and_joins_equal_those_of_the_authors(problem):
     task = Problem(problem["nums"], problem["target"])
     mains, spawns = problem["apr"]["main_calls"], problem["apr"]["sub_calls"]
     assert mains[0].startswith(PROTOCOL.root_prompt(task) + "\n")
@@ -70,12 +70,12 @@ def test_root_prompts():
     assert sos_plus.condition(1024) == "Token Budget: 1024 "
     with pytest.raises(ValueError, match="-1"):
         sos_plus.condition(-1)
-    with pytest.raises(ValueError, match="apr.*sos_plus.*'sos'"):
+    with pytest.raises(ValueError, match="variant.*apr.*sos_plus.*'sos'"):
         CountdownProtocol(variant="sos")
 
 
 @pytest.mark.parametrize("condition", ["", "Sub Call Budget: 6 "])
-def test_children_come_in_the_order_of_their_lines(condition):
+def test_children_are_in_the_order_of_their_lines(condition):
     request = PROTOCOL.parse_spawn(condition + HEAD + spawn("0,1", "0,0", "0,1"))
     assert request.children == (CHILD_1, CHILD_0, CHILD_1)
     assert request.nodes == ("0,1", "0,0", "0,1") and request.levels == (1, 1, 1)
@@ -83,7 +83,7 @@ def test_children_come_in_the_order_of_their_lines(condition):
     assert PROTOCOL.parse_spawn(condition + HEAD + spawn("0")).children[0] == HEAD[: HEAD.index("\nExploring")]
 
 
-def test_the_last_opening_counts():
+def test_a_spawn_begins_at_the_last_opening_tag():
     text = HEAD + trace.SPAWN_OPEN + "given up"
     assert PROTOCOL.parse_spawn(text + spawn("0,0")).position == len(text)
 
@@ -97,7 +97,7 @@ def test_a_join_replaces_the_spawn():
         "<Goal Reached in Sub Search 2 at level 1 at Node #0,1>\n\n"
         "<End Sub Searches>\n"
     )
-    with pytest.raises(ValueError, match="3 children were spawned, 2 results") as raised:
+    with pytest.raises(ValueError, match="3 .*2 ") as raised:
         PROTOCOL.join(request, [None, None])
     assert not isinstance(raised.value, MalformedSpawn)
     assert PROTOCOL.join_nothing() == "<Sub Searches>\n<End Sub Searches>\n"
@@ -114,7 +114,7 @@ def test_a_later_spawn_and_a_nested_one():
     assert PROTOCOL.parse_spawn(child).children[0].endswith("9:[9], Operations: ['2+3=5', '4+5=9']")
 
 
-def test_where_a_node_is_looked_up():
+def test_a_nodes_state_is_that_of_its_last_move_or_else_of_its_first_generation():
     moved = "Moving to Node #0,0\nCurrent State: 9:[{}], Operations: ['2+3=5']\n"
     text = HEAD + moved.format("4, 6") + moved.format("4, 7")
     assert "[4, 7]" in PROTOCOL.parse_spawn(text + spawn("0,0")).children[0]
@@ -122,7 +122,7 @@ def test_where_a_node_is_looked_up():
     assert PROTOCOL.parse_spawn(again + spawn("0,0")).children == (CHILD_0,)
 
 
-def test_broken_lines_that_no_child_needs_do_no_harm():
+def test_broken_lines_that_no_child_needs_are_ignored():
     broken = "Generated Node #0,2: 9:[, 5] Operation: \nMoving to Node #0,3\nCurrent State: x\nGenerated Node\n\ud800"
     assert PROTOCOL.parse_spawn(HEAD + broken + "\n" + spawn("0,0")).children == (CHILD_0,)
     assert kind_of(HEAD + broken + "\n" + spawn("0,2")) == "bad_state"
@@ -130,7 +130,7 @@ def test_broken_lines_that_no_child_needs_do_no_harm():
 
 
 @pytest.mark.parametrize("text", ["", "\n", HEAD, trace.SPAWN_OPEN, spawn("0,0") + "\n", spawn("0,0")[:-2]])
-def test_no_spawn_at_the_end_is_none(text):
+def test_a_text_without_a_spawn_at_its_end_gives_none(text):
     assert PROTOCOL.parse_spawn(text) is None
     assert PROTOCOL.parse_spawn(HEAD + text) is None
 
@@ -162,11 +162,11 @@ CODE = "Moving to Node #0\nCurrent State: 9:[3, 4], Operations: [print('x')]\n"
         *[("bad_state", bad + spawn("0")) for bad in (HOSTILE, LONG, UNICODE, CODE)],
     ],
 )
-def test_malformed_spawns_have_their_kind(kind, text):
+def test_a_malformed_spawn_has_its_kind(kind, text):
     assert kind_of(text) == kind
 
 
-def test_results():
+def test_a_result_is_the_text_after_the_last_but_one_goal():
     assert PROTOCOL.result("") is None
     assert PROTOCOL.result("9,9 equal: Goal Reached\n") is None
     assert PROTOCOL.result("9,9 equal: Goal Reached\n the path\n9,9 equal: Goal Reached\n\n") == (
@@ -193,15 +193,16 @@ def test_long_garbage_takes_bounded_time(unit):
     assert time.perf_counter() - start < 5
 
 
-def test_many_children_of_a_long_chain_stay_small():
+def test_the_prompts_of_many_deep_children_have_bounded_size():
     names = ["0" + ",1" * depth for depth in range(60)]
     lines = [trace.generated(name, 9, (1,), "1+1=2") for name in names[1:]]
-    assert kind_of(HEAD + "".join(lines) + spawn(*names)) == "bad_line"  # deeper than any problem goes
+    assert kind_of(HEAD + "".join(lines) + spawn(*names)) == "bad_line"  # deeper than in any problem
     request = PROTOCOL.parse_spawn(HEAD + "".join(lines) + spawn(*names[:32] * 100))
     assert len(request.children) == 3200 and max(map(len, request.children)) < 1000
 
 
 def check_only_malformed(text: str) -> None:
+    """Check that, for this text, no method of the protocol raises any error but MalformedSpawn."""
     try:
         request = PROTOCOL.parse_spawn(text)
     except MalformedSpawn as error:
@@ -227,13 +228,13 @@ BASES = [HEAD + spawn("0,0", "0,1")] + [text for p in GOLDEN for text in p["apr"
 
 @settings(max_examples=1000)
 @given(st.one_of(st.text(), st.lists(st.sampled_from(PIECES)).map("".join)), st.booleans())
-def test_random_texts_raise_nothing_else(text, closed):
+def test_random_texts_raise_no_other_error(text, closed):
     check_only_malformed(text + (trace.SPAWN_CLOSE if closed else ""))
 
 
 @settings(max_examples=1000)
 @given(st.sampled_from(BASES), st.data())
-def test_changed_and_cut_traces_raise_nothing_else(text, data):
+def test_changed_and_cut_traces_raise_no_other_error(text, data):
     for _ in range(data.draw(st.integers(1, 3))):
         at = data.draw(st.integers(0, len(text)))
         piece = data.draw(st.one_of(st.sampled_from(["", *PIECES]), st.characters()))

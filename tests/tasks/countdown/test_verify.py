@@ -1,4 +1,4 @@
-"""The verdict: right on the authors' traces, right on broken ones, and never an exception."""
+"""Tests of the verifier: its verdicts on the authors' traces and on broken ones, and that no text raises."""
 
 import json
 import pathlib
@@ -41,13 +41,13 @@ def test_verdicts_of_the_authors_traces(problem):
         assert right == total == text.count("Exploring Operation:")
 
 
-def test_golden_traces_are_solved_and_unsolved_in_both_styles():
+def test_golden_traces_are_solved_and_unsolved_in_both_variants():
     pairs = [(problem["apr"]["main_calls"][-1], problem["sosp"]) for problem in GOLDEN]
     unsolved = {tuple(text.endswith(trace.NO_SOLUTION) for text in pair) for pair in pairs}
     assert unsolved == {(True, True), (True, False), (False, True), (False, False)}
 
 
-def test_a_right_path_and_its_verdict():
+def test_a_correct_path_has_a_true_verdict():
     verdict = check_solution(PROBLEM, PATH)
     assert verdict and verdict.reason == ""
     assert verdict == Verdict(True)
@@ -59,23 +59,23 @@ def test_a_right_path_and_its_verdict():
 @pytest.mark.parametrize(
     ("old", "new", "reason"),
     [
-        ("79-27=52, Res", "79-27=53, Res", "wrong arithmetic"),
-        ("79-27=52, Resulting Numbers: [5, 50, 52]", "79-27=52, Resulting Numbers: [5, 51, 52]", "these numbers"),
-        ("79-27=52, Resulting Numbers: [5, 50, 52]", "79-27=52, Resulting Numbers: [5, 50, 52, 52]", "these numbers"),
+        ("79-27=52, Res", "79-27=53, Res", "result"),
+        ("79-27=52, Resulting Numbers: [5, 50, 52]", "79-27=52, Resulting Numbers: [5, 51, 52]", "it states"),
+        ("79-27=52, Resulting Numbers: [5, 50, 52]", "79-27=52, Resulting Numbers: [5, 50, 52, 52]", "it states"),
         ("79-27=52, Res", "79-28=51, Res", "not left"),
-        ("79-27=52, Res", "27-79=-52, Res", "no operation line"),
-        ("79-27=52, Res", "27-79=0, Res", "wrong arithmetic"),
-        ("79-27=52, Res", "79/27=2, Res", "wrong arithmetic"),
-        ("79-27=52, Res", "79-27-0=52, Res", "no operation line"),
-        ("79-27=52, Res", "٧٩-27=52, Res", "no operation line"),
-        ("79-27=52, Res", "79-27=" + "0" * 5000 + "52, Res", "no operation line"),
-        ("[5, 50, 52]\nGen", "[__import__('os')]\nGen", "no operation line"),
-        ("52+10=62, Resulting Numbers: [62]", "52-10=42, Resulting Numbers: [42]", "target is not all"),
-        ("\n62,62 equal: Goal Reached", "\n62,62 equal: Goal", 'never says "Goal Reached"'),
-        ("Exploring Operation: 52+10=62, Resulting Numbers: [62]\n", "", "target is not all"),
+        ("79-27=52, Res", "27-79=-52, Res", "operation line"),
+        ("79-27=52, Res", "27-79=0, Res", "result"),
+        ("79-27=52, Res", "79/27=2, Res", "result"),
+        ("79-27=52, Res", "79-27-0=52, Res", "operation line"),
+        ("79-27=52, Res", "٧٩-27=52, Res", "operation line"),
+        ("79-27=52, Res", "79-27=" + "0" * 5000 + "52, Res", "operation line"),
+        ("[5, 50, 52]\nGen", "[__import__('os')]\nGen", "operation line"),
+        ("52+10=62, Resulting Numbers: [62]", "52-10=42, Resulting Numbers: [42]", "'Goal Reached'"),
+        ("\n62,62 equal: Goal Reached", "\n62,62 equal: Goal", '"Goal Reached"'),
+        ("Exploring Operation: 52+10=62, Resulting Numbers: [62]\n", "", "'Goal Reached'"),
     ],
 )
-def test_one_thing_wrong_and_the_reason_says_it(old, new, reason):
+def test_the_reason_states_the_error_of_a_wrong_path(old, new, reason):
     assert old in PATH
     verdict = check_solution(PROBLEM, PATH.replace(old, new, 1))
     assert not verdict
@@ -83,7 +83,7 @@ def test_one_thing_wrong_and_the_reason_says_it(old, new, reason):
     verdict.reason.encode()
 
 
-def test_division_by_zero_and_zero_by_something():
+def test_division_by_zero_is_wrong_and_operations_on_zero_are_allowed():
     line = "Exploring Operation: {}, Resulting Numbers: [{}]\n"
     start = line.format("5-5=0", "7, 0")
     assert not check_solution(Problem((5, 5, 7), 7), start + line.format("7/0=7", "7") + "Goal Reached")
@@ -98,7 +98,7 @@ def test_only_the_returned_path_of_a_whole_text_counts():
     assert not check_solution(PROBLEM, PATH + "\nGoal Reached\n" + wrong + "Goal Reached")
 
 
-def test_operations_counts_what_cannot_be_read_as_wrong():
+def test_operations_counts_lines_that_cannot_be_parsed_as_wrong():
     assert operations("") == (0, 0)
     assert operations(PATH) == (3, 3)
     assert operations(PATH + "\nExploring Operation: 3+") == (3, 4)
@@ -106,7 +106,7 @@ def test_operations_counts_what_cannot_be_read_as_wrong():
 
 
 @pytest.mark.parametrize("text", [None, "", "\n", "\x00", "\ud800 Goal Reached", "Goal Reached" * 3, "9" * 10_000])
-def test_nothing_is_right_about_nothing(text):
+def test_a_text_without_a_path_is_wrong(text):
     verdict = check_solution(PROBLEM, text)
     assert not verdict and verdict.reason
     verdict.reason.encode()
@@ -138,7 +138,7 @@ def test_no_text_raises(text):
 
 @settings(max_examples=1000)
 @given(st.data())
-def test_no_changed_path_raises_and_the_protocol_agrees(data):
+def test_changed_paths_do_not_raise_and_the_protocol_agrees(data):
     cut = data.draw(st.integers(0, len(PATH)))
     piece, gone = data.draw(st.sampled_from(PIECES)), data.draw(st.integers(0, 3))
     text = "Goal Reached\n" + PATH[:cut] + piece + PATH[cut + gone :]

@@ -1,11 +1,11 @@
-"""Factor search: right answers, nested trees, and the same runner, engine and training as Countdown."""
+"""Tests of factor search: its problems and demonstrations, and nested trees in the runner."""
 
 import asyncio
 import random
 
 import pytest
 
-from apr_jax.tasks.tagged.factors import WORDS, Factors, Span, solve, spans
+from apr_jax.tasks.tagged.factors import PHRASES, Factors, Span, solve, spans
 from apr_jax.tasks.tagged.protocol import TagProtocol, tag_tokenizer
 from apr_jax.threads import decode_tree, encode_tree
 from apr_jax.threads.engine import Sampling
@@ -13,7 +13,7 @@ from apr_jax.threads.metrics import depth
 from apr_jax.threads.run import Budget, TreeRunner, run_all
 from tests.threads.fake_engine import scripted, scripts_of
 
-TOKENIZER = tag_tokenizer(WORDS, 60)
+TOKENIZER = tag_tokenizer(PHRASES, 60)
 PROBLEMS = random.Random(0).sample(spans(60), 60)
 
 
@@ -27,17 +27,17 @@ def test_answers_are_smallest_divisors():
         assert problem.divisor == (dividing[0] if dividing else None)
         assert Factors().correct(problem, str(dividing[0]) if dividing else None)
         assert not Factors().correct(problem, "1") and not Factors().correct(problem, "")
-    with pytest.raises(ValueError, match="given 5 to 4"):
+    with pytest.raises(ValueError, match="5 to 4"):
         Span(10, 5, 4)
 
 
-def test_steps_count_what_was_tried():
+def test_steps_counts_the_tried_candidates():
     assert Factors().steps("15/2 no\n15/3 yes\n15/4 yes\n15/0 no\n") == (2, 4)
 
 
 @pytest.mark.parametrize("inherit", [False, True])
 def test_the_runner_replays_the_solver(inherit):
-    """Nested children, with a context of their own or their parent's: contents, calls, joins, ends."""
+    """With nested children, of a fresh context or their parent's, all blocks of the solver's tree are reproduced."""
     trees = [encoded(problem, inherit) for problem in PROBLEMS]
     assert max(map(depth, trees)) == 2
     scripts = {}

@@ -1,4 +1,4 @@
-"""Sums: every way to share them out gives the right answer through the runner, and does the same work."""
+"""Tests of sums: every number of parts gives the correct result and adds every number."""
 
 import asyncio
 import random
@@ -6,14 +6,14 @@ import random
 import pytest
 
 from apr_jax.tasks.tagged.protocol import TagProtocol, tag_tokenizer
-from apr_jax.tasks.tagged.sums import SUM_WORDS, RangeSum, Sums, range_sums, solve_sum
+from apr_jax.tasks.tagged.sums import PHRASES, RangeSum, Sums, range_sums, solve_sum
 from apr_jax.threads import decode_tree, encode_tree
 from apr_jax.threads.engine import Sampling
 from apr_jax.threads.metrics import children, sampled_tokens, sequential_tokens
 from apr_jax.threads.run import Budget, TreeRunner, run_all
 from tests.threads.fake_engine import scripted, scripts_of
 
-TOKENIZER = tag_tokenizer(SUM_WORDS, 99)
+TOKENIZER = tag_tokenizer(PHRASES, 99)
 PROTOCOL = TagProtocol(Sums())
 
 
@@ -22,7 +22,7 @@ def encoded(tree):
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4])
-def test_every_way_to_share_out_is_right_and_does_the_same_work(parts):
+def test_every_number_of_parts_is_correct_and_adds_every_number(parts):
     problems = range_sums()
     assert len(set(problems)) == 1000
     for problem in random.Random(parts).sample(problems, 50):
@@ -36,7 +36,7 @@ def test_every_way_to_share_out_is_right_and_does_the_same_work(parts):
         assert sum(n for _, n in counts) == problem.last - problem.first + 1 + children(tree)
 
 
-def test_more_threads_are_a_shorter_chain_and_more_tokens():
+def test_more_threads_have_fewer_sequential_tokens_and_more_tokens_in_total():
     alone, two, four = (encoded(solve_sum(RangeSum(13, 62, 4), parts)) for parts in (1, 2, 4))
     assert sequential_tokens(four) < sequential_tokens(two) < 0.75 * sequential_tokens(alone)
     assert sampled_tokens(four) > sampled_tokens(two) > 1.1 * sampled_tokens(alone)
@@ -55,14 +55,14 @@ def test_the_runner_replays_the_solver():
         assert mine.outcome.correct
 
 
-def test_wrong_answers_and_problems_are_told():
+def test_wrong_results_and_wrong_problems_are_recognized():
     problem = RangeSum(24, 55, 0)
     right = sum(range(24, 56)) % 10
     assert Sums().correct(problem, f"55:{right}")
     assert not any(Sums().correct(problem, wrong) for wrong in (f"54:{right}", f"55:{right - 1}", "55", "", None))
     assert Sums().steps("13+0=3\n14+3=8\n39:9+3=2\n") == (2, 3)
     for wrong in ((9, 60, 0), (25, 60, 0), (10, 54, 0), (10, 60, 10)):
-        with pytest.raises(ValueError, match="begins with 10 to 24"):
+        with pytest.raises(ValueError, match=f"{wrong[0]}.*{wrong[1]}.*{wrong[2]}"):
             RangeSum(*wrong)
-    with pytest.raises(ValueError, match="parts are 1, 2, 4, was given 3"):
+    with pytest.raises(ValueError, match="parts.*1, 2, 4.*3"):
         solve_sum(problem, 3)

@@ -1,6 +1,9 @@
-"""Python reads this at its start, being on PYTHONPATH (tools/serve_sglang.sh). The published torchvision is built for
-CUDA: its library does not load beside a CPU torch, so two operators that its Python side describes are never declared,
-and it ends there. They are declared here, when torchvision is first looked for."""
+"""Lets the CUDA build of torchvision be imported with a CPU build of torch.
+
+Python runs this module at its start, since tools/serve_sglang.sh puts its folder on PYTHONPATH. The published
+torchvision is built for CUDA, so its library does not load with a CPU torch. Two operators are then not declared, and
+importing torchvision fails. This module declares them before torchvision is imported.
+"""
 
 import sys
 
@@ -8,9 +11,9 @@ DECLARATION = "(Tensor boxes, Tensor scores, float threshold) -> Tensor"
 
 
 class _BeforeTorchvision:
-    """A finder that finds nothing."""
+    """An import finder that declares the operators before torchvision is imported, and finds no module itself."""
 
-    library = None  # kept: what it declares goes with it
+    library = None  # kept, since its declarations end with the object
 
     @classmethod
     def find_spec(cls, name, path=None, target=None):

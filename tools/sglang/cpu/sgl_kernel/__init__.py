@@ -1,9 +1,12 @@
-"""In the place of sgl-kernel, which is published for CUDA alone. SGLang's CPU engine takes names from it when it is
-imported, and calls none of them to decode a dense model with torch's own attention: each is there, and refuses."""
+"""A stand-in for the package sgl-kernel, which is published for CUDA only.
+
+SGLang's CPU engine imports names from it, but calls none of them when it decodes a dense model with torch's own
+attention. So every name exists here, as a function that raises NotImplementedError.
+"""
 
 
 def __getattr__(name: str):
-    if name.startswith("__"):  # asked for by the import system, which takes "no" for an answer
+    if name.startswith("__"):  # the import system asks for such names, and they may be missing
         raise AttributeError(name)
 
     def refuse(*_, **__):

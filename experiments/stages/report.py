@@ -1,7 +1,7 @@
 """The report stage: a table of every evaluated model, figures, and the numbers behind them."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 
 from apr_jax.data.folder import DataFolder
@@ -14,43 +14,69 @@ from apr_jax.tasks.task import Task
 from apr_jax.train.checkpoint import fingerprint, last_step, load_model
 from experiments.figures import accuracy, training
 from experiments.figures.style import read_metrics
+from experiments.stages import evaluate, export, models, trained
+from experiments.stages.evaluate import records_name
+from experiments.stages.run import Run
+from experiments.workspace import NOTE
 
-STAGES = {"sft": "SFT", "grpo": "SFT+GRPO"}  # of training, with the titles of their models
-JOINT = "sft_joint"  # the folder of the supervised model of all variants, where there is one
+STAGES = {"sft": "SFT", "grpo": "SFT+GRPO"}  # training stages, with the titles of their models
+FIGURES = ("accuracy", "accuracy_window", "accuracy_sequential", "accuracy_total", "sft_loss", "grpo_reward")
+FILES = ("report.md", "summary.json", *(f"figures/{name}.png" for name in FIGURES))  # all that this stage writes
+JOINT = "sft_joint"  # folder of the one supervised model of all variants, if sft.models is "joint"
 HEADER = (
     "| model | accuracy (95 % interval) | answered | step accuracy | total tokens | sequential tokens | children |"
     " threads cut by the window | malformed spawns | tokens trained |"
 )
 
 
-def records_name(name: str, temperature: float | None = None, budget: int | None = None) -> str:
-    """Of a model's records: the run's own, or those of a budget that its prompts were to ask for or of a temperature
-    that it was also evaluated at, as "sft_apr+4@0.5"."""
-    name = name if budget is None else f"{name}+{budget}"
-    return name if temperature is None else f"{name}@{temperature:g}"
+def run(run: Run) -> None:
+    """Link the results in the store for the run's settings and current weights, and report them."""
+    unfinished, in_training = {}, set()
+    for name, step in trained.saved(run, run.task.variants).items():
+        reached, steps = models.reached(run, name, step.parent.parent)
+        if reached < steps:
+            in_training.add(name)
+        weights = models.weights(run, step)
+        for question in evaluate.questions(run, name.partition("_")[2]):
+            output = evaluate.output(run, name, weights, question)
+            run.workspace.connect(output)
+            if (partial := output.path.with_name(output.path.name + ".partial")).exists():
+                unfinished[question.records(name)] = partial
+    if found := export.exported(run):
+        name, step = found
+        run.workspace.connect(export.output(run, name, models.weights(run, step)))
+    asked = run.settings.evaluate
+    temperatures, budgets = asked.extra_temperatures, asked.budgets
+    print(write_report(run.dataset, run.workdir, temperatures, run.fingerprints, budgets, unfinished, in_training))
 
 
 def write_report(
     dataset: DataFolder, workdir: Path, extra_temperatures: Sequence[float] = (), weights: Mapping[Path, str] = {},
-    budgets: Mapping[str, Sequence[int]] = {},
+    budgets: Mapping[str, Sequence[int]] = {}, unfinished: Mapping[str, Path] = {}, in_training: Set[str] = frozenset(),
 ) -> str:  # fmt: skip
-    """Writes report.md, summary.json and figures/ from what the run folder holds; returns the table, followed by those
-    of `extra_temperatures`, and of each of a variant's `budgets` behind the first. `weights` are
-    fingerprints of saved steps that the caller has read already.
+    """Write report.md, summary.json and figures/ from the run folder, and return the report's text.
 
-    Raises UserError where records are of other weights than the model has now. Where a model's weights are gone its
-    records stay, and the report says so.
+    The first table is of the main records. Further tables are for `extra_temperatures`, and for a variant's `budgets`
+    after its first. `weights` has fingerprints of saved steps that the caller has read already. `unfinished` has the
+    files of evaluations that were stopped, by the records' name. `in_training` has the names of models whose training
+    has not ended: their records may be those of an earlier step.
+
+    Raises UserError if records were made with other weights than the model has now, and FileNotFoundError if there are
+    no records. If the weights of a model were deleted, its row stays, and the report says so.
     """
     task = dataset.task
-    models = {
+    plain = {
         f"{stage}_{variant}": f"{task.title(variant)} {title}"
         for stage, title in STAGES.items()
         for variant in task.variants
     }
-    stamps = {name: _read_stamp(workdir / "evaluate" / f"{name}.stamp.json") for name in models}
-    titles = {name: title + _position(stamps[name]) for name, title in models.items()}
-    present: dict[str, str | None] = {}  # fingerprints of the weights that are there now
+    present: dict[str, str | None] = {}  # fingerprints of the current weights; None: deleted
     first = {variant: (budgets.get(variant) or (None,))[0] for variant in task.variants}
+    notes = {
+        name: _read_note(workdir / "evaluate" / f"{records_name(name, None, first[name.partition('_')[2]])}.jsonl")
+        for name in plain
+    }
+    titles = {name: title + _position(notes[name]) for name, title in plain.items()}
 
     def read(temperature: float | None = None, asked: Mapping[str, int | None] = first) -> dict[str, list[Record]]:
         found = {}
@@ -62,7 +88,11 @@ def write_report(
             found[title] = read_records(path)
             if name not in present:
                 present[name] = _present(workdir / name, weights)
-            if present[name] and {record.weights for record in found[title]} != {present[name]}:
+            if (
+                name not in in_training
+                and present[name]
+                and {record.weights for record in found[title]} != {present[name]}
+            ):
                 raise UserError(f"{path} is of other weights than {name} has now: run --stage=evaluate again")
         return found
 
@@ -71,17 +101,17 @@ def write_report(
         raise FileNotFoundError(f"no records under {workdir / 'evaluate'}: run --stage=evaluate first")
     gone = [
         line for name, digest in present.items() if digest is None
-        for line in ("", f"The weights of {titles[name]} are not in {name}/ any more: its row is of records alone.")
+        for line in ("", f"The weights of {titles[name]} are no longer in {name}/: its row is from records only.")
     ]  # fmt: skip
-    joint = workdir / JOINT / "metrics.jsonl"  # of the one model that is saved for each variant, at its step 0
-    logs = {name: workdir / name / "metrics.jsonl" for name in models}
+    joint = workdir / JOINT / "metrics.jsonl"  # variants have this model at step 0, without metrics of their own
+    logs = {name: workdir / name / "metrics.jsonl" for name in plain}
     logs |= {name: joint for name, path in logs.items() if name.startswith("sft_") and not path.exists()}
     metrics = {titles[name]: read_metrics(path) for name, path in logs.items() if path.exists()}
-    last = {name: float("inf") if logs[name] == joint else stamps[name].get("step", float("inf")) for name in models}
-    trained = {titles[name]: _trained(metrics.get(titles[name], []), last[name]) for name in models}
+    last = {name: float("inf") if logs[name] == joint else notes[name].get("step", float("inf")) for name in plain}
+    trained = {titles[name]: _trained(metrics.get(titles[name], []), last[name]) for name in plain}
     summaries = {title: summarise(rows) for title, rows in records.items()}
     problems = dataset.manifest["held_out_problems"]
-    lines = _table(task, records, summaries, trained, problems) + gone + _unfinished(workdir, problems)
+    lines = _table(task, records, summaries, trained, problems) + gone + _unfinished(unfinished, problems)
     further = [(temperature, first) for temperature in extra_temperatures]
     for variant, asked in budgets.items():
         temperatures = (None, *extra_temperatures)
@@ -99,20 +129,22 @@ def write_report(
     if check.exists():
         mend = "delete it and run --stage=export again"
         found = read_json(check, mend)
-        if found.get("model") not in models:
+        if found.get("model") not in plain:
             raise UserError(f"{check} is broken: {mend}")
         if found.get("weights") != (_present(workdir / found["model"], weights) or found.get("weights")):
             lines += ["", f"The export is of other weights than {found['model']} has now: run --stage=export again."]
         else:
-            lines += ["", f"Export of {found['model']} against transformers: " + ", ".join(
+            compared = ", ".join(
                 f"{name.replace('_', ' ')} {value:.2g}" if isinstance(value, float)
                 else f"{name.replace('_', ' ')} {value}"
                 for name, value in found.items() if name not in ("model", "step", "weights")
-            )]  # fmt: skip
+            )  # fmt: skip
+            if compared:
+                lines += ["", f"Export of {found['model']} against transformers: {compared}"]
     for variant in task.variants:
         counts, title = dataset.manifest.get(f"{variant}_train", {}), task.title(variant)
         if not counts.get("trees"):
-            continue  # a data set that was imported may have one alone, a task's variant none
+            continue  # an imported data set may lack a variant, and a variant may have none
         n = counts["problems"]
         lines.append(
             f"The {title} demonstrations of {n} training problems: "
@@ -132,8 +164,8 @@ def write_report(
     accuracy.accuracy_against_sequential(records, folder / "accuracy_sequential.png")
     accuracy.accuracy_against_total(records, folder / "accuracy_total.png")
     for stage, draw, name in (("sft", training.sft_losses, "sft_loss"), ("grpo", training.grpo_rewards, "grpo_reward")):
-        told = {titles[f"{stage}_{variant}"] for variant in task.variants}
-        if rows := {title: rows for title, rows in metrics.items() if title in told}:
+        shown = {titles[f"{stage}_{variant}"] for variant in task.variants}
+        if rows := {title: rows for title, rows in metrics.items() if title in shown}:
             draw(rows, folder / f"{name}.png")
     text = "\n".join(lines) + "\n"
     write_text(workdir / "summary.json", json.dumps(summaries, indent=1))
@@ -141,33 +173,36 @@ def write_report(
     return text
 
 
-def _read_stamp(path: Path) -> dict:
-    """What the evaluation noted of the weights; nothing where it noted none. Raises UserError where it is broken."""
+def _read_note(records: Path) -> dict:
+    """Return the note (made_of.json) on a file of records, with the step of the weights that were evaluated.
+
+    Return {} if there are no records. Raises UserError if the note is broken.
+    """
+    path = records.resolve().parent / NOTE
     mend = "delete it and run --stage=evaluate again"
-    stamp = read_json(path, mend) if path.exists() else {}
-    if not all(isinstance(stamp.get(name, 0), int) for name in ("step", "steps")):
+    note = read_json(path, mend) if records.exists() and path.exists() else {}
+    if not all(isinstance(note.get(name, 0), int) for name in ("step", "steps")):
         raise UserError(f"{path} is broken: {mend}")
-    return stamp
+    return note
 
 
-def _position(stamp: dict) -> str:
-    """Behind the title of a model that was evaluated while it was trained: where it stood."""
-    return "" if stamp.get("finished", True) else f" (step {stamp['step']} of {stamp['steps']})"
+def _position(note: dict) -> str:
+    """Return " (step 20 of 40)" for a model that was evaluated before the end of its training, and "" for any other."""
+    return "" if note.get("finished", True) else f" (step {note['step']} of {note['steps']})"
 
 
 def _present(stage: Path, weights: Mapping[Path, str]) -> str | None:
-    """The fingerprint of a stage's last weights; None where none are there."""
+    """Return the fingerprint of the last weights in a stage's folder, or None if it has no weights."""
     if (step := last_step(stage)) is None:
         return None
-    return weights.get(step) or fingerprint(load_model(step.parent)[0])
+    return weights.get(step.resolve()) or fingerprint(load_model(step.parent)[0])
 
 
-def _unfinished(workdir: Path, problems: int) -> list[str]:
-    """A line for each evaluation that was stopped: it has no row yet."""
+def _unfinished(partial: Mapping[str, Path], problems: int) -> list[str]:
+    """Return a line for each evaluation that was stopped, since it has no row yet."""
     lines = []
-    for path in sorted((workdir / "evaluate").glob("*.jsonl.partial")):
+    for name, path in sorted(partial.items()):
         ran = path.read_text(errors="replace").count("\n")
-        name = path.name.removesuffix(".jsonl.partial")
         lines += ["", f"The evaluation of {name} is not finished: {ran} of {problems} problems ran."]
     return lines
 
@@ -175,7 +210,7 @@ def _unfinished(workdir: Path, problems: int) -> list[str]:
 def _table(
     task: Task, records: dict[str, list[Record]], summaries: dict[str, dict], trained: dict[str, float], problems: int
 ) -> list[str]:
-    """A row for each model, and what GRPO changed on the same problems."""
+    """Return the lines of a table with a row for each model, and of what GRPO changed on the same problems."""
     lines = [HEADER, "|" + " --- |" * HEADER.count(" | ") + " --- |"]
     lines += [_row(title, summaries[title], trained.get(title, 0.0), problems) for title in records]
     for condition in dict.fromkeys(s["condition"] for s in summaries.values() if s["condition"]):
@@ -199,12 +234,15 @@ def _table(
 
 
 def _is_of(title: str, plain: str) -> bool:
-    """Whether a title is the plain one, or that with a position behind it."""
+    """Return whether a title is the plain title, alone or followed by a step as in `_position`."""
     return title == plain or title.startswith(f"{plain} (step ")
 
 
 def _changes(published: Mapping[str, float], before: dict, after: dict) -> str:
-    """The change of the shape of trees by GRPO, beside a published one."""
+    """Return how GRPO changed the number of children and the tokens per sequence, beside published changes.
+
+    A sequence is one thread. `published` has the paper's changes as fractions, by quantity.
+    """
     quantities = {
         "children": lambda s: s["children"],
         "tokens a sequence": lambda s: s["total_tokens"] / (1 + s["children"]),
@@ -221,8 +259,9 @@ def _changes(published: Mapping[str, float], before: dict, after: dict) -> str:
 
 
 def _row(title: str, s: dict, trained: float, problems: int) -> str:
+    """Return the row of a model."""
     malformed = ", ".join(f"{kind} {count}" for kind, count in s["malformed"].items()) or "none"
-    steps = "-" if s["step_accuracy"] is None else f"{s['step_accuracy']:.1%}"  # a task may have none
+    steps = "-" if s["step_accuracy"] is None else f"{s['step_accuracy']:.1%}"  # a task may not have steps
     return (
         f"| {title} | {s['accuracy']:.1%} ({s['accuracy_low']:.1%} to {s['accuracy_high']:.1%}),"
         f" n={s['n']} of {problems}"
@@ -232,7 +271,10 @@ def _row(title: str, s: dict, trained: float, problems: int) -> str:
 
 
 def _trained(rows: list[dict], last: float) -> float:
-    """Tokens that went through training up to a step: SFT logs those of one step every few, GRPO of every step."""
+    """Return the number of tokens that went through training up to the step `last`.
+
+    GRPO logs the tokens of every step. SFT logs the tokens of single steps, so their mean is multiplied by the steps.
+    """
     rows = [row for row in rows if row["step"] <= last]
     steps = [row for row in rows if "tokens" in row]
     if steps:
