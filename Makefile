@@ -13,6 +13,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 CONFIG ?= experiments/configs/laptop.py
 ARGS ?=
+# The folder of the demo's run.
+RUN = $(or $(patsubst --workdir=%,%,$(filter --workdir=%,$(ARGS))),runs/$(basename $(notdir $(CONFIG))))
 WORKERS := --numprocesses=2 --dist=loadgroup --no-loadscope-reorder
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -50,6 +52,7 @@ help:
 
 demo: env
 	$(PY) -m experiments.run --config=$(CONFIG) $(ARGS)
+	@$(PY) -m tools.solve --suggest=$(RUN) 2>/dev/null || true  # a run of another task has none
 
 test: env
 	$(PY) -m pytest $(WORKERS) $(ARGS)

@@ -5,7 +5,7 @@ block then puts their results into the parent's context.
 
 Floors. A package imports only from lower floors, or from its own floor without circles:
 
-    4  evaluate, export
+    4  evaluate, export, trained (a model with its task, ready to solve problems)
     3  train (sft, grpo)
     2  rollout (engines, scheduler), data (data sets, stores, packing)
     1  tasks (Countdown, factor search, sums)
@@ -26,3 +26,14 @@ Shape letters. An array that crosses a function has its axes as a suffix of its 
 Blocked attention also has I, the blocks of a row, and Q, queries over all heads that share a key/value head. A digit is
 an axis of that length. A module that works on other things than tokens lists its letters itself.
 """
+
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    """Return `apr_jax.trained.load` as ``apr_jax.load``. It is imported when it is first used, since it needs JAX."""
+    if name == "load":
+        from apr_jax.trained import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,13 +16,13 @@ from apr_jax.io.paths import expand_home
 
 ROOT = Path(__file__).resolve().parent.parent  # of the checkout
 # (old name, new name). An entry applies to the tools that have a flag of the new name.
-RENAMED_FLAGS = (("least_children", "min_children"), ("style", "variant"), ("style", "solver"))
+RENAMED_FLAGS = (("least_children", "min_children"), ("style", "variant"))
 
 
 def run(
     doc: str,
     define: Callable[[flags.FlagValues], None],
-    work: Callable[[flags.FlagValues, list[str]], None],
+    work: Callable[[flags.FlagValues, list[str]], int | None],
     argv: Sequence[str],
     *,
     takes: Sequence[str] | None = (),
@@ -36,8 +36,9 @@ def run(
     is started on the GPUs or else on all cores.
 
     UserError and OSError are errors that a user can correct: they are printed as one line on stderr, and the exit code
-    is 1. Any other error is a bug and keeps its traceback; with --debug every error does. A value that begins with ~ is
-    read as a path in a home folder. Each call has its own `FlagValues`, so that several tools can run in one process.
+    is 1. Any other error is a bug and keeps its traceback; with --debug every error does. `work` may return the exit
+    code of a call without errors; None is 0. A value that begins with ~ is read as a path in a home folder. Each call
+    has its own `FlagValues`, so that several tools can run in one process.
     """
     streams.open_closed()
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every file
@@ -58,13 +59,14 @@ def run(
         need(values, *required)
         if devices:
             use_all_cores()
-        work(values, [expand_home(argument) for argument in arguments])
+        code = work(values, [expand_home(argument) for argument in arguments])
         sys.stdout.flush()
     except BrokenPipeError:  # whatever reads stdout, e.g. a pager, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except Exception as error:
         return end_in_error(error, argv, _wrong_flag, _no_backend)
-    return 0
+    return code or 0
 
 
 def _parse(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:

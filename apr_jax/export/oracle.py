@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Sequence as Ids
 
 from apr_jax.errors import UserError
-from apr_jax.threads.engine import Decoded, Sampling
+from apr_jax.threads.engine import Decoded, Sampling, Watch
 
 
 def import_torch():
@@ -56,9 +56,11 @@ class TransformersEngine:
     def extend(self, sequence: _Sequence, ids: Ids[int]) -> None:
         sequence.ids.extend(ids)
 
-    async def decode(self, sequence: _Sequence, stop: frozenset[int], limit: int, sampling: Sampling) -> Decoded:
-        """Decode greedily, until a stop token, `limit` new tokens or the end of the context. Raises ValueError for any
-        temperature but 0, and if the context is full."""
+    async def decode(
+        self, sequence: _Sequence, stop: frozenset[int], limit: int, sampling: Sampling, watch: Watch | None = None
+    ) -> Decoded:
+        """Decode greedily, until a stop token, `limit` new tokens or the end of the context. `watch` is called once,
+        with all ids. Raises ValueError for any temperature but 0, and if the context is full."""
         if sampling.temperature != 0:
             raise ValueError(f"this engine is greedy: temperature is 0, was given {sampling.temperature}")
         limit = min(limit, self.context - len(sequence.ids))
@@ -69,7 +71,10 @@ class TransformersEngine:
         self._stop = stop
         if self._loop is None or self._loop.done():
             self._loop = asyncio.create_task(self._serve())
-        return await request.future
+        decoded = await request.future
+        if watch is not None:
+            watch(0, decoded.ids)
+        return decoded
 
     def free(self, sequence: _Sequence) -> None:
         """Do nothing: a sequence holds no resources."""

@@ -52,12 +52,14 @@ class Client:
         self._gates: list[asyncio.Semaphore] = []
 
     async def generate(
-        self, server: int, body: dict, read: Callable[[dict, float | None], Result]
-    ) -> tuple[Result, float, int]:
+        self, server: int, body: dict, read: Callable[[dict, float | None], Result],
+        part: Callable[[list], None] | None = None,
+    ) -> tuple[Result, float, int]:  # fmt: skip
         """Send a request to ``/generate`` of the server with index `server`, and repeat it after transient failures.
 
         `read(event, first)` checks and converts the answer: `event` is the whole answer as one event, `first` the time
-        of its first token. Returns (the result of `read`, the start of the first attempt, the number of attempts);
+        of its first token. `part(ids)` is called with all ids so far, as the server sent them, whenever some arrive.
+        Returns (the result of `read`, the start of the first attempt, the number of attempts);
         times are seconds of `time.perf_counter`. Each attempt begins anew: nothing of a broken answer is kept. Raises
         ServerError when the request is refused, the answer is invalid or `patience` is at its end.
         """
@@ -70,7 +72,7 @@ class Client:
                 attempts += 1
                 try:
                     async with asyncio.timeout(self.patience.request):
-                        return read(*await _stream(http, url, body)), start, attempts
+                        return read(*await _stream(http, url, body, part)), start, attempts
                 except _TransientError as error:
                     reason = str(error)
                 except TimeoutError:
@@ -145,9 +147,11 @@ def checked_url(url: str) -> str:
     raise UserError(f"a server is given as http://HOST:PORT, was given {url!r}")
 
 
-async def _stream(http: httpx.AsyncClient, url: str, body: dict) -> tuple[dict, float | None]:
-    """Make one attempt. Returns (the streamed answer joined to one event, the time of its first token). Raises
-    _TransientError, ServerError or httpx.RequestError."""
+async def _stream(
+    http: httpx.AsyncClient, url: str, body: dict, part: Callable[[list], None] | None
+) -> tuple[dict, float | None]:
+    """Make one attempt. Returns (the streamed answer joined to one event, the time of its first token). `part` as in
+    `Client.generate`. Raises _TransientError, ServerError or httpx.RequestError."""
     answer, first = Answer(), None
     async with http.stream("POST", f"{url}/generate", json=body) as response:
         if response.status_code != 200:
@@ -155,7 +159,10 @@ async def _stream(http: httpx.AsyncClient, url: str, body: dict) -> tuple[dict, 
         events = Events()
         try:
             async for chunk in response.aiter_bytes():
+                before = len(answer.ids)
                 first = _add(url, answer, events.feed(chunk), first)
+                if part is not None and len(answer.ids) > before:
+                    part(answer.ids)
                 if answer.ended:
                     break
             first = _add(url, answer, events.end(), first)

@@ -34,7 +34,7 @@ from apr_jax.rollout.decode import Distribution, SlotInputs, make_copy, make_dec
 from apr_jax.rollout.scheduler import Copy, Group, Prefill, Request, Scheduler
 from apr_jax.rollout.shapes import ACCELERATOR_SHAPES, CPU_SHAPES, Shapes, fitting, width_of
 from apr_jax.rollout.slots import Sequence
-from apr_jax.threads.engine import Decoded, Sampling
+from apr_jax.threads.engine import Decoded, Sampling, Watch
 
 REFILL_AT = 0.25  # a decode call ends when this fraction of its slots still runs, so that the others are refilled
 
@@ -42,8 +42,9 @@ REFILL_AT = 0.25  # a decode call ends when this fraction of its slots still run
 class _Request(Request):
     """A scheduler's request with the tokens sampled so far and a future for the result."""
 
-    def __init__(self, sequence: Sequence, limit: int):
+    def __init__(self, sequence: Sequence, limit: int, watch: Watch | None):
         super().__init__(sequence, limit)
+        self.watch = watch
         self.ids: list[int] = []
         self.logprobs: list[float] = []
         self.model_logprobs: list[float] = []
@@ -51,6 +52,8 @@ class _Request(Request):
 
     def take(self, tokens: list[int], logprobs: list[float], model_logprobs: list[float]) -> None:
         """Append sampled tokens to the sequence and to the result."""
+        if self.watch is not None:
+            self.watch(len(self.ids), tuple(tokens))
         self.sequence.ids.extend(tokens)
         self.ids.extend(tokens)
         self.logprobs.extend(logprobs)
@@ -150,7 +153,9 @@ class JaxEngine:
     def extend(self, sequence: Sequence, ids: Ids[int]) -> None:
         sequence.ids.extend(ids)
 
-    async def decode(self, sequence: Sequence, stop: frozenset[int], limit: int, sampling: Sampling) -> Decoded:
+    async def decode(
+        self, sequence: Sequence, stop: frozenset[int], limit: int, sampling: Sampling, watch: Watch | None = None
+    ) -> Decoded:
         limit = min(limit, self.context - len(sequence.ids))
         if limit < 1:
             raise ValueError(f"no room to decode: {len(sequence.ids)} of {self.context} tokens")
@@ -158,7 +163,7 @@ class JaxEngine:
             raise ValueError(
                 f"one stop set and one Sampling at a time: {self._how} decode, was given {stop}, {sampling}"
             )
-        request = _Request(sequence, limit)
+        request = _Request(sequence, limit, watch)
         self._scheduler.ask(request)
         self._how = stop, sampling
         if self._loop is None or self._loop.done():

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence as Ids
 
-from apr_jax.threads.engine import Decoded, Engine, Sampling, Sequence
+from apr_jax.threads.engine import Decoded, Engine, Sampling, Sequence, Watch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,13 +122,17 @@ class TimedEngine:
     def extend(self, sequence: _Sequence, ids: Ids[int]) -> None:
         self.engine.extend(sequence.inner, ids)
 
-    async def decode(self, sequence: _Sequence, stop: frozenset[int], limit: int, sampling: Sampling) -> Decoded:
+    async def decode(
+        self, sequence: _Sequence, stop: frozenset[int], limit: int, sampling: Sampling, watch: Watch | None = None
+    ) -> Decoded:
         prompt, asked = len(sequence.ids), time.perf_counter()
         limit = min(limit, self.context - prompt)
-        decoded = await self.engine.decode(sequence.inner, stop, min(limit, 1) if self.split else limit, sampling)
+        part = min(limit, 1) if self.split else limit
+        decoded = await self.engine.decode(sequence.inner, stop, part, sampling, watch)
         first = time.perf_counter() if self.split else None
         if self.split and not decoded.stopped and limit > 1:
-            rest = await self.engine.decode(sequence.inner, stop, limit - 1, sampling)
+            later = None if watch is None else lambda at, ids: watch(1 + at, ids)
+            rest = await self.engine.decode(sequence.inner, stop, limit - 1, sampling, later)
             decoded = Decoded(
                 decoded.ids + rest.ids, decoded.logprobs + rest.logprobs, rest.stopped,
                 decoded.model_logprobs + rest.model_logprobs,

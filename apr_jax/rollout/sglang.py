@@ -21,9 +21,10 @@ from apr_jax.rollout.client import Client, Patience, ServerError, checked_url
 from apr_jax.rollout.measure import Lineage, Measurement, Measurements, Origin
 from apr_jax.rollout.placement import AllToOne, Placement
 from apr_jax.rollout.stream import nested
-from apr_jax.threads.engine import Decoded, Sampling
+from apr_jax.threads.engine import Decoded, Sampling, Watch
 
 INTERVAL = 1 << 20  # tokens per part of a streamed answer: the first token comes at once, then all others together
+WATCHED_INTERVAL = 8  # the same, where somebody watches
 LOGPROBS = ("both", "drawn", "none")
 ROUNDING = 0.01  # a log-probability is at most 0, but rounding may raise it by up to this much
 
@@ -104,7 +105,9 @@ class SglangEngine:
     def extend(self, sequence: _Sequence, ids: Ids[int]) -> None:
         sequence.ids.extend(map(int, ids))
 
-    async def decode(self, sequence: _Sequence, stop: frozenset[int], limit: int, sampling: Sampling) -> Decoded:
+    async def decode(
+        self, sequence: _Sequence, stop: frozenset[int], limit: int, sampling: Sampling, watch: Watch | None = None
+    ) -> Decoded:
         """Implement `Engine.decode`. Raises ValueError for a freed or full sequence, UserError for an id outside the
         vocabulary or a `sampling` that SGLang cannot apply, and ServerError if the server fails."""
         if sequence.freed:
@@ -120,7 +123,10 @@ class SglangEngine:
         while len(ids) < limit and not (ids and ids[-1] in stop):
             # A second round is needed only if the server stopped at an end token of its own that is not in `stop`.
             # SGLang cannot ignore that token alone.
-            answer = await self._generate(sequence, ids, stop, limit - len(ids), sampling)
+            seen = None if watch is None else _Seen(watch, len(ids), self.vocab_size)
+            answer = await self._generate(sequence, ids, stop, limit - len(ids), sampling, seen)
+            if seen is not None:
+                seen.add(answer.ids, whole=True)
             ids += answer.ids
             logprobs += answer.logprobs
         model_logprobs = logprobs
@@ -159,9 +165,11 @@ class SglangEngine:
         return top_k, sampling.top_p
 
     async def _generate(
-        self, sequence: _Sequence, written: list[int], stop: frozenset[int], limit: int, sampling: Sampling
-    ) -> _Answer:
-        """Send one request of a decode and record its measurement. `written` are the ids of the decode so far."""
+        self, sequence: _Sequence, written: list[int], stop: frozenset[int], limit: int, sampling: Sampling,
+        seen: "_Seen | None",
+    ) -> _Answer:  # fmt: skip
+        """Send one request of a decode and record its measurement. `written` are the ids of the decode so far. `seen`
+        gets the ids of the answer as they arrive."""
         prompt = [*sequence.ids, *written]
         top_k, top_p = self._truncation(sampling)
         body = {
@@ -173,14 +181,17 @@ class SglangEngine:
                 "max_new_tokens": limit,
                 "stop_token_ids": sorted(stop),
                 "skip_special_tokens": False,
-                "stream_interval": INTERVAL,
+                "stream_interval": INTERVAL if seen is None else WATCHED_INTERVAL,
             },
             "return_logprob": self.logprobs != "none",
             "stream": True,
         }
         url, asked = self.servers[sequence.server], time.perf_counter()
         answer, start, attempts = await self._client.generate(
-            sequence.server, body, lambda event, first: self._read(url, event, first, len(prompt), stop, limit)
+            sequence.server,
+            body,
+            lambda event, first: self._read(url, event, first, len(prompt), stop, limit),
+            None if seen is None else seen.add,
         )
         if self.measurements is not None:
             self.measurements.append(
@@ -234,6 +245,27 @@ class SglangEngine:
             ids, logprobs, _number(meta.get("cached_tokens")),
             _number(meta.get("e2e_latency")), _number(meta.get("queue_time")), end if first is None else first, end,
         )  # fmt: skip
+
+
+class _Seen:
+    """The ids of one request that its decode's `watch` has received. `before` is the number of the decode's ids before
+    the request."""
+
+    def __init__(self, watch: Watch, before: int, vocab_size: int):
+        self._watch, self._before, self._vocab_size = watch, before, vocab_size
+        self._ids: list[int] = []
+
+    def add(self, ids: list, whole: bool = False) -> None:
+        """Pass on what is new in an answer so far. After a broken attempt the answer begins anew: ids that differ from
+        the earlier attempt are passed on again. With `whole` the answer is complete, and may be shorter than the
+        earlier one. Ids that cannot be right are not passed on; `_read` raises their error later."""
+        if not all(type(one) is int and 0 <= one < self._vocab_size for one in ids):
+            return
+        shorter = min(len(self._ids), len(ids))
+        same = next((at for at in range(shorter) if self._ids[at] != ids[at]), shorter)
+        if same < len(ids) or (whole and same < len(self._ids)):
+            self._ids = list(ids)
+            self._watch(self._before + same, tuple(ids[same:]))
 
 
 def _logprobs(url: str, entries, ids: list[int]) -> list[float]:

@@ -2,12 +2,16 @@
 and no tree."""
 
 import dataclasses
+from collections.abc import Callable
 from collections.abc import Sequence as Ids
 from typing import Protocol
 
 from apr_jax.checks import check_fields
 from apr_jax.errors import UserError
 
+# Watches one decode. It is called on the event loop with (index of the first new id in this decode, the new ids). The
+# index is the number of ids before, or smaller: then the ids from the index on are replaced.
+Watch = Callable[[int, Ids[int]], None]
 LEAST_TEMPERATURE = 1e-6  # below it float32 overflows for some logits, and SGLang decodes greedily
 
 
@@ -94,9 +98,12 @@ class Engine(Protocol):
     def extend(self, sequence: Sequence, ids: Ids[int]) -> None:
         """Append ids that the model did not sample to a sequence."""
 
-    async def decode(self, sequence: Sequence, stop: frozenset[int], limit: int, sampling: Sampling) -> Decoded:
+    async def decode(
+        self, sequence: Sequence, stop: frozenset[int], limit: int, sampling: Sampling, watch: Watch | None = None
+    ) -> Decoded:
         """Sample tokens until a stop id or until `limit` tokens, and append them to the sequence. A stop id is kept,
-        as the last id."""
+        as the last id. `watch` is called with new ids as they arrive, and with all of them before this returns; it
+        changes no id."""
 
     def free(self, sequence: Sequence) -> None:
         """Release a sequence, which must not be used again."""

@@ -15,7 +15,8 @@ from apr_jax.checks import at_least, check_fields
 from apr_jax.errors import UserError
 from apr_jax.settings import shared
 from apr_jax.text.tokenizer import Tokenizer
-from apr_jax.threads.engine import Decoded, Engine, Sampling
+from apr_jax.threads.engine import Decoded, Engine, Sampling, Watch
+from apr_jax.threads.observer import Observer
 from apr_jax.threads.protocol import MalformedSpawn, SpawnRequest, TaskProtocol
 from apr_jax.threads.tree import Block, Spawn, Thread, ThreadTree, TreeOutcome, decode_tree
 
@@ -80,16 +81,19 @@ class TreeRunner:
     (`run_all`).
 
     Raises UserError where the budget's window is above the engine's context, where a task's spawn or join marker is not
-    one token, or where it is one of the tokenizer's end tokens.
+    one token, or where it is one of the tokenizer's end tokens. An `observer` learns of every thread and its tokens; it
+    changes neither.
     """
 
     def __init__(
-        self, engine: Engine, protocol: TaskProtocol, tokenizer: Tokenizer, budget: Budget, sampling: Sampling
-    ):
+        self, engine: Engine, protocol: TaskProtocol, tokenizer: Tokenizer, budget: Budget, sampling: Sampling,
+        observer: Observer | None = None,
+    ):  # fmt: skip
         if budget.context > engine.context:
             raise UserError(f"a window of {budget.context} tokens was asked of an engine that holds {engine.context}")
         self.engine, self.protocol, self.tokenizer = engine, protocol, tokenizer
         self.budget, self.sampling = budget, sampling
+        self.observer, self._watched = observer or Observer(), observer is not None
         self.spawn_open = tokenizer.token(protocol.spawn_open)
         self.spawn_close = tokenizer.token(protocol.spawn_close)
         self.join_open = tokenizer.token(protocol.join_open)
@@ -128,6 +132,15 @@ class TreeRunner:
     ) -> Thread:  # fmt: skip
         """Run one thread to its end. `parent`: (the thread whose context it inherits, the number of inherited
         tokens)."""
+        self.observer.started(name, depth, prompt)
+        thread = await self._run_thread(prompt, name, depth, allowance, counts, parent)
+        self.observer.ended(name, thread)
+        return thread
+
+    async def _run_thread(
+        self, prompt: tuple[int, ...], name: tuple[int, ...], depth: int, allowance: _Allowance, counts: Counter,
+        parent: tuple["_LiveThread", int] | None,
+    ) -> Thread:  # fmt: skip
         inherited = 0 if parent is None else parent[1]
         if inherited + len(prompt) >= self.budget.context:
             return Thread((Block(prompt, sampled=False),), failure="length", inherits=parent is not None)
@@ -136,7 +149,7 @@ class TreeRunner:
         else:
             sequence = self.engine.fork(parent[0].sequence, inherited, name)
             self.engine.extend(sequence, prompt)
-        live = _LiveThread(self.engine, sequence, prompt, name, inherits=parent is not None)
+        live = _LiveThread(self.engine, sequence, prompt, name, None if parent is None else inherited)
         try:
             return await self._turns(live, depth, allowance, counts)
         finally:
@@ -164,6 +177,8 @@ class TreeRunner:
                 if self.budget.malformed == "stop" or call_at is None or malformed >= self.budget.threads:
                     return live.thread(f"malformed:{kind}")
             children: list[Thread] = []
+            call = len(live.ids) - call_at
+            self.observer.spawned(live.name, call, runnable)
             if runnable:
                 share = allowance.share(runnable)
                 inherited = (live, call_at) if request.inherit else None
@@ -176,7 +191,9 @@ class TreeRunner:
                     for index, child in enumerate(request.children[:runnable])
                 )  # fmt: skip
                 allowance = allowance.less(children)
-            live.join(len(live.ids) - call_at, tuple(children), self._join_ids(request, children))
+            joined = self._join_ids(request, children)
+            live.join(call, tuple(children), joined)
+            self.observer.joined(live.name, call, joined)
         return live.thread("length")
 
     async def _write(
@@ -191,7 +208,7 @@ class TreeRunner:
         while (room := self.budget.context - len(live.ids)) > 0:
             if (limit := min(room, allowance.tokens - written)) < 1:
                 return "tokens", written
-            decoded = await self.engine.decode(live.sequence, self.stop, limit, self.sampling)
+            decoded = await self.engine.decode(live.sequence, self.stop, limit, self.sampling, self._watch(live))
             written += len(decoded.ids)
             live.add(decoded)
             if not decoded.stopped:
@@ -206,7 +223,15 @@ class TreeRunner:
                 return None, written
             counts["forced_spawns" if early else "suppressed_joins"] += 1
             live.replace_last(self.spawn_open)
+            self.observer.replaced(live.name, self.spawn_open)
         return "length", written
+
+    def _watch(self, live: "_LiveThread") -> Watch | None:
+        """Return the watcher of the next decode of a thread, None where nobody observes."""
+        if not self._watched:
+            return None
+        begin = len(live.ids) - (live.inherited or 0)
+        return lambda at, ids: self.observer.decoded(live.name, begin + at, ids)
 
     def _opened(self, ids: list[int], start: int) -> int | None:
         """Return the index at which the call at the end of `ids` begins: the last opening of a spawn at or after
@@ -244,10 +269,11 @@ class TreeRunner:
 
 
 class _LiveThread:
-    """A running thread: its sequence in the engine and its blocks so far. After each method both hold the same ids."""
+    """A running thread: its sequence in the engine and its blocks so far. After each method both hold the same ids.
+    `inherited` is the number of tokens of its parent's context, None where it inherits no context."""
 
-    def __init__(self, engine: Engine, sequence, prompt: Sequence[int], name: tuple[int, ...], inherits: bool):
-        self.engine, self.sequence, self.name, self.inherits = engine, sequence, name, inherits
+    def __init__(self, engine: Engine, sequence, prompt: Sequence[int], name: tuple[int, ...], inherited: int | None):
+        self.engine, self.sequence, self.name, self.inherited = engine, sequence, name, inherited
         self.items: list[Block | Spawn] = [Block(tuple(prompt), sampled=False)]
         self.forks = 0
 
@@ -262,7 +288,7 @@ class _LiveThread:
     def thread(self, failure: str | None) -> Thread:
         """Return the finished thread, without empty blocks."""
         items = (item for item in self.items if isinstance(item, Spawn) or len(item))
-        return Thread(tuple(items), failure=failure, inherits=self.inherits)
+        return Thread(tuple(items), failure=failure, inherits=self.inherited is not None)
 
     def add(self, decoded: Decoded) -> None:
         """Add sampled tokens as a block. The engine has appended them to the sequence already."""

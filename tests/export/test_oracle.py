@@ -1,5 +1,6 @@
-"""Tests that only comparisons with transformers need torch."""
+"""Tests of the engine on transformers: its observer, and that only comparisons with transformers need torch."""
 
+import asyncio
 import subprocess
 import sys
 from pathlib import Path
@@ -7,10 +8,13 @@ from pathlib import Path
 import pytest
 
 from apr_jax.errors import UserError
-from apr_jax.export.hf import check_export, check_trees, export_hf, greedy_agreement
+from apr_jax.export.hf import check_export, check_trees, export_hf, greedy_agreement, load_transformers
+from apr_jax.export.oracle import TransformersEngine
 from apr_jax.tasks.countdown import CountdownProtocol
-from apr_jax.threads.run import Budget
-from tests.tiny import TOKENIZER, make_model
+from apr_jax.threads.engine import Sampling
+from apr_jax.threads.run import Budget, TreeRunner
+from tests.threads.recorder import Recorder, check_recorded
+from tests.tiny import TOKENIZER, NonsenseProtocol, make_model, spawning_model
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -28,6 +32,14 @@ def test_without_torch_export_works_and_checks_raise_one_line(tmp_path, monkeypa
             compare()
         assert "torch" in str(error.value) and "pip install" in str(error.value)
         assert "\n" not in str(error.value)
+
+
+def test_an_observer_gets_the_ids_of_every_thread(tmp_path):
+    pytest.importorskip("torch")
+    export_hf(spawning_model(), TOKENIZER, tmp_path / "hf", {}, "float32")
+    engine, recorder = TransformersEngine(load_transformers(tmp_path / "hf"), 64), Recorder()
+    runner = TreeRunner(engine, NonsenseProtocol(2), TOKENIZER, Budget(64), Sampling(0.0), recorder)
+    check_recorded(recorder, {(0,): asyncio.run(runner.run(0, (0,)))})
 
 
 WITHOUT_TORCH = """

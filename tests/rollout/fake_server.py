@@ -43,7 +43,7 @@ class ContextEngine(FakeEngine):
     def __init__(self, context=CONTEXT - SPARE, **settings):
         super().__init__(lambda name, ids: iter(()), context=context, **settings)
 
-    async def decode(self, sequence, stop, limit, sampling):
+    async def decode(self, sequence, stop, limit, sampling, watch=None):
         assert sequence in self.live and 1 <= limit <= self.context - len(sequence.ids)
         ids, logprobs = [], []
         await asyncio.sleep(0)
@@ -51,6 +51,8 @@ class ContextEngine(FakeEngine):
             logprobs.append(logprob(sequence.ids))
             ids.append(next_token(sequence.ids))
             sequence.ids.append(ids[-1])
+        if watch is not None:
+            watch(0, tuple(ids))
         return Decoded(tuple(ids), tuple(logprobs), ids[-1] in stop, tuple(logprobs))
 
 

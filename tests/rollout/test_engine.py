@@ -23,6 +23,7 @@ from apr_jax.threads.run import Budget, TreeRunner, run_all
 from apr_jax.train.loss import row_logits, token_logprobs
 from apr_jax.train.step import data_mesh
 from tests.evaluate.nonsense import Nonsense
+from tests.threads.recorder import Recorder, check_recorded
 from tests.tiny import (
     SIZES,
     TOKENIZER,
@@ -59,9 +60,9 @@ def idle(engine):
     return not engine._scheduler.busy and not any(engine._scheduler.slots.owners)
 
 
-def run_trees(engine, protocol, budget, names, order=None, temperature=1.0):
+def run_trees(engine, protocol, budget, names, order=None, temperature=1.0, observer=None):
     """The trees of problems 0, 1, ... with these names. They are returned in this order and requested in `order`."""
-    runner = TreeRunner(engine, protocol, TOKENIZER, budget, Sampling(temperature))
+    runner = TreeRunner(engine, protocol, TOKENIZER, budget, Sampling(temperature), observer)
     order = list(range(len(names))) if order is None else order
     jobs = [lambda i=i: runner.run(i, names[i]) for i in order]
     found = dict(zip(order, asyncio.run(run_all(jobs))))
@@ -185,8 +186,20 @@ def test_children_that_inherit_continue_their_parent_s_context(spawning, mesh):
     sampled = np.isin(packed.role, SAMPLED_ROLES)
     assert sampled.sum() > 300
     assert np.abs(np.asarray(logprobs) - packed.logprobs)[sampled].max() < 1e-4
-    few = run_trees(JaxEngine(spawning, mesh, slots=2, context=CONTEXT, seed=3, steps=8), protocol, BUDGET, NAMES)
+    recorder = Recorder()
+    engine = JaxEngine(spawning, mesh, slots=2, context=CONTEXT, seed=3, steps=8)
+    few = run_trees(engine, protocol, BUDGET, NAMES, observer=recorder)
     assert list(map(without_logprobs, few)) == list(map(without_logprobs, found))
+    check_recorded(recorder, dict(zip(NAMES, few)))
+
+
+def test_an_observer_gets_the_ids_of_every_thread_and_changes_no_bit(trees, spawning, mesh):
+    recorder = Recorder()
+    engine = JaxEngine(spawning, mesh, slots=16, context=CONTEXT, seed=3, steps=8)
+    watched = run_trees(engine, NonsenseProtocol(), BUDGET, NAMES, observer=recorder)
+    assert watched == trees  # log-probabilities too
+    check_recorded(recorder, dict(zip(NAMES, watched)))
+    assert recorder.again == 0
 
 
 def test_the_model_s_own_log_probabilities_are_returned_if_they_differ(spawning, mesh):

@@ -21,6 +21,7 @@ from apr_jax.threads.run import Budget, TreeRunner, run_all
 from apr_jax.train.step import data_mesh
 from tests.rollout.fake_server import CONTEXT, SPARE, ContextEngine, FakeServer, next_token
 from tests.rollout.fake_server import logprob as fake_logprob
+from tests.threads.recorder import Recorder, check_recorded
 from tests.tiny import TOKENIZER, NonsenseProtocol, make_model, without_logprobs
 
 GREEDY = Sampling(0.0)
@@ -36,9 +37,9 @@ def engine_of(*servers, **settings):
     )
 
 
-def trees(engine, count=8, inherit=False):
+def trees(engine, count=8, inherit=False, observer=None):
     """The trees of `count` problems, decoded greedily."""
-    runner = TreeRunner(engine, NonsenseProtocol(2, inherit), TOKENIZER, BUDGET, GREEDY)
+    runner = TreeRunner(engine, NonsenseProtocol(2, inherit), TOKENIZER, BUDGET, GREEDY, observer)
 
     async def work():
         found = await run_all([lambda i=i: runner.run(i, (4, i)) for i in range(count)])
@@ -89,6 +90,58 @@ def test_transient_faults_change_no_tree():
     assert list(map(without_logprobs, mine)) == list(map(without_logprobs, trees(ContextEngine())))
     assert max(one.attempts for one in measured) > 1
     assert len(server.requests) > len(measured)
+
+
+# ---------------------------------------------------------------------- an observer
+
+BROKEN = ["drop", "end early", None, "drop", 500, None, "end early"] * 4  # of a streamed answer some parts were sent
+
+
+@pytest.mark.parametrize("faults", [(), BROKEN], ids=["whole", "broken"])
+@pytest.mark.parametrize("incremental", ["", "both"])
+def test_an_observer_gets_the_ids_of_every_thread_as_they_arrive(faults, incremental):
+    recorder = Recorder()
+    with FakeServer(faults, parts=(1, 4, 9, 20), incremental=incremental) as server:
+        mine = trees(engine_of(server, patience=Patience(5, 5)), observer=recorder)
+    assert mine == trees(ContextEngine())
+    check_recorded(recorder, {(4, i): tree for i, tree in enumerate(mine)})
+    decodes, events = len(server.requests), [kind for kind, _ in recorder.events]
+    assert events.count("decoded") > decodes - len(faults)  # several parts for a request
+    intervals = {body["sampling_params"]["stream_interval"] for body in server.requests}
+    assert max(intervals) < 100  # tokens; without an observer the server sends all but the first at once
+
+
+def test_an_observer_learns_which_ids_are_decoded_again():
+    class Forgetful(FakeServer):  # answers the same prompt by other tokens each time, as at a temperature
+        def _events(self, body):
+            events = super()._events(body)
+            for event in events:
+                ids = [1 + (token + len(self.requests)) % 9 for token in event["output_ids"]][: 6 - len(self.requests)]
+                entries = [[-0.5, token, None] for token in ids]
+                event["output_ids"] = ids
+                event["meta_info"] |= {"completion_tokens": len(ids), "output_token_logprobs": entries}
+                if event is events[-1]:
+                    event["meta_info"]["finish_reason"] = {"type": "stop"}
+            return events
+
+    seen, lengths = [], []
+    with Forgetful(["drop", "drop", None], parts=(1, 3)) as server:
+        engine = engine_of(server, patience=Patience(5, 5))
+
+        async def work():
+            sequence = engine.open(PROMPT, (1,))
+            try:
+                return await engine.decode(sequence, frozenset({20}), 5, GREEDY, watch)
+            finally:
+                await engine.close()
+
+        def watch(at, ids):
+            assert at <= len(seen)
+            seen[at:] = ids
+            lengths.append(len(seen))
+
+        found = asyncio.run(work())
+    assert tuple(seen) == found.ids and lengths != sorted(lengths)
 
 
 def test_a_request_has_the_ids_the_sampling_and_the_stop_ids():
@@ -434,3 +487,8 @@ def test_a_timed_engine_changes_no_token():
     engine = TimedEngine(ContextEngine(), "memory", measured, split=False)
     assert list(map(without_logprobs, trees(engine, inherit=True))) == list(map(without_logprobs, mine))
     assert measured[-1].first is None
+    for split in (True, False):
+        recorder = Recorder()
+        watched = trees(TimedEngine(ContextEngine(), "memory", Measurements(), split), inherit=True, observer=recorder)
+        check_recorded(recorder, {(4, i): tree for i, tree in enumerate(watched)})
+        assert list(map(without_logprobs, watched)) == list(map(without_logprobs, mine))

@@ -53,7 +53,7 @@ class FakeEngine:
         assert sequence in self.live
         sequence.ids.extend(ids)
 
-    async def decode(self, sequence, stop, limit, sampling):
+    async def decode(self, sequence, stop, limit, sampling, watch=None):
         assert sequence in self.live and 1 <= limit <= self.context - len(sequence.ids)
         self.decodes += 1
         for _ in range(self.random.randrange(4)):
@@ -62,6 +62,9 @@ class FakeEngine:
         while len(ids) < limit and not (ids and ids[-1] in stop):
             ids.append(next(sequence.tape))
         sequence.ids.extend(ids)
+        if watch is not None:
+            for at in range(0, len(ids), 3):  # in parts, as an engine does
+                watch(at, tuple(ids[at : at + 3]))
         logprobs = tuple(-0.25 * i for i in range(len(ids)))
         return Decoded(tuple(ids), logprobs, ids[-1] in stop, logprobs)
 

@@ -1,4 +1,4 @@
-"""Tests of tools.view and tools.solve by their command lines: output, pages and errors."""
+"""Tests of tools.view by its command line: output, pages and errors."""
 
 import html.parser
 import json
@@ -8,7 +8,7 @@ import re
 import pytest
 
 from apr_jax.evaluate.records import Record
-from apr_jax.tasks.countdown import CountdownProtocol, Problem
+from apr_jax.tasks.countdown import Problem
 from apr_jax.tasks.countdown.solver import SolverConfig, solve_apr
 from apr_jax.tasks.countdown.vocabulary import countdown_tokenizer
 from apr_jax.threads import Block, Spawn, Thread, ThreadTree, encode_tree, metrics
@@ -261,57 +261,6 @@ def test_a_tree_without_a_prompt_or_nested_too_deeply_is_refused(run_folder, cap
         assert "Traceback" not in err and err.count("\n") == code
         assert (code, "nested" in err or "recursion" in err) in ((0, False), (1, True)), err
     assert code == 1
-
-
-# ---------------------------------------------------------------------- solve
-
-
-@pytest.mark.parametrize("solver", ["apr", "sos_plus"])
-def test_solve_prints_a_trace_and_a_correct_answer(solver, capsys):
-    assert call(solve, 9, 8, 3, "--target=24", f"--solver={solver}", "--beam=10") == 0
-    out = capsys.readouterr().out
-    assert out.startswith(CountdownProtocol(solver).root_prompt(Problem((9, 8, 3), 24)))
-    *_, last = out.strip().split("\n")
-    assert re.fullmatch(r"right: (\S+=\d+, )*\S+=24", last)
-
-
-def test_solve_draws_a_tree_that_the_seed_determines(capsys):
-    outs = []
-    for seed in (1, 1, 2):
-        assert call(solve, 3, 5, 7, 8, "--target=24", "--tree", f"--seed={seed}") == 0
-        outs.append(capsys.readouterr().out)
-    assert outs[0] == outs[1] != outs[2]
-    assert "child 0:" in outs[0]
-
-
-def test_solve_reports_that_the_search_missed_a_solution(capsys):
-    assert call(solve, 3, 5, 7, 8, "--target=24", "--seed=0", "--beam=1") == 0
-    assert "not found" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "arguments, says",
-    [
-        (["1", "1", "--target=24"], "1 1 .*24"),
-        (["3", "--target=24"], "2 to 6 numbers.* 1 "),
-        (["1"] * 7 + ["--target=7"], "2 to 6 numbers.* 7 "),
-        (["3", "0", "--target=24"], "1 to 99999.*'0'"),
-        (["3", "100000", "--target=24"], "1 to 99999.*'100000'"),
-        (["3", "9" * 5000, "--target=24"], "1 to 99999.*'999"),
-        (["3", "-7", "--target=24"], "1 to 99999.*'-7'"),
-        (["3", "1.5", "--target=24"], r"1 to 99999.*'1\.5'"),
-        (["3", "x", "--target=24"], "1 to 99999.*'x'"),
-        (["3", "٣", "--target=24"], "1 to 99999.*'٣'"),
-        (["3", "8"], "--target "),
-        (["3", "8", "--target=1"], "2 to 99999.* 1$"),
-        (["3", "8", "--target=many"], "--target=many"),
-        (["3", "8", "--target=24", "--solver=bfs"], "--solver=bfs"),
-        (["3", "8", "--target=24", "--beam=0"], "--beam=0"),
-        (["3", "8", "--target=24", "--bem=3"], "bem"),
-    ],
-)
-def test_errors_of_solve_are_one_line(arguments, says, capsys):
-    assert re.search(says, refused(capsys, solve, *arguments))
 
 
 @pytest.mark.parametrize("tool", [solve, view])

@@ -26,7 +26,7 @@ FLOORS = (  # a room may import from lower floors, and from rooms of its own flo
     ("tasks",),
     ("rollout", "data"),
     ("train",),
-    ("evaluate", "export"),
+    ("evaluate", "export", "trained"),
     ("experiments", "tools"),
 )
 FOLDERS = ("apr_jax", "experiments", "tools", "benchmarks", "tests")

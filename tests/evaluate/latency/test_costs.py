@@ -37,10 +37,10 @@ def test_calibration_finds_the_costs_of_a_simulated_engine(monkeypatch):
     monkeypatch.setattr(measure_module, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
 
     class Slow(ContextEngine):
-        async def decode(self, sequence, stop, limit, sampling):
+        async def decode(self, sequence, stop, limit, sampling, watch=None):
             if len(sequence.ids) != self.written:
                 now[0] += 0.3 + 0.5 * len(sequence.ids)
-            decoded = await super().decode(sequence, stop, limit, sampling)
+            decoded = await super().decode(sequence, stop, limit, sampling, watch)
             now[0] += 2.0 * len(decoded.ids)
             self.written = len(sequence.ids)
             return decoded

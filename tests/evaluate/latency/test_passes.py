@@ -132,10 +132,10 @@ def test_a_sample_is_not_reused_for_another_problem(tmp_path):
 
 def test_an_engine_failure_ends_the_pass_and_is_never_a_sample(tmp_path, expected):
     class Broken(ContextEngine):
-        async def decode(self, sequence, stop, limit, sampling):
+        async def decode(self, sequence, stop, limit, sampling, watch=None):
             if sequence.name[1] == 2:
                 raise KeyError("no such thing")
-            return await super().decode(sequence, stop, limit, sampling)
+            return await super().decode(sequence, stop, limit, sampling, watch)
 
     path, measurements = tmp_path / "s.jsonl", Measurements()
     broken = Broken()
