@@ -43,8 +43,7 @@ class Run:
         on_devices = not {*stages} <= {"data", "report"}
         if on_devices and settings.model["attention"] == "cudnn" and jax.default_backend() != "gpu":
             raise UserError(f"model.attention cudnn needs an NVIDIA GPU, JAX runs on {jax.default_backend()}")
-        if settings.tokenizer:
-            load_tokenizer(settings.tokenizer)
+        self._tokenizer_digest = _digest(settings.tokenizer) if settings.tokenizer else None
         self.mesh = data_mesh(settings.devices, settings.fsdp) if on_devices else None
         self.workspace = Workspace(workdir, store or workdir / "store", writes=jax.process_index() == 0)
         self.first_weights = first_weights.find(settings, self.workspace.store)
@@ -72,7 +71,7 @@ class Run:
         """
         settings = {name: value for name, value in self.settings.data.described().items() if name != "format"}
         settings["task_edition"] = self.task.edition
-        inputs = {"tokenizer": _digest(self.settings.tokenizer)} if self.settings.tokenizer else {}
+        inputs = {"tokenizer": self._tokenizer_digest} if self._tokenizer_digest else {}
         own = self.workdir / "data"
         if own.is_dir() and not self.workspace.is_link(own):
             if read_manifest(own) is not None:

@@ -13,9 +13,10 @@ import pytest
 
 from apr_jax.errors import UserError
 from apr_jax.evaluate.records import read_records
+from apr_jax.text.tokenizer import Tokenizer
 from apr_jax.train.checkpoint import fingerprint, load_model
 from experiments.command import parse
-from experiments.stages import sft, trained
+from experiments.stages import first_weights, sft, trained
 from experiments.stages.run import Run
 from experiments.workspace import NOTE, Workspace
 from tests.experiments.conftest import SMOKE, copy_run, finish, has, snapshot, start
@@ -260,6 +261,43 @@ def test_the_same_weights_in_another_precision_are_evaluated_again(copy, main):
         assert main(*line, "--variants=apr", "--stage=sft,evaluate").code == 0
         places.add((copy / "evaluate" / "sft_apr.jsonl").resolve())
     assert len(places) == 2
+
+
+def test_a_tokenizer_file_with_another_content_makes_the_data_anew(whole_run, tmp_path):
+    path = tmp_path / "words" / "tokenizer.json"
+    path.parent.mkdir()
+    shutil.copy(whole_run.folder / "data" / "tokenizer.json", path)
+
+    def data() -> str:
+        line = ["run", SMOKE, f"--config.tokenizer.name={path}", f"--workdir={tmp_path / 'run'}"]
+        command = parse(line)
+        with Run(command.settings, command.workdir, stages=["data"]) as run:
+            return run.data_fingerprint
+
+    before = data()
+    content = json.loads(path.read_text())
+    ids = content["model"]["vocab"]
+    ids["8"], ids["9"] = ids["9"], ids["8"]
+    path.write_text(json.dumps(content))
+    assert data() != before
+
+
+def test_a_checkpoint_that_changes_while_the_run_is_at_work_is_refused(whole_run):
+    """The output would be stored under the fingerprint of the earlier contents."""
+    steps = whole_run.folder / "sft_apr" / "checkpoints"
+    command = parse(["run", SMOKE, f"--config.model.checkpoint={steps / '20'}", "--workdir=/no/such"])
+    known = first_weights.find(command.settings, whole_run.folder / "no_store")
+    tokenizer = Tokenizer.load(whole_run.folder / "data" / "tokenizer.json")
+    config = command.settings.family.Config(vocab_size=len(tokenizer), **command.settings.model)
+    first_weights.load(command.settings, config, tokenizer, steps / "20", known)
+    with pytest.raises(UserError, match="changed"):
+        first_weights.load(command.settings, config, tokenizer, steps / "40", known)
+
+
+def test_an_export_is_of_the_context_that_it_describes(copy, main):
+    changes = ("--config.evaluate.window=1024", "--config.export.check_trees=0", "--variants=apr", "--stage=export")
+    assert main(SMOKE, f"--workdir={copy}", *changes).code == 0
+    assert json.loads((copy / "export" / "config.json").read_text())["max_position_embeddings"] >= 1024
 
 
 def test_a_link_into_another_store_says_which(copy, refused, tmp_path):
