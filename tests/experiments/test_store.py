@@ -11,9 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from apr_jax.data.folder import DataFolder
+from apr_jax.data.imported import import_dataset
+from apr_jax.data.store import TreeStore
 from apr_jax.errors import UserError
 from apr_jax.evaluate.records import read_records
+from apr_jax.tasks.countdown.task import Countdown
 from apr_jax.text.tokenizer import Tokenizer
+from apr_jax.threads import decode_tree
 from apr_jax.train.checkpoint import fingerprint, load_model
 from experiments.command import parse
 from experiments.stages import first_weights, sft, trained
@@ -298,6 +303,21 @@ def test_an_export_is_of_the_context_that_it_describes(copy, main):
     changes = ("--config.evaluate.window=1024", "--config.export.check_trees=0", "--variants=apr", "--stage=export")
     assert main(SMOKE, f"--workdir={copy}", *changes).code == 0
     assert json.loads((copy / "export" / "config.json").read_text())["max_position_embeddings"] >= 1024
+
+
+def test_imported_data_with_other_held_out_problems_have_another_hash(whole_run, tmp_path):
+    """The counts in both manifests are equal."""
+    task, data, path = Countdown(), whole_run.folder / "data", tmp_path / "traces.json"
+    tokenizer = Tokenizer.load(data / "tokenizer.json")
+    trees = (decode_tree(tree, tokenizer.decode) for tree in TreeStore(data / "apr_train"))
+    task.write_demonstrations(path, trees, tokenizer)
+    held_out = list(DataFolder(data, task).problems("held_out"))
+    manifests = [
+        import_dataset(task, task.read_demonstrations(path), problems, tmp_path / name, window=256)
+        for name, problems in (("one", held_out[:6]), ("two", held_out[6:]), ("again", held_out[:6]))
+    ]
+    one, two, again = (manifest.pop("sha256") for manifest in manifests)
+    assert manifests[0] == manifests[1] and one == again != two
 
 
 def test_a_link_into_another_store_says_which(copy, refused, tmp_path):
